@@ -1,0 +1,105 @@
+"""Job: what to train. Nothing in it depends on how many workers there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from shardwise.errors import JobError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    Metric = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor]]
+    Objective = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train: the result of a plain function whose keyword arguments are the hyper-parameters.
+
+    Attributes:
+        model: builds the module; called on every rank after the random generator was set from `seed`.
+        data: anything `shardwise.data.as_splits` accepts: a `Splits`, one source, `(inputs, targets)` arrays, a torch
+            `Dataset` or `IterableDataset`, or `{"train": ..., "test": ...}` of these.
+        loss: `(output, target)` -> mean over the samples of that batch (or over `weight`); not given with `objective`.
+        objective: `(model, batch)` -> mean over the samples, or a `(sum, count)` pair of scalars, for models that
+            compute their own loss; `batch` is the batch as the data source gives it, `(inputs, targets)`.
+        optimizer: `params` -> optimizer. A function whose argument is named `model` is given the module instead, for
+            parameter groups by name.
+        batch_size: samples per optimizer step over all workers together, whatever the plan.
+        epochs: passes over the training split; or
+        steps: optimizer steps in all. Exactly one of the two.
+        metrics: name -> `(output, target)` -> mean over the samples, or a `(sum, count)` pair. Evaluated on the test
+            split.
+        schedule: `(optimizer, total_steps)` -> learning-rate scheduler, stepped once per optimizer step.
+        clip_norm: gradients are scaled so that their norm over all parameters of the whole model is at most this.
+        micro_batch: samples per worker and forward pass; gradients accumulate exactly. None: the worker's whole share.
+        weight: `target` -> how many items the loss of these targets is a mean over (tokens, unignored targets).
+            None: the samples.
+        batch_norm: `global` computes BatchNorm statistics over the whole global batch, as one worker would; `local`
+            over each worker's own samples, which is cheaper and not the serial run.
+        seed: of the initial weights, the sample order and all randomness.
+        precision: `fp32`, or `bf16` for bfloat16 autocast.
+        compile: run the model through `torch.compile`.
+        shuffle: new order of the training samples every epoch.
+        eval_batch_size: samples per evaluation step over all workers; None uses `batch_size`.
+        name: shown in reports and in the name of the run folder.
+    """
+
+    model: Callable[[], nn.Module]
+    data: Any
+    optimizer: Callable[[Any], Optimizer]
+    batch_size: int
+    loss: Callable[[Any, Any], Tensor] | None = None
+    objective: Objective | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    schedule: Callable[[Optimizer, int | None], LRScheduler] | None = None
+    clip_norm: float | None = None
+    micro_batch: int | None = None
+    weight: Callable[[Any], Tensor | float] | None = None
+    batch_norm: Literal["global", "local"] = "global"
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    shuffle: bool = True
+    eval_batch_size: int | None = None
+    name: str = "job"
+
+    def __post_init__(self) -> None:
+        for name in ("model", "optimizer"):
+            if not callable(getattr(self, name)):
+                raise JobError(f"Job.{name} is {getattr(self, name)!r}: give a function, so that every worker can build its own")
+        if (self.loss is None) == (self.objective is None):
+            given = "neither" if self.loss is None else "both"
+            raise JobError(f"Job has {given} of loss and objective: give loss=(output, target) -> mean, or objective=(model, batch)")
+        if (self.epochs is None) == (self.steps is None):
+            given = "neither" if self.epochs is None else "both"
+            raise JobError(f"Job has {given} of epochs and steps: give exactly one")
+        if self.weight is not None and self.objective is not None:
+            raise JobError("Job has weight and objective: an objective says what it is a mean over by returning a (sum, count) pair")
+        for name in ("batch_size", "epochs", "steps", "micro_batch", "eval_batch_size"):
+            _check_count(name, getattr(self, name), required=name == "batch_size")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise JobError(f"Job.seed is {self.seed!r}: give a whole number of at least 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise JobError(f"Job.clip_norm is {self.clip_norm!r}: give a number above 0, or None for no clipping")
+        _check_choice("precision", self.precision, ("fp32", "bf16"))
+        _check_choice("batch_norm", self.batch_norm, ("global", "local"))
+
+
+def _check_count(name: str, value: object, *, required: bool) -> None:
+    if value is None and not required:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise JobError(f"Job.{name} is {value!r}: give a whole number of at least 1")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise JobError(f"Job.{name} is {value!r}: give one of {', '.join(allowed)}")

@@ -1,0 +1,137 @@
+"""Plan: everything that decides how a job runs and nothing that decides what it computes."""
+
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from shardwise.errors import PlanError
+from shardwise.spec.layout import Layout
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
+SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev")
+PRECISIONS = ("fp32", "bf16")
+RECOMPUTES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the planner expects of a plan; seconds per optimizer step and peak bytes per rank, each broken down."""
+
+    step_seconds: float
+    memory_bytes: int
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
+    bytes_by_part: dict[str, int] = field(default_factory=dict)
+    confidence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a job runs. A plan written by hand is as good as a searched one.
+
+    Attributes:
+        layout: the degree of each mesh axis.
+        schedule: pipeline schedule, one of `SCHEDULES`; meaningless without a pipeline.
+        cuts: names of the modules that start a new pipeline stage; empty lets shardwise balance them.
+        micro_batch: samples per worker and forward pass; None is the worker's whole share of the global batch.
+        recompute: which activations are thrown away and computed again in the backward pass.
+        precision: `fp32`, or `bf16` for bfloat16 autocast over fp32 weights.
+        threads: compute threads per worker; None lets shardwise divide the cores.
+        compile: run the model through `torch.compile`.
+        prediction: what the planner expects, None for a plan written by hand.
+        reasons: why this plan was chosen, one sentence each.
+    """
+
+    layout: Layout = Layout()
+    schedule: str = "1f1b"
+    cuts: tuple[str, ...] = ()
+    micro_batch: int | None = None
+    recompute: Recompute = "none"
+    precision: Precision = "fp32"
+    threads: int | None = None
+    compile: bool = False
+    prediction: Prediction | None = None
+    reasons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("recompute", self.recompute, RECOMPUTES)
+        _check_choice("precision", self.precision, PRECISIONS)
+        for name in ("micro_batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise PlanError(f"plan {name}={value!r}: it must be a whole number of at least 1, or be left out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without unset values; the layout in its text form. `from_dict` reads it back."""
+        record = {key: value for key, value in asdict(self).items() if value is not None and value != ()}
+        record["layout"] = str(self.layout)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Plan":
+        """Build a plan from plain data.
+
+        Raises:
+            PlanError: an unknown key or a value of the wrong kind.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(record) - known)
+        if unknown:
+            raise PlanError(f"plan: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        values = dict(record)
+        layout = values.pop("layout", Layout())
+        if isinstance(layout, str):
+            layout = Layout.parse(layout)
+        elif isinstance(layout, dict):
+            layout = _layout_from_degrees(layout)
+        prediction = values.pop("prediction", None)
+        if isinstance(prediction, dict):
+            prediction = Prediction(**prediction)
+        for name in ("cuts", "reasons"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(layout=layout, prediction=prediction, **values)
+
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        """Read a plan from a TOML file."""
+        try:
+            return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise PlanError(f"plan file {path} does not exist") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan file {path} is not TOML: {error}") from error
+
+    def with_layout(self, layout: Layout) -> "Plan":
+        """The same plan under another layout."""
+        return replace(self, layout=layout, prediction=None)
+
+    def __str__(self) -> str:
+        parts = [str(self.layout)]
+        defaults = Plan()
+        for name in ("micro_batch", "recompute", "precision", "threads", "compile"):
+            value = getattr(self, name)
+            if value != getattr(defaults, name):
+                parts.append(f"{name}={value}")
+        if self.layout.pipeline > 1:
+            parts.append(f"schedule={self.schedule}")
+        return " ".join(parts)
+
+
+def _layout_from_degrees(degrees: dict[str, int]) -> Layout:
+    try:
+        return Layout(**degrees)
+    except TypeError as error:
+        raise PlanError(f"plan layout {degrees!r}: {error}") from error
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise PlanError(f"plan {name}={value!r}: it must be one of {', '.join(allowed)}")
