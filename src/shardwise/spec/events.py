@@ -1,0 +1,336 @@
+"""Event: one line of `events.jsonl`, the only thing `watch` and reports read.
+
+A line is one JSON object `{"v": 1, "t": unix seconds, "kind": ..., ...}`. The version counts breaking changes only: a
+newer shardwise may add kinds and fields, and a reader steps over those it does not know. Numbers that JSON lacks are
+written as the words `nan`, `inf` and `-inf`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from shardwise.errors import FolderError
+
+VERSION = 1
+"""Version of the event format; a reader refuses lines of a higher one."""
+
+LOSS_DIGITS = 7
+"""Significant digits kept of a loss or metric: what float32 resolves."""
+
+SECONDS_DIGITS = 4
+"""Significant digits kept of a duration; clocks and schedulers are no steadier than that."""
+
+_LOSS = {"digits": LOSS_DIGITS}
+_SECONDS = {"digits": SECONDS_DIGITS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(ABC):
+    """What happened, and when. Subclasses are final, one a kind.
+
+    Attributes:
+        t: unix seconds.
+    """
+
+    kind: ClassVar[str]
+    t: float = field(default_factory=time.time)
+
+    def to_line(self) -> str:
+        """The event as one line of JSON without the line end."""
+        record: dict[str, Any] = {"v": VERSION, "t": round(self.t, 3), "kind": self.kind}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name != "t" and value is not None:
+                digits = item.metadata.get("digits")
+                record[item.name] = _plain(value, digits)
+        return json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvent(Event):
+    """A run starts, or goes on: the first event of every start.
+
+    Attributes:
+        name: of the job.
+        settings: resolved settings as `Settings.to_dict` gives them.
+        plan: as `Plan.to_dict` gives it.
+        versions: package -> version.
+        host: name of the machine of rank 0.
+        ranks: number of workers.
+        first_step: global steps that were done before, 0 for a new run.
+        total_steps: global steps at the end of the run, None when unknown.
+    """
+
+    kind: ClassVar[str] = "run"
+    name: str
+    settings: dict[str, Any]
+    plan: dict[str, Any]
+    versions: dict[str, str]
+    host: str
+    ranks: int
+    first_step: int = 0
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsEvent(Event):
+    """Some consecutive optimizer steps, ended by time `t`.
+
+    Attributes:
+        first_step: global number of the first of them; the first step of a run is 0.
+        losses: mean loss over each global batch, one a step.
+        seconds: wall seconds, one a step.
+        phase_seconds: phase (data, forward, backward, ...) -> wall seconds on rank 0, summed over these steps.
+        samples: samples of all workers, summed over these steps.
+    """
+
+    kind: ClassVar[str] = "steps"
+    first_step: int
+    losses: list[float] = field(metadata=_LOSS)
+    seconds: list[float] = field(metadata=_SECONDS)
+    samples: int
+    phase_seconds: dict[str, float] = field(default_factory=dict, metadata=_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochEvent(Event):
+    """A pass over the training split ended.
+
+    Attributes:
+        epoch: number of the pass; the first is 0.
+        step: global steps done.
+        seconds: wall seconds of the pass in this start of the run.
+        loss_mean: mean over the samples of the pass, as far as this start of the run saw them.
+    """
+
+    kind: ClassVar[str] = "epoch"
+    epoch: int
+    step: int
+    seconds: float = field(metadata=_SECONDS)
+    loss_mean: float | None = field(default=None, metadata=_LOSS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationEvent(Event):
+    """Metrics over a split, each sample counted once.
+
+    Attributes:
+        step: global steps done.
+        split: such as `test`.
+        metrics: name -> value; the loss is `loss`.
+        samples: in the split.
+        seconds: wall seconds.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    split: str
+    metrics: dict[str, float] = field(metadata=_LOSS)
+    samples: int
+    seconds: float = field(metadata=_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvent(Event):
+    """A checkpoint is complete on disk.
+
+    Attributes:
+        step: global steps done.
+        path: relative to the run folder.
+        seconds: that the training stood still for it.
+        bytes: size on disk, None when not measured.
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+    seconds: float = field(metadata=_SECONDS)
+    bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartEvent(Event):
+    """The workers were started again after a failure.
+
+    Attributes:
+        attempt: 1 for the first restart.
+        step: global steps done in the checkpoint it goes on from, 0 without one.
+        reason: what failed, one line.
+    """
+
+    kind: ClassVar[str] = "restart"
+    attempt: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningEvent(Event):
+    """Something the user should know that did not stop the run."""
+
+    kind: ClassVar[str] = "warning"
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryEvent(Event):
+    """The run ended well or was stopped by a signal; `summary` is what `shardwise train --json` prints."""
+
+    kind: ClassVar[str] = "summary"
+    summary: dict[str, Any] = field(metadata=_LOSS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureEvent(Event):
+    """The run ended badly.
+
+    Attributes:
+        message: one line.
+        rank: the global rank that failed first, None when unknown.
+        details: its traceback or exit signal.
+    """
+
+    kind: ClassVar[str] = "failure"
+    message: str
+    rank: int | None = None
+    details: str = ""
+
+
+KINDS: dict[str, type[Event]] = {
+    cls.kind: cls
+    for cls in (
+        RunEvent,
+        StepsEvent,
+        EpochEvent,
+        EvaluationEvent,
+        CheckpointEvent,
+        RestartEvent,
+        WarningEvent,
+        SummaryEvent,
+        FailureEvent,
+    )
+}
+
+
+def _plain(value: Any, digits: int | None) -> Any:
+    """JSON data of `value`; floats keep `digits` significant digits, all of them where None."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return repr(value)
+        if digits is None:
+            return value
+        short = float(f"{value:.{digits}g}")
+        return int(short) if short.is_integer() and abs(short) < 10**digits else short
+    if isinstance(value, dict):
+        return {str(key): _plain(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, digits) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _numbers(value: Any) -> Any:
+    """Turn words for numbers back; only used on fields that hold numbers alone."""
+    if isinstance(value, str):
+        return _WORDS.get(value, value)
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def parse_line(line: str, *, place: str = "event") -> Event | None:
+    """The event of one line, or None for a kind this version does not know.
+
+    Args:
+        line: one JSON object, with or without the line end.
+        place: named in errors, such as `runs/x/events.jsonl line 7`.
+
+    Raises:
+        ValueError: the line is torn or is no event.
+        FolderError: the line was written in a newer, incompatible format.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("v"), int) or "t" not in record:
+        raise ValueError(f"{place}: no event")
+    if record["v"] > VERSION:
+        raise FolderError(
+            f"{place} is in event format {record['v']}, and this shardwise reads up to {VERSION}: "
+            "read the run with the shardwise that wrote it, or a newer one"
+        )
+    cls = KINDS.get(record.get("kind", ""))
+    if cls is None:
+        return None
+    values = {}
+    for item in fields(cls):
+        if item.name in record:
+            value = record[item.name]
+            values[item.name] = _numbers(value) if "digits" in item.metadata and cls is not SummaryEvent else value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+class EventReader:
+    """Reads `events.jsonl`, again and again while it grows.
+
+    A line counts once its line end is there, so a line that is being written, or was torn by a kill, is never half
+    read. Lines that are no events (a torn line that a resumed run ended) are stepped over and counted in `skipped`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.skipped = 0
+        self._offset = 0
+        self._line_number = 0
+
+    def poll(self) -> list[Event]:
+        """Events that were completed since the last call; none while the file does not exist.
+
+        Raises:
+            FolderError: a line of a newer, incompatible format.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        complete = new[: new.rfind(b"\n") + 1]
+        events = []
+        for line in complete.splitlines(keepends=True):
+            self._offset += len(line)
+            self._line_number += 1
+            if not line.strip():
+                continue
+            try:
+                event = parse_line(line.decode("utf-8"), place=f"{self.path} line {self._line_number}")
+            except ValueError:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+                self.skipped += 1
+                continue
+            if event is not None:
+                events.append(event)
+        return events
+
+
+def read_events(path: Path) -> list[Event]:
+    """All complete events of a file, oldest first; torn lines and unknown kinds are left out.
+
+    Raises:
+        FolderError: the file does not exist, or is of a newer, incompatible format.
+    """
+    if not path.is_file():
+        raise FolderError(f"{path} does not exist: a run folder holds its events there; check the path of the run")
+    return EventReader(path).poll()
