@@ -1,0 +1,119 @@
+"""Samples: any map-style torch Dataset, one sample at a time, through the workers of torch's DataLoader."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, final
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from shardwise.data.batch import Batch, as_pair
+from shardwise.data.order import stream_key
+from shardwise.data.randomness import fenced, seed_generators
+from shardwise.data.reading import Reading, Request, Source, requests
+from shardwise.errors import JobError
+
+Collate = Callable[[list[Any]], Any]
+_WORKER_STREAM = 4
+
+
+@final
+class Samples(Source):
+    """Samples of a map-style data set: anything with `dataset[i]` and `len(dataset)`.
+
+    A sample is `(inputs, targets)`, or a dict or tensor without targets. Before a sample is read, the global
+    generators of Python, NumPy and torch are seeded from (seed, epoch, sample index), so that the augmentations of an
+    existing data set draw the same numbers under every layout and number of workers.
+
+    Args:
+        dataset: the data set.
+        loader_workers: processes of each rank that read ahead; 0 reads in the training process, when a batch is asked
+            for.
+        collate: list of samples -> batch; None is torch's `default_collate`.
+    """
+
+    def __init__(self, dataset: Dataset[Any], loader_workers: int = 0, collate: Collate | None = None) -> None:
+        check_workers(loader_workers)
+        try:
+            self._length = len(dataset)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError) as error:
+            raise JobError(
+                f"{type(dataset).__name__} has no length: Samples needs len(dataset) and dataset[i]; use Stream for an "
+                "iterable"
+            ) from error
+        self.dataset = dataset
+        self.loader_workers = loader_workers
+        self._collate = default_collate if collate is None else collate
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def read(self, reading: Reading) -> Generator[Batch, None, None]:
+        seeded = _Seeded(self.dataset, reading.seed, reading.epoch)
+        wanted = requests(self._length, reading)
+        if self.loader_workers == 0:
+            for request in wanted:
+                with fenced():
+                    samples = [seeded[int(row)] for row in request.rows]
+                    collated = self._collate(samples)
+                yield request.batch(*as_pair(collated))
+            return
+        # the loader asks for requests ahead of the batches it gives back, in the same order
+        asked: list[Request] = []
+        loader = DataLoader(
+            seeded,
+            batch_sampler=_Rows(wanted, asked),
+            num_workers=self.loader_workers,
+            collate_fn=self._collate,
+            generator=worker_generator(reading),
+        )
+        collated_batches = iter(loader)
+        try:
+            for collated in collated_batches:
+                yield asked.pop(0).batch(*as_pair(collated))
+        finally:
+            stop_workers(collated_batches)
+
+
+def check_workers(loader_workers: int) -> None:
+    """Raises JobError unless it is a number of processes."""
+    if not isinstance(loader_workers, int) or loader_workers < 0:
+        raise JobError(f"loader_workers is {loader_workers!r}: give a whole number of at least 0")
+
+
+def worker_generator(reading: Reading) -> torch.Generator:
+    """What the loader seeds its workers from, instead of drawing from the training's own generator."""
+    key = stream_key(_WORKER_STREAM, reading.seed, reading.epoch)
+    return torch.Generator().manual_seed(key & 0x7FFFFFFFFFFFFFFF)
+
+
+def stop_workers(iterator: Any) -> None:
+    """End the worker processes of a DataLoader iterator now, rather than when it is collected."""
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
+
+
+@final
+class _Seeded(Dataset[Any]):
+    """The data set, with the global generators seeded before every sample. Call it inside `fenced` or in a worker."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int, epoch: int) -> None:
+        self._dataset, self._seed, self._epoch = dataset, seed, epoch
+
+    def __getitem__(self, index: int) -> Any:
+        seed_generators(self._seed, self._epoch, index)
+        return self._dataset[index]
+
+
+@final
+class _Rows(Iterable[list[int]]):
+    """The rows of each request as a batch sampler wants them, remembering the requests."""
+
+    def __init__(self, wanted: Iterator[Request], asked: list[Request]) -> None:
+        self._wanted, self._asked = wanted, asked
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for request in self._wanted:
+            self._asked.append(request)
+            yield request.rows.tolist()

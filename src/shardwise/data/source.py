@@ -1,0 +1,101 @@
+"""Splits: the training and test data of a job, and what may be given instead of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from shardwise.data.gather import Arrays
+from shardwise.data.reading import Source
+from shardwise.data.samples import Samples
+from shardwise.data.stream import Stream
+from shardwise.errors import JobError
+
+__all__ = ["Arrays", "Samples", "Source", "Splits", "Stream", "as_splits"]
+
+_ACCEPTED = (
+    "give a Splits, a source (Arrays, Samples, Stream), (inputs, targets) arrays, a torch Dataset or IterableDataset, "
+    'or {"train": ..., "test": ...} of these'
+)
+
+
+@final
+class Splits:
+    """The data of a job.
+
+    Args:
+        train: the source of the training samples, or a function that returns it.
+        test: the same for the samples of the evaluation; None, or a function that returns None, where there are none.
+        about: one line for people: what the data is and where it comes from.
+        classes: names of the classes in the order of their numbers, or a function that returns them.
+
+    A function is called when its part is first asked for, and once: a job that is only printed reads no file.
+    """
+
+    def __init__(
+        self,
+        train: Source | Callable[[], Source],
+        test: Source | Callable[[], Source | None] | None = None,
+        about: str = "",
+        classes: Sequence[str] | Callable[[], Sequence[str]] = (),
+    ) -> None:
+        self.about = about
+        self._train, self._test, self._classes = train, test, classes
+
+    @property
+    def train(self) -> Source:
+        if not isinstance(self._train, Source):
+            self._train = self._train()
+        return self._train
+
+    @property
+    def test(self) -> Source | None:
+        if self._test is not None and not isinstance(self._test, Source):
+            self._test = self._test()
+        return self._test
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        if callable(self._classes):
+            self._classes = self._classes()
+        self._classes = tuple(self._classes)
+        return self._classes
+
+    def __repr__(self) -> str:
+        return f"Splits({self.about!r})"
+
+
+def as_splits(data: Any) -> Splits:
+    """Whatever a job may give as its data, as `Splits`.
+
+    Raises:
+        JobError: none of the accepted forms; the message lists them.
+    """
+    if isinstance(data, Splits):
+        return data
+    if isinstance(data, Mapping):
+        if "train" not in data or set(data) - {"train", "test"}:
+            raise JobError(f"data is a dict with the keys {list(data)}: give 'train' and, if there is one, 'test'")
+        test = data.get("test")
+        return Splits(_as_source(data["train"]), None if test is None else _as_source(test))
+    return Splits(_as_source(data))
+
+
+def _as_source(data: Any) -> Source:
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, TensorDataset) and len(data.tensors) <= 2:
+        return Arrays(tuple(data.tensors))  # the same samples, gathered a batch at a time
+    if isinstance(data, IterableDataset):
+        return Stream(data)
+    if isinstance(data, Dataset):
+        return Samples(data)
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, _ARRAYS) for part in data):
+        return Arrays(tuple(data))
+    given = f"{type(data).__name__} of {len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
+    raise JobError(f"data is a {given}: {_ACCEPTED}")
+
+
+_ARRAYS = (np.ndarray, Tensor, dict, tuple)
