@@ -29,6 +29,10 @@ class FolderError(UserError):
     """The run folder is in use, is not a run folder, or holds a run that does not match."""
 
 
+class CheckpointError(FolderError):
+    """A checkpoint is damaged, does not fit the model or optimizer, or cannot be written."""
+
+
 class RunFailed(ShardwiseError):
     """A training that started did not finish. Exit code 1.
 

@@ -1,0 +1,228 @@
+"""Model and optimizer as one flat mapping of named tensors, and a description of everything else.
+
+Names in the mapping: `model/<name>`, `optimizer/<name>/<key>` for the optimizer's state of a parameter,
+`options/<group>/<key>` for options of a parameter group that are tensors, `extra/<module>/...` for the extra state of
+modules. `<name>` is the user's own name of the parameter or buffer, so a layout, a wrapper or another order of the
+parameters changes nothing. A tied tensor is kept once, under its first name.
+
+Buffers are kept whether persistent or not: one that a forward pass changes is part of where the training stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardwise.errors import CheckpointError
+from shardwise.run.encoding import encode
+from shardwise.run.names import is_dtensor, named_tensors, own_model, own_name, reshard
+
+Structure = dict[str, Any]
+"""JSON data that describes what the mapping holds; see `collect`."""
+
+HOW_OPTIONS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Options that choose how a step is computed, not what: they stay as the resuming run has them."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """This rank's part of the training's state.
+
+    Attributes:
+        tensors: the flat mapping; tensors are the training's own, detached.
+        structure: `model` (name -> shape and dtype), `aliases`, `buffers`, `extra` (module -> encoded) and `optimizer`:
+            its `class`, `groups` (encoded `options`, names of the `parameters`) and `state` (name -> key -> encoded).
+    """
+
+    tensors: dict[str, Tensor]
+    structure: Structure
+
+
+def collect(model: nn.Module, optimizer: Optimizer) -> Collected:
+    """Describe where the training stands on this rank. No collective, no copy.
+
+    Raises:
+        CheckpointError: a tensor without values, an optimizer with parameters outside the model, or a value of a kind
+            that a checkpoint does not keep.
+    """
+    model = own_model(model)
+    reshard(model)
+    named, aliases, buffers = named_tensors(model)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            raise CheckpointError(f"{name} has no values yet: a model is saved and loaded after its tensors were made")
+        tensors[f"model/{name}"] = settled(tensor.detach())
+    structure: Structure = {
+        "model": {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in named.items()},
+        "aliases": aliases,
+        "buffers": sorted(buffers),
+        "extra": _extra_state(model, tensors),
+        "optimizer": _optimizer_structure(optimizer, parameter_names(named), tensors),
+    }
+    return Collected(tensors, structure)
+
+
+def parameter_names(named: Mapping[str, Tensor]) -> dict[int, str]:
+    """Identity of a tensor -> its name."""
+    return {id(tensor): name for name, tensor in named.items()}
+
+
+def group_names(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Names of the parameters of each group.
+
+    Raises:
+        CheckpointError: a parameter that the model does not hold.
+    """
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        unknown = [place for place, parameter in enumerate(group["params"]) if id(parameter) not in names]
+        if unknown:
+            shape = tuple(group["params"][unknown[0]].shape)
+            raise CheckpointError(
+                f"parameter {unknown[0]} of optimizer group {index}, of shape {shape}, is none of the model's: "
+                "checkpoints name parameters as the model does, so make it a parameter of the model (or make the "
+                "optimizer after the model is in its final form)"
+            )
+        groups.append([names[id(parameter)] for parameter in group["params"]])
+    return groups
+
+
+def class_name(thing: object) -> str:
+    """Full name of a thing's class. Schedulers patch instances, never classes, so this is the user's choice."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """A split tensor without sums left to do, which a checkpoint could not put together."""
+    if not is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    split = cast(DTensor, tensor)
+    placements = [Replicate() if placement.is_partial() else placement for placement in split.placements]
+    return split if tuple(placements) == tuple(split.placements) else split.redistribute(placements=placements)
+
+
+def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that define `get_extra_state`, by name."""
+    return {
+        own_name(name): module
+        for name, module in model.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+def _extra_state(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        name: encode(module.get_extra_state(), f"extra/{name}", tensors)
+        for name, module in modules_with_extra_state(model).items()
+    }
+
+
+def _optimizer_structure(optimizer: Optimizer, names: Mapping[int, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    groups = []
+    for index, parameters in enumerate(group_names(optimizer, names)):
+        options = {
+            key: encode(value, f"options/{index}/{key}", tensors)
+            for key, value in optimizer.param_groups[index].items()
+            if key not in ("params", "param_names")
+        }
+        groups.append({"options": options, "parameters": parameters})
+    states = {}
+    for parameter, state in optimizer.state.items():
+        if not state:
+            continue
+        if id(parameter) not in names:
+            raise CheckpointError(
+                f"{class_name(optimizer)} keeps state for {type(parameter).__name__} that is none of the model's "
+                "parameters: a checkpoint cannot name it"
+            )
+        name = names[id(parameter)]
+        mine: dict[str, Tensor] = {}
+        states[name] = encode(dict(state), f"optimizer/{name}", mine)
+        tensors.update({key: settled(tensor) for key, tensor in mine.items()})
+    return {"class": class_name(optimizer), "groups": groups, "state": states}
+
+
+def merge(structures: Iterable[Structure]) -> Structure:
+    """The structure of the whole training from those of its ranks, which may hold different parts of the model.
+
+    Raises:
+        CheckpointError: ranks that disagree about the optimizer.
+    """
+    whole: Structure = {}
+    for part in structures:
+        if not whole:
+            whole = part
+            continue
+        if part == whole:
+            continue
+        a, b = whole["optimizer"], part["optimizer"]
+        if a["class"] != b["class"] or len(a["groups"]) != len(b["groups"]):
+            raise CheckpointError(
+                f"the ranks have different optimizers ({a['class']} with {len(a['groups'])} groups, {b['class']} with "
+                f"{len(b['groups'])}): all ranks build the same one"
+            )
+        whole = {
+            "model": {**part["model"], **whole["model"]},
+            "aliases": {**part["aliases"], **whole["aliases"]},
+            "buffers": sorted({*whole["buffers"], *part["buffers"]}),
+            "extra": {**part["extra"], **whole["extra"]},
+            "optimizer": {
+                "class": a["class"],
+                "groups": [
+                    {
+                        "options": one["options"],
+                        "parameters": list(dict.fromkeys([*one["parameters"], *other["parameters"]])),
+                    }
+                    for one, other in zip(a["groups"], b["groups"], strict=True)
+                ],
+                "state": {**b["state"], **a["state"]},
+            },
+        }
+    return whole
+
+
+def empty_state(parameter: Tensor, key: str, shape: torch.Size, dtype: torch.dtype, *, on_device: bool) -> Tensor:
+    """A tensor to load one piece of optimizer state into, laid out for this run.
+
+    State of the parameter's shape is split as the parameter is. Other state (the row and column sums of Adafactor) is
+    split along those of its dims that have the parameter's length, else whole on every rank. Counters are plain.
+
+    Args:
+        parameter: that the state belongs to.
+        key: path of the state below the parameter, such as `exp_avg` or `old_dirs/3`.
+        shape: of the whole tensor.
+        dtype: of the tensor.
+        on_device: whether the optimizer wants its step counter on the parameter's device.
+    """
+    if key in ("step", "mu_product", "eta", "mu") and shape.numel() == 1:
+        return torch.empty(shape, dtype=dtype, device=parameter.device if on_device or key != "step" else "cpu")
+    if shape == parameter.shape:
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+    if not is_dtensor(parameter):
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
+    if "/" in key:
+        raise CheckpointError(
+            f"the optimizer keeps its state {key!r} in lists, which have no meaning for a parameter that is split over "
+            "ranks: use a layout without shard and tensor, or another optimizer"
+        )
+    from torch.distributed.tensor import DTensor, Replicate, Shard, empty
+
+    split = cast(DTensor, parameter)
+    placements = [
+        placement
+        if isinstance(placement, Shard)
+        and type(placement) is Shard
+        and len(shape) == parameter.ndim
+        and shape[placement.dim] == parameter.shape[placement.dim]
+        else Replicate()
+        for placement in split.placements
+    ]
+    return empty(*shape, dtype=dtype, device_mesh=split.device_mesh, placements=placements)
