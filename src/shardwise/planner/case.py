@@ -1,0 +1,135 @@
+"""Case: one training configuration of a transformer on a machine, with nothing unknown left."""
+
+import math
+from dataclasses import dataclass
+
+from shardwise.errors import PlanError
+from shardwise.spec.facts import Transformer
+from shardwise.spec.layout import Layout
+from shardwise.spec.machine import Machine
+
+RECOMPUTES = ("none", "selective", "full")
+ATTENTIONS = ("flash", "math")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2}
+"""Bytes of one activation; fp8 training keeps its activations in bf16 and casts the inputs of matrix products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is predicted.
+
+    Attributes:
+        data: ranks that see different samples, whether their states are sharded or not.
+        zero_stage: 0 replicated, 1 optimizer states sharded over `data`, 2 also gradients, 3 also parameters.
+        virtual_stages: model chunks per pipeline rank.
+        expert: ways the experts are split; these ranks are part of `data`.
+        micro_batch: sequences per rank and forward pass.
+        sequence_parallel: activations outside the matrix products are split over the tensor ranks too.
+        attention: `flash` never writes the score matrix, `math` does.
+        schedule: `gpipe`, `1f1b`, `interleaved1f1b`, `zerobubble`, `zbv` or `dualpipev`.
+    """
+
+    model: Transformer
+    machine: Machine
+    seq_len: int
+    global_batch: int
+    micro_batch: int
+    data: int = 1
+    zero_stage: int = 0
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_stages: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    attention: str = "flash"
+    precision: str = "bf16"
+    compile: bool = False
+    schedule: str = "1f1b"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "global_batch", "micro_batch", "data", "tensor", "pipeline", "virtual_stages", "context", "expert"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise PlanError(f"{name}={value!r}: it must be a whole number of at least 1")
+        for name, allowed in (("recompute", RECOMPUTES), ("attention", ATTENTIONS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise PlanError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(allowed)}")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise PlanError(f"zero_stage={self.zero_stage!r}: it must be 0, 1, 2 or 3")
+
+    @property
+    def workers(self) -> int:
+        """Ranks in all."""
+        return self.data * self.tensor * self.pipeline * self.context
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of one rank per optimizer step."""
+        return max(1, math.ceil(self.global_batch / (self.data * self.micro_batch)))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one rank: sequences x its part of the sequence."""
+        return self.micro_batch * math.ceil(self.seq_len / self.context)
+
+    @property
+    def classic(self) -> bool:
+        """Software of the time before fused attention (until 2022).
+
+        A kernel that writes the score matrix tells the age of the training stack, and with it what that stack could not
+        do yet: hide the gradient reduction of replicas behind the backward pass, gather the shards of a whole block at
+        once and ahead of time, or balance the output projection against the layers of a pipeline.
+        """
+        return self.attention == "math"
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Layers of every stage, in model order; `pipeline * virtual_stages` entries."""
+        stages = self.pipeline * self.virtual_stages
+        layers = self.model.layers
+        if self.classic or stages == 1:
+            return tuple(layers // stages + (1 if index < layers % stages else 0) for index in range(stages))
+        return balanced(layers, stages, self.head_in_layers)
+
+    @property
+    def head_in_layers(self) -> float:
+        """FLOPs of the output projection over those of one layer."""
+        whole = self.model.forward_flops(self.seq_len)
+        head = 2.0 * self.seq_len * self.model.embedding_parameters
+        return head / ((whole - head) / self.model.layers)
+
+    def layout(self) -> Layout:
+        """The same degrees as a mesh layout: sharded ranks on `shard`, experts on `expert`."""
+        rest = max(1, self.data // self.expert)
+        sharded = self.zero_stage > 0
+        return Layout(
+            data=1 if sharded else rest,
+            shard=rest if sharded else 1,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            context=self.context,
+            expert=self.expert,
+        )
+
+
+def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
+    """Split `layers` equal layers and an output projection worth `head` layers over stages, the largest stage smallest.
+
+    Every stage but the last gets at least one layer while there are enough; the last one may hold the projection alone.
+    """
+    if stages == 1:
+        return (layers,)
+    best = (layers,)
+    for last in range(math.ceil(layers / stages), -1, -1):
+        share = (layers - last) / (stages - 1)
+        best = (*_even(layers - last, stages - 1), last)
+        if last + head <= math.ceil(share):
+            break
+    return best
+
+
+def _even(layers: int, stages: int) -> tuple[int, ...]:
+    return tuple(layers // stages + (1 if index < layers % stages else 0) for index in range(stages))

@@ -1,0 +1,181 @@
+"""Nominal machines by name. Rates are dense (without sparsity) and per direction; every row names its datasheet."""
+
+import re
+from dataclasses import dataclass
+
+from shardwise.errors import UserError
+from shardwise.spec.machine import Accelerator, Figure, Link, Machine
+
+GIB = 1024**3
+MATMUL_SOURCE = "best shape of a search, Stas Bekman, ML Engineering, accelerator benchmarks, read 2026"
+MATMUL_GUESS = "mean of the measured parts of the same vendor; no measurement of this part"
+ATTENTION_SOURCE = "FlashAttention-2 (arXiv:2307.08691) figure 4 and 7, forward and backward, causal, head width 128"
+ATTENTION_GUESS = "scaled from the nearest measured part"
+USABLE_SOURCE = "memory reported by the driver: datasheet capacity less what the driver keeps"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Datasheet figures: TFLOP/s, GB/s, GiB; `node` is the usual number per node, `gbits` its share of the usual network."""
+
+    fp16: float
+    bf16: float
+    fp8: float | None
+    fp32: float
+    memory_gib: float
+    memory_gbytes: float
+    link_gbytes: float
+    gbits: float
+    node: int
+    units: int
+    watts: float
+    matmul: float | None
+    attention: float
+    source: str
+    matmul_fp8: float | None = None
+
+
+_V100 = "NVIDIA V100 datasheet (2020)"
+_A100 = "NVIDIA A100 datasheet (2021)"
+_H100 = "NVIDIA H100 datasheet (2023)"
+_B200 = "NVIDIA DGX B200 datasheet (2024)"
+_MI300 = "AMD Instinct MI300X data sheet (2023)"
+_TPU = "Google Cloud TPU system architecture pages (2024)"
+_ADA = "NVIDIA L40S / L4 / RTX datasheets (2023)"
+
+_PARTS: dict[str, _Part] = {
+    # name: fp16, bf16, fp8, fp32, GiB, HBM GB/s, link GB/s, net Gbit/s, per node, units, W, matmul, attention, source
+    "v100-16gb-sxm": _Part(125, 15.7, None, 15.7, 15.8, 900, 150, 12.5, 8, 80, 300, None, 0.45, _V100),
+    "v100-32gb-sxm": _Part(125, 15.7, None, 15.7, 31.7, 900, 150, 12.5, 8, 80, 300, None, 0.45, _V100),
+    "v100-32gb-pcie": _Part(112, 14, None, 14, 31.7, 900, 12, 12.5, 8, 80, 250, None, 0.45, _V100),
+    "t4-16gb": _Part(65, 8.1, None, 8.1, 14.7, 300, 12, 12.5, 4, 40, 70, None, 0.4, "NVIDIA T4 datasheet (2019)"),
+    "a100-40gb-sxm": _Part(312, 312, None, 156, 39.4, 1555, 300, 200, 8, 108, 400, 0.8692, 0.58, _A100),
+    "a100-80gb-sxm": _Part(312, 312, None, 156, 79.2, 2039, 300, 200, 8, 108, 400, 0.8692, 0.58, _A100),
+    "a100-40gb-pcie": _Part(312, 312, None, 156, 39.4, 1555, 25, 100, 8, 108, 250, 0.8106, 0.52, _A100),
+    "a100-80gb-pcie": _Part(312, 312, None, 156, 79.2, 1935, 25, 100, 8, 108, 300, 0.8106, 0.52, _A100),
+    "a800-80gb-sxm": _Part(312, 312, None, 156, 79.2, 2039, 200, 100, 8, 108, 400, 0.8692, 0.58, _A100),
+    "a10g-24gb": _Part(70, 70, None, 35, 22.2, 600, 12, 25, 8, 80, 300, None, 0.5, "NVIDIA A10 datasheet (2021)"),
+    "l4-24gb": _Part(121, 121, 242, 60, 22.2, 300, 12, 25, 8, 58, 72, None, 0.4, _ADA),
+    "l40s-48gb": _Part(362, 362, 733, 183, 44.5, 864, 25, 100, 8, 142, 350, None, 0.4, _ADA),
+    "rtx3090-24gb": _Part(71, 71, None, 35.6, 23.7, 936, 12, 12.5, 8, 82, 350, None, 0.6, _ADA),
+    "rtx4090-24gb": _Part(165, 165, 330, 82.6, 23.6, 1008, 12, 12.5, 8, 128, 450, None, 0.6, _ADA),
+    "h100-80gb-sxm": _Part(989, 989, 1979, 494, 79.2, 3350, 450, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7087),
+    "h100-96gb-sxm": _Part(989, 989, 1979, 494, 95.0, 2400, 450, 400, 8, 132, 500, 0.8033, 0.33, _H100, 0.7087),
+    "h100-80gb-pcie": _Part(756, 756, 1513, 378, 79.2, 2000, 50, 200, 8, 114, 350, 0.75, 0.33, _H100),
+    "h100-94gb-nvl": _Part(835, 835, 1671, 418, 93.1, 3900, 50, 200, 8, 132, 400, 0.75, 0.33, _H100),
+    "h800-80gb-sxm": _Part(989, 989, 1979, 494, 79.2, 3350, 200, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7087),
+    "h20-96gb-sxm": _Part(148, 148, 296, 74, 95.0, 4000, 450, 400, 8, 78, 500, 0.9, 0.6, "NVIDIA H20 specifications (2024)"),
+    "h200-141gb-sxm": _Part(989, 989, 1979, 494, 139.8, 4800, 450, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7344),
+    "gh200": _Part(989, 989, 1979, 494, 94.5, 4000, 450, 400, 4, 132, 900, 0.8378, 0.35, "NVIDIA GH200 datasheet (2023)", 0.7756),
+    "b200-180gb-sxm": _Part(2250, 2250, 4500, 1125, 178.3, 7700, 900, 400, 8, 148, 1000, 0.7756, 0.3, _B200, 0.7628),
+    "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 7700, 900, 800, 8, 148, 1100, 0.7862, 0.3, _B200, 0.7452),
+    "gb200-186gb-nvl72": _Part(
+        2500, 2500, 5000, 1250, 184.0, 8000, 900, 400, 72, 148, 1200, 0.7288, 0.3, "NVIDIA GB200 NVL72 datasheet (2024)", 0.7231
+    ),
+    "gb300-288gb-nvl72": _Part(
+        2500, 2500, 5000, 1250, 276.0, 8000, 900, 800, 72, 148, 1400, 0.7288, 0.3, "NVIDIA GB300 NVL72 datasheet (2025)", 0.7231
+    ),
+    "mi250x-64gb": _Part(191.5, 191.5, None, 47.9, 64.0, 1638, 100, 100, 8, 110, 280, None, 0.3, "AMD Instinct MI250X data sheet (2021)"),
+    "mi300x-192gb": _Part(1307, 1307, 2615, 163, 191.5, 5300, 448, 400, 8, 304, 750, 0.5142, 0.22, _MI300),
+    "mi325x-256gb": _Part(1307, 1307, 2615, 163, 255.5, 6000, 448, 400, 8, 304, 1000, 0.6038, 0.25, _MI300),
+    "mi355x-288gb": _Part(2300, 2300, 4600, 157, 287.5, 8000, 537, 400, 8, 256, 1400, 0.6804, 0.25, "AMD Instinct MI355X data sheet (2025)"),
+    "gaudi2": _Part(432, 432, 865, 54, 94.6, 2450, 262, 300, 8, 24, 600, 0.9692, 0.35, "Intel Gaudi 2 white paper (2022)", 0.9555),
+    "gaudi3": _Part(1677, 1677, 1677, 229, 126.0, 3700, 525, 300, 8, 64, 900, 0.7412, 0.25, "Intel Gaudi 3 white paper (2024)", 0.7689),
+    "tpu-v3": _Part(61.5, 61.5, None, 15, 16.0, 450, 80, 100, 256, 1, 225, 0.9, 0.4, _TPU),
+    "tpu-v4": _Part(275, 275, None, 69, 31.8, 1228, 150, 50, 4096, 4, 192, 0.9, 0.45, _TPU),
+    "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 100, 50, 256, 4, 225, 0.9, 0.45, _TPU),
+    "tpu-v5p": _Part(459, 459, None, 115, 95.0, 2765, 300, 50, 8960, 8, 450, 0.9, 0.45, _TPU),
+    "tpu-v6e": _Part(918, 918, None, 230, 31.2, 1640, 224, 50, 256, 2, 300, 0.85, 0.4, _TPU),
+}
+
+_ALIASES = {
+    "v100": "v100-32gb-sxm", "v100-sxm": "v100-32gb-sxm", "a100": "a100-80gb-sxm", "a100-sxm": "a100-80gb-sxm", "a100-40gb": "a100-40gb-sxm",
+    "a100-80gb": "a100-80gb-sxm", "a800": "a800-80gb-sxm", "h100": "h100-80gb-sxm", "h100-80gb": "h100-80gb-sxm",
+    "h100-sxm": "h100-80gb-sxm", "h100-96gb": "h100-96gb-sxm", "h100-64gb-sxm": "h100-80gb-sxm", "h800": "h800-80gb-sxm",
+    "h200": "h200-141gb-sxm", "b200": "b200-180gb-sxm", "gb200": "gb200-186gb-nvl72", "gb300": "gb300-288gb-nvl72", "b300": "b300-sxm",
+    "mi250x": "mi250x-64gb", "mi250": "mi250x-64gb", "mi300x": "mi300x-192gb", "mi325x": "mi325x-256gb", "mi355x": "mi355x-288gb",
+}  # fmt: skip
+
+NAMES = tuple(_PARTS)
+
+
+def canonical_name(name: str) -> str | None:
+    """The catalogue name meant by `name`, or None.
+
+    Exact names and aliases first; then the same family (the part before the first dash) and the nearest memory size,
+    so that `h100-64gb-sxm` or `a100-80gb-nvlink` find a relative.
+    """
+    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
+    wanted = wanted.removeprefix("nvidia-").removeprefix("amd-").removeprefix("intel-").removeprefix("google-")
+    if wanted in _PARTS:
+        return wanted
+    if wanted in _ALIASES:
+        return _ALIASES[wanted]
+    family = wanted.split("-")[0] if not wanted.startswith("tpu") else "-".join(wanted.split("-")[:2])
+    relatives = [known for known in _PARTS if known == family or known.startswith(family + "-")]
+    if not relatives:
+        return None
+    size = re.search(r"(\d+)gb", wanted)
+    form = [known for known in relatives if known.split("-")[-1] == wanted.split("-")[-1]] or relatives
+    target = float(size.group(1)) if size else max(_PARTS[known].memory_gib for known in form)
+    return min(form, key=lambda known: abs(_PARTS[known].memory_gib - target))
+
+
+def accelerator(name: str) -> Accelerator:
+    """The accelerator of this catalogue name or alias; memory follows a size in the name, such as `a100-64gb-sxm`.
+
+    Raises:
+        UserError: the catalogue has no such device.
+    """
+    known = canonical_name(name)
+    if known is None:
+        raise UserError(f"hardware {name!r} is not in the catalogue; known are {', '.join(NAMES)}")
+    part = _PARTS[known]
+    size = re.search(r"(\d+)gb", name.lower())
+    memory = part.memory_gib
+    if size and abs(float(size.group(1)) - memory) > 0.1 * memory:
+        memory = 0.985 * float(size.group(1))
+    peaks = {"fp16": part.fp16, "bf16": part.bf16, "fp32": part.fp32} | ({"fp8": part.fp8} if part.fp8 else {})
+    half = Figure(part.matmul, "measured", MATMUL_SOURCE) if part.matmul else Figure(0.8, "nominal", MATMUL_GUESS)
+    eighth = Figure(part.matmul_fp8, "measured", MATMUL_SOURCE) if part.matmul_fp8 else Figure(0.93 * half.value, "nominal", MATMUL_GUESS)
+    seen = known.startswith(("a100", "h100"))
+    return Accelerator(
+        name=known,
+        memory_bytes=Figure(memory * GIB, "nominal", USABLE_SOURCE),
+        memory_bytes_per_second=Figure(part.memory_gbytes * 1e9, "nominal", part.source),
+        peak_flops={key: Figure(value * 1e12, "nominal", part.source) for key, value in peaks.items()},
+        matmul_fraction={"fp32": half, "fp16": half, "bf16": half, "fp8": eighth},
+        attention_fraction=Figure(part.attention, "measured" if seen else "nominal", ATTENTION_SOURCE if seen else ATTENTION_GUESS),
+        multiprocessors=Figure(part.units, "nominal", part.source),
+        power_watts=Figure(part.watts, "nominal", part.source),
+    )
+
+
+def machine(name: str, *, gpus_per_node: int | None = None, gbits_per_gpu: float | None = None) -> Machine:
+    """A nominal machine built from a catalogue device.
+
+    Args:
+        name: catalogue name or alias.
+        gpus_per_node: ranks that share the fast link; default is the usual node of this device.
+        gbits_per_gpu: network of one rank in Gbit/s; default is the usual network of this device.
+
+    Raises:
+        UserError: the catalogue has no such device.
+    """
+    device = accelerator(name)
+    part = _PARTS[device.name]
+    network = gbits_per_gpu if gbits_per_gpu else part.gbits
+    told = "given" if gbits_per_gpu else f"usual network of {device.name} nodes"
+    return Machine(
+        name=device.name,
+        accelerator=device,
+        gpus_per_node=gpus_per_node or part.node,
+        intra=Link(
+            bytes_per_second=Figure(part.link_gbytes * 1e9, "nominal", part.source),
+            latency_seconds=Figure(4e-6, "measured", "nccl-tests all-reduce of 8 bytes on 2 to 8 A100, NetX-lab Echo logs (2025)"),
+        ),
+        inter=Link(
+            bytes_per_second=Figure(network * 1e9 / 8, "nominal", told),
+            latency_seconds=Figure(2e-5, "measured", "nccl-tests all-reduce of 2 KiB on 16 to 128 A100, NetX-lab Echo logs (2025)"),
+        ),
+    )

@@ -1,0 +1,71 @@
+"""The fitted constants: few, named, bounded, one set for all hardware, models and frameworks.
+
+Everything else in the planner is a formula or a datasheet figure. `benchmarks/fit_planner.py` fits them on the odd
+rows of every published table and reports the error on the even rows; docs/accuracy.md shows both.
+"""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What no datasheet says.
+
+    Attributes:
+        matmul_rate: rate of a large training matrix product over the best shape of a search on that part.
+        matmul_inner_half: inner dimension at which a tile reaches half of its rate (prologue and epilogue of the tile).
+        memory_rate: rate of an element-wise kernel over the nominal memory bandwidth.
+        attention_rate: fused attention in training over the published rate of that kernel.
+        eager_traffic: bytes moved by element-wise kernels over the bytes of perfectly fused ones, not compiled.
+        launch_seconds: host time per kernel of an eager training step.
+        kernel_seconds: shortest duration of one kernel on the device.
+        network_rate: achieved share of the nominal network of a rank.
+        link_rate: achieved share of the nominal link inside a node.
+        overlap_cost: share of hidden communication that still delays compute (shared multiprocessors and memory).
+        gradient_overlap: share of the gradient reduction of replicas that the last backward pass can hide.
+        step_seconds: fixed time of one step: loss read back, optimizer start, data hand-over.
+        hop_seconds: time of one step of a ring over ranks of several nodes.
+    """
+
+    matmul_rate: float = 0.92
+    matmul_inner_half: float = 180.0
+    memory_rate: float = 0.8
+    attention_rate: float = 0.6
+    eager_traffic: float = 1.5
+    launch_seconds: float = 6.0e-6
+    kernel_seconds: float = 3.0e-6
+    network_rate: float = 0.7
+    link_rate: float = 0.76
+    overlap_cost: float = 0.15
+    gradient_overlap: float = 0.7
+    step_seconds: float = 0.01
+    hop_seconds: float = 8.0e-6
+
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "matmul_rate": (0.7, 1.0),
+    "matmul_inner_half": (32.0, 512.0),
+    "memory_rate": (0.6, 0.95),
+    "attention_rate": (0.4, 1.0),
+    "eager_traffic": (1.0, 3.0),
+    "launch_seconds": (2e-6, 12e-6),
+    "kernel_seconds": (1e-6, 6e-6),
+    "network_rate": (0.4, 0.95),
+    "link_rate": (0.5, 0.95),
+    "overlap_cost": (0.0, 0.5),
+    "gradient_overlap": (0.0, 1.0),
+    "step_seconds": (0.0, 0.05),
+    "hop_seconds": (1e-6, 3e-5),
+}
+"""Physically possible range of every constant; the fit may not leave it."""
+
+DEFAULT = Constants()
+
+
+def check_bounds(constants: Constants) -> None:
+    """Raise ValueError if a constant is outside its physical range."""
+    for item in fields(constants):
+        low, high = BOUNDS[item.name]
+        value = getattr(constants, item.name)
+        if not low <= value <= high:
+            raise ValueError(f"constant {item.name}={value:g} is outside {low:g} to {high:g}")

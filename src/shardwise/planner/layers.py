@@ -1,0 +1,85 @@
+"""Work of one transformer layer, of the embedding and of the output projection, on one rank and for one micro-batch."""
+
+import math
+from dataclasses import dataclass
+
+from shardwise.planner.case import Case
+from shardwise.planner.compute import Device, Work, attention_core, product, traffic
+from shardwise.planner.constants import Constants
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """Forward and backward work of one layer, and what selective recomputation repeats."""
+
+    forward: Work
+    backward: Work
+    core_forward: Work
+
+
+def layer_work(case: Case, device: Device, constants: Constants) -> LayerWork:
+    """One transformer layer. Tensor ranks split heads and feed-forward columns (Megatron-LM, arXiv:1909.08053, section 3)."""
+    model, tensor = case.model, case.tensor
+    tokens = case.tokens
+    heads = math.ceil(model.heads / tensor)
+    kv_heads = math.ceil(model.kv_heads / tensor)
+    query = heads * model.head_dim
+    joint = query + 2 * kv_heads * model.head_dim
+    forward = backward = Work()
+    for rows, columns, inner in ((tokens, joint, model.hidden), (tokens, model.hidden, query)):
+        ahead, back = product(rows, columns, inner, device)
+        forward, backward = forward + ahead, backward + back
+    ahead, back = _feed_forward(case, device)
+    forward, backward = forward + ahead, backward + back
+    core_ahead, core_back = attention_core(case, device)
+    ahead, back = _element_wise(case, device, constants)
+    return LayerWork(forward + core_ahead + ahead, backward + core_back + back, core_ahead)
+
+
+def _feed_forward(case: Case, device: Device) -> tuple[Work, Work]:
+    model = case.model
+    inner = math.ceil(model.ffn_hidden / case.tensor)
+    wide = inner * (2 if model.gated_ffn else 1)
+    tokens, groups = case.tokens, 1
+    router = (Work(), Work())
+    if model.experts:
+        groups = math.ceil(model.experts / case.expert)
+        tokens = math.ceil(case.tokens * model.experts_per_token / groups)
+        moved = 4.0 * case.tokens * model.experts_per_token * model.hidden * device.element
+        router = traffic(moved, 8, device), traffic(moved, 12, device)
+    up, up_back = product(tokens, wide, model.hidden, device, groups)
+    down, down_back = product(tokens, model.hidden, inner, device, groups)
+    return up + down + router[0], up_back + down_back + router[1]
+
+
+def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Work, Work]:
+    """Norms, residual sums, activation, rotary positions, dropout: bytes of perfectly fused kernels times `eager_traffic`.
+
+    In units of one activation of width hidden: two norms read and write 2 each, two residual sums 3 each; the part
+    between the products is split over tensor ranks: activation 2 (gated: 3) of the inner width, rotary 2 of query and key.
+    """
+    model = case.model
+    outside = 10.0 * model.hidden / (case.tensor if case.sequence_parallel else 1)
+    visits = max(1, model.experts_per_token)
+    inside = (3.0 if model.gated_ffn else 2.0) * model.ffn_hidden * visits
+    if model.gated_ffn:
+        inside += 2.0 * (model.hidden + model.kv_hidden)
+    moved = case.tokens * device.element * (outside + inside / case.tensor)
+    if not case.compile:
+        moved *= constants.eager_traffic
+    kernels = 8.0 if case.compile else (16.0 if model.gated_ffn else 12.0)
+    return traffic(moved, kernels, device), traffic(2.0 * moved, 1.6 * kernels, device)
+
+
+def head_work(case: Case, device: Device) -> tuple[Work, Work]:
+    """Output projection and cross entropy: logits in 2 bytes, their fp32 copy, softmax and gradient pass memory once each."""
+    columns = math.ceil(case.model.vocab / case.tensor)
+    ahead, back = product(case.tokens, columns, case.model.hidden, device)
+    logits = float(case.tokens) * columns
+    return ahead + traffic(16.0 * logits, 6, device), back + traffic(10.0 * logits, 3, device)
+
+
+def embedding_work(case: Case, device: Device) -> tuple[Work, Work]:
+    """Look-up of the rows, and the scattered sum of their gradients."""
+    moved = 2.0 * case.tokens * case.model.hidden * device.element
+    return traffic(moved, 3, device), traffic(3.0 * moved, 4, device)

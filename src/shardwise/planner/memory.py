@@ -1,0 +1,174 @@
+"""Bytes of one rank at the peak of a step, part by part.
+
+Letters: h hidden, f inner feed-forward width, t tensor ranks, D ranks that share states. "In flight" are micro-batches
+whose forward pass ran and whose backward pass did not.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardwise.planner.case import Case
+
+CONTEXT_BYTES = 1.6 * 2**30
+"""Device memory outside the allocator: driver context, library workspaces, communication buffers of a few groups."""
+
+SLACK = 0.05
+"""Allocator: reserved over allocated bytes less one, of everything that changes during the step."""
+
+LOGIT_BYTES = 12.0
+"""Bytes per logit at the peak: the product in 2, its fp32 copy 4, the softmax or its gradient 4, that in 2."""
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of the fullest rank of a layout."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    gathered: float
+    slack: float
+
+    @property
+    def total(self) -> float:
+        """What the framework's allocator reports at its peak; without driver context."""
+        return sum(self.by_part().values())
+
+    def by_part(self) -> dict[str, float]:
+        """Part -> bytes."""
+        return {
+            "parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer, "activations": self.activations,
+            "logits": self.logits, "gathered": self.gathered, "slack": self.slack,
+        }  # fmt: skip
+
+
+def layer_parameters(case: Case) -> tuple[float, float]:
+    """(dense, expert) parameters of one layer on one rank."""
+    model = case.model
+    split = model.attention_parameters + (0 if model.experts else model.expert_parameters)
+    dense = split / case.tensor + (model.dense_layer_parameters - split)
+    experts = model.experts * model.expert_parameters / (case.tensor * case.expert) if model.experts else 0.0
+    return dense, experts
+
+
+def stage_parameters(case: Case, stage: int) -> tuple[float, float]:
+    """(dense, expert) parameters of one stage on one rank, with embedding and output projection where they live."""
+    dense, experts = layer_parameters(case)
+    layers = case.layers_per_stage[stage]
+    last = case.pipeline * case.virtual_stages - 1
+    ends = (1 if stage == 0 else 0) + (1 if stage == last else 0)
+    if last == 0 and case.model.tied_embeddings:
+        ends = 1
+    return layers * dense + ends * case.model.embedding_parameters / case.tensor, layers * experts
+
+
+def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float, float]:
+    """(parameters, gradients, optimizer) bytes of one rank for these parameters (ZeRO, arXiv:1910.02054, section 5).
+
+    Mixed precision: working copy 2, gradient summed in 4, master and two Adam moments 12 bytes a parameter. With
+    everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8.
+    """
+    shards = case.data * case.context
+    expert_shards = max(1, shards // case.expert)
+    if case.precision == "fp32":
+        sizes = (4.0, 4.0, 8.0)
+    else:
+        sizes = (4.0, 4.0, 8.0) if case.zero_stage == 3 else (2.0, 4.0, 12.0)
+    from_stage = (3, 2, 1)
+    totals = [0.0, 0.0, 0.0]
+    for parameters, ways in ((dense, shards), (experts, expert_shards)):
+        for index, (size, stage) in enumerate(zip(sizes, from_stage, strict=True)):
+            totals[index] += parameters * size / (ways if case.zero_stage >= stage else 1)
+    return totals[0], totals[1], totals[2]
+
+
+def layer_activation_bytes(case: Case) -> float:
+    """Bytes one layer keeps per micro-batch without recomputation (Korthikanti et al. 2022, equations 1, 2 and 4).
+
+    Outside the tensor-parallel parts, in units of h: inputs of two norms 2 each and of the two products behind them 2
+    each, two dropout masks 1 each (only beside materialised attention); sequence parallelism divides them by t. Inside,
+    divided by t: query, key, value, output of attention 2 each; gelu in and out 2 f each; gated: gate, up, their
+    product 2 f each, and the activated gate 2 f unless compiled. Materialised attention: 5 bytes per score.
+    """
+    model = case.model
+    unit = case.tokens * (2.0 if case.precision == "fp32" else 1.0)
+    outside = (10.0 if case.attention == "math" else 8.0) * model.hidden
+    visits = max(1, model.experts_per_token)
+    if model.gated_ffn:
+        inner = (6.0 if case.compile else 8.0) * model.ffn_hidden
+    else:
+        inner = 4.0 * model.ffn_hidden
+    inside = 4.0 * model.hidden + 4.0 * model.kv_hidden + inner * visits
+    if model.experts:
+        inside += 4.0 * model.hidden * visits * case.tensor
+    kept = unit * (outside / (case.tensor if case.sequence_parallel else 1) + inside / case.tensor)
+    return kept + score_bytes(case)
+
+
+def score_bytes(case: Case) -> float:
+    """Bytes of materialised scores of one layer: softmax output 2, dropout mask 1, dropout output 2 a score."""
+    if case.attention == "flash":
+        return 0.0
+    heads = math.ceil(case.model.heads / case.tensor)
+    return 5.0 * heads * case.tokens * case.seq_len * (2.0 if case.precision == "fp32" else 1.0)
+
+
+def kept_bytes(case: Case) -> tuple[float, float]:
+    """(kept per layer and micro-batch in flight, working set while one layer is computed again)."""
+    whole = layer_activation_bytes(case)
+    entry = 2.0 * case.tokens * case.model.hidden * (2.0 if case.precision == "fp32" else 1.0)
+    if case.sequence_parallel:
+        entry /= case.tensor
+    if case.recompute == "full":
+        return min(entry, whole), whole
+    if case.recompute == "selective":
+        scores = score_bytes(case)
+        return (whole - scores, scores) if scores else (0.5 * whole, 0.5 * whole)
+    return whole, 0.0
+
+
+def gathered_bytes(case: Case) -> float:
+    """Whole parameters and gradients that sharded data parallelism holds for a moment.
+
+    Two blocks are gathered at a time (the one in use and the one ahead), and the gradient of one is waiting to be
+    reduced; with stage 2 of sharded data parallelism the parameters of the stage stay gathered between the passes.
+    """
+    if case.zero_stage != 3 or case.data * case.context == 1:
+        return 0.0
+    dense, experts = layer_parameters(case)
+    block = max(dense + experts, case.model.embedding_parameters / case.tensor)
+    size = 4.0 if case.precision == "fp32" else 2.0
+    return block * (2.0 * size + 4.0)
+
+
+def rank_memory(case: Case, in_flight: Sequence[int]) -> MemoryParts:
+    """Peak of the fullest pipeline rank.
+
+    Args:
+        in_flight: chunks in flight at the peak, one entry a pipeline rank (one chunk is one stage of the model).
+    """
+    best: MemoryParts | None = None
+    stages = case.pipeline * case.virtual_stages
+    kept, working = kept_bytes(case)
+    logits = LOGIT_BYTES * case.tokens * math.ceil(case.model.vocab / case.tensor)
+    edge = 2.0 * case.tokens * case.model.hidden
+    for rank in range(case.pipeline):
+        mine = range(rank, stages, case.pipeline)
+        dense = sum(stage_parameters(case, stage)[0] for stage in mine)
+        experts = sum(stage_parameters(case, stage)[1] for stage in mine)
+        parameters, gradients, optimizer = state_bytes(case, dense, experts)
+        layers = sum(case.layers_per_stage[stage] for stage in mine) / case.virtual_stages
+        live = in_flight[rank] * (layers * kept + edge)
+        last = rank == (stages - 1) % case.pipeline
+        activations = live + (working if layers else 0.0)
+        head = logits if last else 0.0
+        gathered = gathered_bytes(case)
+        slack = SLACK * (activations + head + gathered + gradients)
+        found = MemoryParts(parameters, gradients, optimizer, activations, head, gathered, slack)
+        if best is None or found.total > best.total:
+            best = found
+    assert best is not None, "a case has at least one pipeline rank"
+    return best

@@ -1,0 +1,184 @@
+"""From rows of a table to predictions: fill in what is unknown by stated rules, then estimate."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardwise.errors import PlanError, UserError
+from shardwise.planner import catalogue
+from shardwise.planner.case import Case
+from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.runs import Row
+from shardwise.planner.schedule import V_SHAPED
+from shardwise.planner.step import Estimate, estimate
+from shardwise.spec.facts import Transformer
+from shardwise.spec.machine import Machine
+
+GIB = 2**30
+MODEL_KEYS = ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "gated_ffn", "vocab", "tied_embeddings", "experts", "experts_per_token")
+
+
+@dataclass(frozen=True)
+class RunPrediction:
+    """Answer for one row; without an estimate `reason` says why."""
+
+    run_id: str
+    case: Case | None
+    estimate: Estimate | None
+    reason: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """The three answers and their parts, as plain data."""
+        if self.estimate is None or self.case is None:
+            return {"run_id": self.run_id, "step_seconds": None, "memory_gib": None, "fits": None, "reason": self.reason}
+        return {
+            "run_id": self.run_id,
+            "step_seconds": self.estimate.step_seconds,
+            "memory_gib": self.estimate.memory.total / GIB,
+            "fits": self.estimate.fits,
+            "certain": self.estimate.certain,
+            "micro_batch": self.case.micro_batch,
+            "recompute": self.case.recompute,
+            "seconds_by_part": self.estimate.seconds,
+            "bytes_by_part": self.estimate.memory.by_part(),
+        }
+
+
+def predict_runs(rows: Iterable[Row], machine: Machine | None = None, constants: Constants = DEFAULT) -> Iterator[RunPrediction]:
+    """Predict every row, in order.
+
+    Args:
+        machine: measured links that replace the nominal ones for rows with the same hardware and no stated network.
+    """
+    for row in rows:
+        run_id = str(row["run_id"])
+        try:
+            case, found = resolve(row, machine, constants)
+            yield RunPrediction(run_id, case, found)
+        except UserError as error:
+            yield RunPrediction(run_id, None, None, str(error))
+
+
+def write_csv(predictions: Iterable[RunPrediction]) -> str:
+    """The predictions as the text of a table `run_id,step_seconds,memory_gib,fits`; blank where there is none."""
+    handle = io.StringIO()
+    writer = csv.writer(handle, lineterminator="\n")
+    writer.writerow(("run_id", "step_seconds", "memory_gib", "fits"))
+    for item in predictions:
+        if item.estimate is None:
+            writer.writerow((item.run_id, "", "", ""))
+        else:
+            found = item.estimate
+            writer.writerow((item.run_id, f"{found.step_seconds:.7g}", f"{found.memory.total / GIB:.6g}", int(found.fits)))
+    return handle.getvalue()
+
+
+def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEFAULT) -> tuple[Case, Estimate]:
+    """The case a row describes and its estimate, with what the row leaves open chosen.
+
+    Degrees: a blank degree is 1, except one that follows from the others and `gpus`. Micro-batch, virtual stages of an
+    interleaved schedule, recomputation and ZeRO stage, where blank, are chosen as a careful user would: the fastest
+    candidate among those predicted to fit, the smallest in memory if none does.
+
+    Raises:
+        UserError: the row lacks what a prediction needs, or contradicts itself.
+    """
+    base = base_case(row, machine)
+    best: tuple[Case, Estimate] | None = None
+    for case in candidates(row, base):
+        found = estimate(case, constants)
+        if best is None or _better(found, best[1]):
+            best = case, found
+    assert best is not None, "there is always one candidate"
+    return best
+
+
+def _better(new: Estimate, old: Estimate) -> bool:
+    if new.fits != old.fits:
+        return new.fits
+    if not new.fits:
+        return new.memory.total < old.memory.total
+    return new.step_seconds < old.step_seconds
+
+
+def candidates(row: Row, base: Case) -> Iterator[Case]:
+    """`base` with every choice of what the row leaves open."""
+    share = max(1, base.global_batch // base.data)
+    sizes = [base.micro_batch] if "micro_batch" in row else [size for size in (1, 2, 4, 8, 16, 32) if share % size == 0]
+    chunks: Sequence[int] = (base.virtual_stages,)
+    if base.schedule == "interleaved1f1b" and "virtual_stages" not in row:
+        chunks = [count for count in (2, 3, 4, 5, 6) if count * base.pipeline <= base.model.layers] or [1]
+    repeats = (base.recompute,) if "recompute" in row else ("none", "selective", "full")
+    stages = (base.zero_stage,) if "zero_stage" in row or base.data == 1 else (0, 1, 3)
+    for size in sizes:
+        for count in chunks:
+            for repeat in repeats:
+                for stage in stages:
+                    yield replace(base, micro_batch=size, virtual_stages=count, recompute=repeat, zero_stage=stage)
+
+
+def base_case(row: Row, machine: Machine | None = None) -> Case:
+    """The case of a row, with open choices at their first candidate."""
+    model = Transformer.from_values({key: int(row[key]) for key in MODEL_KEYS if key in row})
+    place = _machine(row, machine)
+    degrees = _degrees(row)
+    attention = str(row.get("attention", "math" if place.accelerator.name.startswith(("v100", "t4")) else "flash"))
+    precision = str(row.get("precision", "bf16" if "bf16" in place.accelerator.peak_flops else "fp16"))
+    schedule = str(row.get("schedule", "1f1b"))
+    virtual = int(row.get("virtual_stages", 1))
+    if schedule in V_SHAPED:
+        virtual = 2
+    elif virtual > 1:
+        schedule = "interleaved1f1b"
+    micro_batch = int(row.get("micro_batch", 1))
+    if degrees["pipeline"] == 1:
+        schedule, virtual = "1f1b", 1
+    if degrees["pipeline"] * virtual > model.layers + 2:
+        raise PlanError(f"pipeline={degrees['pipeline']} x virtual_stages={virtual}: more stages than the {model.layers} layers")
+    experts = model.experts
+    return Case(
+        model=model,
+        machine=place,
+        seq_len=int(row["seq_len"]),
+        global_batch=int(row.get("global_batch", micro_batch * degrees["data"])),
+        micro_batch=micro_batch,
+        zero_stage=int(row.get("zero_stage", 0)),
+        virtual_stages=virtual,
+        expert=min(int(row.get("expert", 1)), experts) if experts else 1,
+        sequence_parallel=bool(row.get("sequence_parallel", 0)) and degrees["tensor"] > 1,
+        recompute=str(row.get("recompute", "none")),
+        attention=attention,
+        precision=precision,
+        compile=bool(row.get("compile", 0)),
+        schedule=schedule,
+        **degrees,
+    )
+
+
+def _degrees(row: Row) -> dict[str, int]:
+    """Degrees of data, tensor, pipeline and context; what is blank follows from `gpus` or is 1."""
+    degrees = {axis: int(row[axis]) for axis in ("data", "tensor", "pipeline", "context") if axis in row}
+    product = 1
+    for degree in degrees.values():
+        product *= degree
+    gpus = int(row.get("gpus", product))
+    if gpus % product:
+        raise PlanError(f"gpus={gpus} is no multiple of the degrees {degrees}; their product must be the number of GPUs")
+    for axis in ("data", "tensor", "pipeline", "context"):
+        if axis not in degrees:
+            degrees[axis] = gpus // product if axis == "data" else 1
+            product = product * degrees[axis]
+    if product != gpus:
+        raise PlanError(f"degrees {degrees} make {product} workers, but gpus={gpus}; their product must be the number of GPUs")
+    return degrees
+
+
+def _machine(row: Row, measured: Machine | None) -> Machine:
+    per_node = int(row["gpus_per_node"]) if "gpus_per_node" in row else None
+    network = float(row["internode_gbps_per_gpu"]) if "internode_gbps_per_gpu" in row else None
+    known = catalogue.canonical_name(str(row["hardware"]))
+    if measured is not None and known == catalogue.canonical_name(measured.accelerator.name) and network is None:
+        return replace(measured, gpus_per_node=per_node or measured.gpus_per_node)
+    return catalogue.machine(str(row["hardware"]), gpus_per_node=per_node, gbits_per_gpu=network)

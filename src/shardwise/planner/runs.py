@@ -1,0 +1,121 @@
+"""Tables of training runs in the canonical columns: read what describes a run, never what was measured.
+
+Only the columns in `INPUTS` reach the predictor; measured columns and free text are dropped while reading, before any
+row is looked at, so that a prediction cannot depend on them.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from shardwise.errors import DataError
+
+WHOLE = (
+    "gpus", "gpus_per_node", "layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "experts", "experts_per_token", "seq_len",
+    "global_batch", "micro_batch", "data", "zero_stage", "tensor", "pipeline", "virtual_stages", "context", "expert",
+)  # fmt: skip
+FLAGS = ("gated_ffn", "tied_embeddings", "sequence_parallel", "compile")
+REAL = ("internode_gbps_per_gpu",)
+WORDS = ("hardware", "recompute", "attention", "precision", "schedule")
+INPUTS = ("run_id", *WORDS, *REAL, *WHOLE, *FLAGS)
+"""Columns a prediction may use."""
+
+MEASURED = ("status", "step_seconds", "tokens_per_s_per_gpu", "memory_gib", "tflops_per_gpu", "note")
+"""Columns that hold or tell outcomes; never read. `source` and `group` only label rows and are not read either."""
+
+REQUIRED = ("run_id", "hardware", "layers", "hidden", "seq_len")
+CHOICES = {
+    "recompute": {"none": "none", "selective": "selective", "full": "full"},
+    "attention": {"flash": "flash", "math": "math"},
+    "precision": {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "mxfp8": "fp8", "nvfp4": "fp8"},
+    "schedule": {
+        "gpipe": "gpipe", "1f1b": "1f1b", "interleaved": "interleaved1f1b", "interleaved1f1b": "interleaved1f1b", "zerobubble": "zerobubble",
+        "zb-h1": "zerobubble", "zbv": "zbv", "zb-v": "zbv", "dualpipev": "dualpipev", "dualpipe": "dualpipev",
+    },
+}  # fmt: skip
+ZERO_ALLOWED = ("experts", "experts_per_token", "zero_stage")
+
+Row = Mapping[str, str | int | float]
+"""What is known of one run: blanks are left out."""
+
+
+def read_runs(path: Path) -> list[Row]:
+    """Read the describing columns of a table; lines that start with `#` are comments.
+
+    Raises:
+        DataError: the file is missing or not a table, a required column is absent, a run_id is blank or repeated, or a
+            cell is not of its kind; the message names the file, the line and the column.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as handle:
+            return parse_runs(handle, str(path))
+    except OSError as error:
+        raise DataError(f"table {path}: {error.strerror}; give a CSV file in the canonical columns") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"table {path} is not UTF-8 text: {error}") from error
+
+
+def parse_runs(lines: Iterable[str], name: str) -> list[Row]:
+    """As `read_runs`, from lines of text; `name` is used in messages."""
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if not line.startswith("#") and line.strip()]
+    reader = csv.reader(line for _, line in numbered)
+    try:
+        table = list(reader)
+    except csv.Error as error:
+        raise DataError(f"table {name}: {error}") from error
+    if not table:
+        raise DataError(f"table {name} is empty: the first line that is no comment names the columns")
+    header = [column.strip() for column in table[0]]
+    missing = [column for column in REQUIRED if column not in header]
+    if missing:
+        raise DataError(f"table {name}: column {missing[0]!r} is missing; required are {', '.join(REQUIRED)}")
+    doubled = [column for column in set(header) if header.count(column) > 1]
+    if doubled:
+        raise DataError(f"table {name}: column {doubled[0]!r} is there twice")
+    wanted = [(index, column) for index, column in enumerate(header) if column in INPUTS]
+    rows: list[Row] = []
+    seen: set[str] = set()
+    places = [number for number, _ in numbered] if len(numbered) == len(table) else list(range(1, len(table) + 1))
+    for number, cells in zip(places[1:], table[1:], strict=True):
+        where = f"table {name}, line {number}"
+        if len(cells) != len(header):
+            raise DataError(f"{where}: {len(cells)} cells for {len(header)} columns")
+        row = {column: value for index, column in wanted if (value := _cell(column, cells[index], where)) is not None}
+        run = row.get("run_id")
+        if run is None or run in seen:
+            raise DataError(f"{where}, column run_id: {'blank' if run is None else f'{run!r} is there twice'}; every run needs its own")
+        seen.add(str(run))
+        rows.append(row)
+    return rows
+
+
+def _cell(column: str, text: str, where: str) -> str | int | float | None:
+    """The value of one cell; None for a blank one."""
+    text = text.strip()
+    if not text:
+        return None
+    here = f"{where}, column {column}"
+    if column in CHOICES:
+        known = CHOICES[column]
+        if text.lower() not in known:
+            raise DataError(f"{here}: {text!r} is not one of {', '.join(known)}; leave it blank if unknown")
+        return known[text.lower()]
+    if column in ("run_id", "hardware"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{here}: {text!r} is not a number; leave it blank if unknown")
+    if column in REAL:
+        if value < 0:
+            raise DataError(f"{here}: {text!r} must not be negative; leave it blank if unknown")
+        return value if value else None
+    whole = round(value)
+    low = 0 if column in FLAGS or column in ZERO_ALLOWED else 1
+    high = {"zero_stage": 3}.get(column, 1 if column in FLAGS else 10**9)
+    if whole != value or not low <= whole <= high:
+        raise DataError(f"{here}: {text!r} must be a whole number from {low} to {high}; leave it blank if unknown")
+    return whole

@@ -1,0 +1,215 @@
+"""One optimizer step of a case: compute, communication after overlap, pipeline bubble, optimizer; and the memory beside it."""
+
+from dataclasses import dataclass
+
+from shardwise.planner.case import Case
+from shardwise.planner.collectives import Network, all_gather, all_reduce, all_to_all, group, network, reduce_scatter, send
+from shardwise.planner.compute import Device, Work, adam_seconds, device_rates
+from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.layers import embedding_work, head_work, layer_work
+from shardwise.planner.memory import CONTEXT_BYTES, MemoryParts, layer_parameters, rank_memory, stage_parameters, state_bytes
+from shardwise.planner.schedule import Timeline, simulate, stages_per_rank
+
+GATHERS_PER_LAYER = 12
+"""Tensors of a transformer layer; sharded training of the classic kind gathers each by itself."""
+
+SELECTIVE_REPEAT = 0.4
+"""Share of a layer that selective recomputation repeats beside fused attention: every second product and all that is cheap."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted step: seconds by part (they sum to the step), the pipeline's timeline, bytes by part and whether it fits."""
+
+    seconds: dict[str, float]
+    memory: MemoryParts
+    timeline: Timeline
+    fits: bool
+    certain: bool
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of one optimizer step."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Seconds of a forward and a backward pass of something."""
+
+    forward: float
+    backward: float
+
+
+def estimate(case: Case, constants: Constants = DEFAULT) -> Estimate:
+    """Predict one optimizer step of `case`."""
+    device = device_rates(case.machine.accelerator, case.precision, constants)
+    net = network(case.machine, constants)
+    layer, ends, parts = _passes(case, device, net, constants)
+    forward, backward = _stages(case, layer, ends)
+    hop = _hop_seconds(case, net)
+    ranks = case.pipeline
+    timeline = simulate(case.schedule, case.micro_batches, forward, backward, hop, ranks)
+    memory = rank_memory(case, timeline.in_flight)
+    seconds = _split(parts, timeline)
+    last_backward = max(backward[rank] for rank in range(ranks))
+    seconds["gradients"] = _gradient_seconds(case, net, last_backward, constants)
+    heaviest = max(range(ranks), key=lambda rank: sum(stage_parameters(case, rank)))
+    dense, experts = stage_parameters(case, heaviest)
+    owned = state_bytes(case, dense * case.virtual_stages, experts * case.virtual_stages)[2] / (8.0 if case.zero_stage == 3 or case.precision == "fp32" else 12.0)
+    seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
+    capacity = case.machine.accelerator.memory_bytes.value
+    needed = memory.total + CONTEXT_BYTES
+    return Estimate(seconds, memory, timeline, needed <= capacity, not 0.92 * capacity < needed < 1.08 * capacity)
+
+
+def _passes(case: Case, device: Device, net: Network, constants: Constants) -> tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]:
+    """Seconds of one layer and of both ends (embedding, output projection) for one micro-batch; shares of the layer's time."""
+    work = layer_work(case, device, constants)
+    repeat = Work()
+    if case.recompute == "full":
+        repeat = work.forward
+    elif case.recompute == "selective":
+        repeat = work.core_forward if case.attention == "math" else work.forward.times(SELECTIVE_REPEAT)
+    tensor_forward = _tensor_seconds(case, net)
+    exchange = _exchange_seconds(case, net)
+    ahead, back = work.forward, work.backward + repeat
+    compute_f, compute_b = _device_or_host(ahead, constants, case), _device_or_host(back, constants, case)
+    inner_f = tensor_forward + exchange
+    inner_b = tensor_forward * (2 if case.recompute == "full" else 1) + exchange * (2 if case.recompute == "full" else 1)
+    ring_f = max(0.0, _ring_seconds(case, net) - work.core_forward.seconds)
+    shard_f, shard_b = _shard_seconds(case, net, sum(layer_parameters(case)))
+    total_f = _hidden(compute_f + inner_f + ring_f, shard_f, case, constants)
+    total_b = _hidden(compute_b + inner_b + 2 * ring_f, shard_b, case, constants)
+    embed_f, embed_b = embedding_work(case, device)
+    head_f, head_b = head_work(case, device)
+    table = case.model.embedding_parameters / case.tensor
+    end_f, end_b = _shard_seconds(case, net, table)
+    if case.tensor > 1:
+        embed_comm = all_reduce(2.0 * case.tokens * case.model.hidden, group(case, "tensor"), net)
+    else:
+        embed_comm = 0.0
+    embed = _Pass(_device_or_host(embed_f, constants, case) + embed_comm + end_f, _device_or_host(embed_b, constants, case) + end_b)
+    shared = 0.0 if case.model.tied_embeddings else 1.0
+    head = _Pass(
+        _hidden(_device_or_host(head_f, constants, case), shared * end_f, case, constants),
+        _hidden(_device_or_host(head_b, constants, case) + embed_comm, shared * end_b, case, constants),
+    )
+    whole = total_f + total_b
+    parts = {
+        "recompute": repeat.seconds / whole,
+        "tensor": (inner_f + inner_b - 0.0) / whole,
+        "context": 3 * ring_f / whole,
+        "shards": (total_f + total_b - compute_f - compute_b - inner_f - inner_b - 3 * ring_f) / whole,
+    }
+    return _Pass(total_f, total_b), (embed, head), parts
+
+
+def _device_or_host(work: Work, constants: Constants, case: Case) -> float:
+    """The slower of the device's work and the host's launches; a compiled layer launches in fewer, cheaper calls."""
+    return max(work.seconds, work.kernels * constants.launch_seconds * (0.5 if case.compile else 1.0))
+
+
+def _hidden(compute: float, communication: float, case: Case, constants: Constants) -> float:
+    """Time of compute and communication side by side; classic software does one after the other."""
+    if case.classic:
+        return compute + communication
+    return max(compute, communication) + constants.overlap_cost * min(compute, communication)
+
+
+def _tensor_seconds(case: Case, net: Network) -> float:
+    """Two all-reduces a layer and pass, or as many gathers and scatters (Megatron-LM, arXiv:1909.08053, figure 4)."""
+    if case.tensor == 1:
+        return 0.0
+    ranks = group(case, "tensor")
+    size = 2.0 * case.tokens * case.model.hidden
+    if case.sequence_parallel:
+        return 2.0 * (all_gather(size, ranks, net) + reduce_scatter(size, ranks, net))
+    return 2.0 * all_reduce(size, ranks, net)
+
+
+def _exchange_seconds(case: Case, net: Network) -> float:
+    """Tokens to their experts and back: two all-to-alls a layer and pass."""
+    if not case.model.experts or case.expert == 1:
+        return 0.0
+    size = 2.0 * case.tokens * case.model.hidden * case.model.experts_per_token
+    if case.sequence_parallel:
+        size /= case.tensor
+    return 2.0 * all_to_all(size, group(case, "expert"), net)
+
+
+def _ring_seconds(case: Case, net: Network) -> float:
+    """Keys and values once around the context ranks."""
+    if case.context == 1:
+        return 0.0
+    size = 4.0 * case.tokens * case.model.kv_hidden / case.tensor
+    return all_gather(size * case.context, group(case, "context"), net)
+
+
+def _shard_seconds(case: Case, net: Network, parameters: float) -> tuple[float, float]:
+    """(forward, backward) communication of sharded parameters: gather ahead, gather again and reduce-scatter behind."""
+    if case.zero_stage != 3 or case.data * case.context == 1:
+        return 0.0, 0.0
+    ranks = group(case, "shard")
+    calls = GATHERS_PER_LAYER if case.classic else 1
+    half = 4.0 if case.precision == "fp32" else 2.0
+    gather = calls * all_gather(half * parameters / calls, ranks, net)
+    scatter = calls * reduce_scatter(_gradient_bytes(case) * parameters / calls, ranks, net)
+    return gather, gather + scatter
+
+
+def _gradient_bytes(case: Case) -> float:
+    """Bytes of one reduced gradient: fp16 software reduces in fp16, bf16 software in fp32."""
+    return 2.0 if case.precision == "fp16" else 4.0
+
+
+def _stages(case: Case, layer: _Pass, ends: tuple[_Pass, _Pass]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    layers = case.layers_per_stage
+    forward = [count * layer.forward for count in layers]
+    backward = [count * layer.backward for count in layers]
+    for index, end in ((0, ends[0]), (-1, ends[1])):
+        forward[index] += end.forward
+        backward[index] += end.backward
+    return tuple(forward), tuple(backward)
+
+
+def _hop_seconds(case: Case, net: Network) -> float:
+    """One activation to the next pipeline rank; tensor ranks send a part each."""
+    if case.pipeline == 1:
+        return 0.0
+    size = 2.0 * case.tokens * case.model.hidden / case.tensor
+    across = case.workers > case.machine.gpus_per_node and group(case, "pipeline").nodes > 1
+    return send(size, across, net)
+
+
+def _gradient_seconds(case: Case, net: Network, last_backward: float, constants: Constants) -> float:
+    """Exposed reduction of gradients over replicas, and the gather of updated parameters with sharded optimizer states."""
+    replicas = case.data * case.context
+    if case.zero_stage == 3 or replicas == 1:
+        return 0.0
+    ranks = group(case, "shard")
+    dense, experts = (sum(values) for values in zip(*(stage_parameters(case, s) for s in range(0, case.pipeline * case.virtual_stages, case.pipeline)), strict=True))
+    count = dense + experts
+    size = _gradient_bytes(case) * count
+    if case.zero_stage == 0:
+        whole, after = all_reduce(size, ranks, net), 0.0
+    else:
+        whole, after = reduce_scatter(size, ranks, net), all_gather(2.0 * count, ranks, net)
+    if case.classic:
+        return whole + after
+    hidden = min(constants.gradient_overlap * whole, last_backward)
+    return whole - hidden * (1.0 - constants.overlap_cost) + after
+
+
+def _split(parts: dict[str, float], timeline: Timeline) -> dict[str, float]:
+    """Seconds by part: the bubble is the idle time of the busiest rank, the rest is shared as in one layer."""
+    busy = timeline.busiest_seconds
+    seconds = {name: share * busy for name, share in parts.items()}
+    seconds["compute"] = busy - sum(seconds.values())
+    seconds["bubble"] = timeline.seconds - busy
+    return seconds
+
+
+def stages_of(case: Case) -> int:
+    """Stages of the model on all pipeline ranks."""
+    return case.pipeline * stages_per_rank(case.schedule, case.virtual_stages)
