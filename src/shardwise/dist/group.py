@@ -1,0 +1,88 @@
+"""The process group: made here and nowhere else.
+
+Raw gloo answers a wait that is too long with "Timed out waiting 1800000ms for recv operation". What it means, and which
+rank says so, is added here.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shardwise import errors
+from shardwise.spec.rank import Rank
+
+_TIMEOUT_TEXTS = ("timed out", "timeout")
+
+
+@contextmanager
+def process_group(rank: Rank, device: str, timeout_seconds: float) -> Iterator[None]:
+    """The default process group of all workers, while the block runs: gloo, and on an accelerator its own backend too.
+
+    One worker gets no group at all: a serial run talks to nobody.
+
+    Args:
+        rank: who this process is.
+        device: device type of the run ("cpu", "cuda", ...); on an accelerator the device number local_rank becomes the
+            current one.
+        timeout_seconds: how long a collective waits for the other ranks.
+
+    Raises:
+        RunFailed: the other ranks did not come to a collective (or to the start) in time.
+    """
+    if rank.workers == 1:
+        if device != "cpu":
+            torch.accelerator.set_device_index(rank.local_rank)
+        yield
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    with _timeouts_explained(rank, timeout_seconds):
+        _init(rank, device, timeout)
+        yield
+    # Left out when the block raised: the process is about to end, and leaving a group can wait for ranks that are gone.
+    dist.destroy_process_group()
+
+
+def _init(rank: Rank, device: str, timeout: timedelta) -> None:
+    if device == "cpu":
+        backend, device_id = "gloo", None
+    else:
+        torch.accelerator.set_device_index(rank.local_rank)
+        # gloo beside it, for what lives on the CPU: flags, counts, checkpoint plans.
+        backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
+        device_id = torch.device(device, rank.local_rank)
+    # The store's keys carry the number of the restart, because a launcher may keep one store over restarts, and the
+    # addresses of ranks that died would be found there.
+    store = dist.PrefixStore(f"shardwise/restart/{rank.restarts}", _store(rank, timeout))
+    dist.init_process_group(
+        backend, store=store, rank=rank.rank, world_size=rank.workers, timeout=timeout, device_id=device_id
+    )
+
+
+def _store(rank: Rank, timeout: timedelta) -> dist.Store:
+    if rank.endpoint is None:
+        store, _, _ = next(iter(dist.rendezvous("env://", rank.rank, rank.workers, timeout=timeout)))
+        return store
+    host, _, port = rank.endpoint.rpartition(":")
+    return dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+@contextmanager
+def _timeouts_explained(rank: Rank, timeout_seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error).lower() for text in _TIMEOUT_TEXTS):
+            raise
+        raise errors.RunFailed(
+            f"rank {rank.rank} timed out waiting for the other ranks: a collective was not joined by all of them within "
+            f"{timeout_seconds:g} s. A rank that hangs, that left the loop early or that runs other code than the rest is "
+            "the usual cause; the traceback shows what this rank waited in. If the others are only slow, allow more time.",
+            rank=rank.rank,
+            details=traceback.format_exc(),
+        ) from error

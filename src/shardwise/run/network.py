@@ -1,0 +1,59 @@
+"""Addresses: HOST:PORT endpoints, and which network interface leads to a host."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+
+from shardwise import errors
+
+LOOPBACK = "127.0.0.1"
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """(host, port) of a text "HOST:PORT" (an IPv6 host in brackets).
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    host, colon, port = endpoint.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise errors.UserError(
+            f"the rendezvous endpoint is {endpoint!r}; it must be HOST:PORT of node 0, such as 10.0.0.1:29500."
+        )
+    return host, int(port)
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of this machine's interface that leads to `host`, or None where it cannot be told.
+
+    gloo otherwise takes the interface of the machine's own host name, which on many machines does not resolve, or
+    resolves to an address that the other nodes cannot reach.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4][0]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # a datagram socket: chooses the route, sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for _, name in socket.if_nameindex():
+        if _address_of(name) == own:
+            return name
+    return None
+
+
+def _address_of(interface: str) -> str | None:
+    import fcntl  # not on every system
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            request = struct.pack("256s", interface.encode()[:15])
+            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+        except OSError:
+            return None

@@ -1,0 +1,160 @@
+"""The process of one rank: how it is started, and what runs in it before and after the worker function.
+
+Why a worker is forked where that is allowed: a forked worker inherits the imported torch (more than a second of start-up),
+the job's closures, and the arrays already loaded, as shared pages. Two things make it safe:
+
+- OpenMP. A process whose OpenMP pool has started cannot be forked by the thread that owns the pool: the child believes
+  in threads that do not exist there and hangs in its first parallel region. The pool belongs to a *thread*, though.
+  The launcher forks from a thread of its own that never runs a tensor operation, so that the child builds a fresh pool.
+- Accelerators. Their contexts do not survive a fork, so workers on a device other than the CPU are spawned. The worker
+  function must then be picklable: a function of a module, or a functools.partial of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+
+import torch
+
+from shardwise import errors
+from shardwise.run.failure import Failure, from_exception
+from shardwise.spec.rank import Rank
+
+StartMethod = Literal["fork", "spawn"]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a worker needs to know besides its rank.
+
+    Attributes:
+        worker: the function to run.
+        threads: intra-operation threads of torch in each worker.
+        environment: variables to set before the function runs.
+        launcher_pid: the process whose end ends the worker.
+        wants_result: whether the launcher will use this worker's result.
+    """
+
+    worker: Callable[[Rank], Any]
+    threads: int
+    environment: dict[str, str]
+    launcher_pid: int
+    wants_result: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a worker sends when it is done: exactly one of a result (pickled), a failure, a stop."""
+
+    result: bytes | None = None
+    failure: Failure | None = None
+    stopped: str | None = None
+
+
+def default_start_method(device: str) -> StartMethod:
+    """fork for CPU workers on Linux, spawn elsewhere (macOS system libraries do not survive a fork)."""
+    return "fork" if device == "cpu" and sys.platform == "linux" else "spawn"
+
+
+def start(method: StartMethod, setup: Setup, rank: Rank) -> tuple[BaseProcess, Connection]:
+    """Starts the process of one rank; returns it with the end of the pipe on which its Outcome arrives.
+
+    Raises:
+        UserError: the worker function cannot be pickled and the start method is spawn.
+    """
+    context: ForkContext | SpawnContext = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(setup, rank, theirs), name=f"rank {rank.rank}", daemon=False)
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns about every fork of a process with threads; see the top of this file.
+            warnings.filterwarnings("ignore", message=".*multi-threaded.*", category=DeprecationWarning)
+            process.start()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise errors.UserError(
+            f"the worker function {setup.worker!r} cannot be sent to a new process: {error}. Workers are spawned on this "
+            "device or system, so the function and its arguments must be picklable: define them at the top level of a "
+            "module (functools.partial of such a function is fine), not as a lambda or inside another function."
+        ) from error
+    finally:
+        theirs.close()
+    return process, ours
+
+
+def set_threads(threads: int) -> None:
+    """Sets torch's intra-operation threads of this process, and one inter-operation thread."""
+    torch.set_num_threads(threads)
+    if torch.get_num_interop_threads() != 1:
+        try:
+            torch.set_num_interop_threads(1)
+        except RuntimeError:
+            # Only allowed once per process. Eager training uses no inter-operation threads, so nothing depends on it.
+            return
+
+
+def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
+    _end_with_launcher(setup.launcher_pid)
+    # A process group of its own: Ctrl-C in a terminal reaches the launcher alone, which passes it on once, and whatever
+    # the worker starts can be ended together with it.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(setup.environment)
+    set_threads(setup.threads)
+    outcome = _run(setup, rank)
+    # After the function has returned, a stop request has nothing left to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipe.send(outcome)
+    pipe.close()
+
+
+def _run(setup: Setup, rank: Rank) -> Outcome:
+    try:
+        result = setup.worker(rank)
+    except errors.Stopped as stop:
+        return Outcome(stopped=str(stop))
+    except KeyboardInterrupt:
+        return Outcome(stopped="interrupted (SIGINT) before the workers could save anything")
+    except Exception as error:  # noqa: BLE001 - every exception of the worker is reported by the launcher
+        return Outcome(failure=from_exception(error, rank.rank))
+    if not setup.wants_result:
+        return Outcome(result=b"")
+    try:
+        # The plain pickler copies tensors; multiprocessing's own would hand over memory that ends with the worker.
+        return Outcome(result=pickle.dumps(result, protocol=5))
+    except Exception as error:  # noqa: BLE001 - pickling runs the result's own code
+        what = f"returned a {type(result).__name__} that cannot be sent to the launcher: {error}"
+        return Outcome(failure=Failure(rank=rank.rank, kind="error", summary=what))
+
+
+def _end_with_launcher(launcher_pid: int) -> None:
+    """Makes the end of the launcher, even by SIGKILL, the end of this process."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    else:
+        threading.Thread(target=_watch_parent, args=(launcher_pid,), daemon=True).start()
+    if os.getppid() != launcher_pid:  # it ended before the line above
+        os._exit(1)
+
+
+def _watch_parent(launcher_pid: int) -> None:
+    while os.getppid() == launcher_pid:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,154 @@
+"""Where the nodes of a run meet: a torchelastic rendezvous with a fixed number of nodes and fixed node numbers.
+
+torchelastic's own two do not fit. `static` keeps one store, without a prefix, over all restarts, so that a restarted
+group finds the addresses of the group that died. `c10d` numbers the nodes as they come, while `--node-rank` promises the
+number, and it is several times slower to start. Here every round has its own keys (one node: its own store and port).
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import final
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousGracefulExitError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+)
+
+LOOPBACK = "127.0.0.1"
+_SLICE_SECONDS = 0.5
+
+
+@final
+class FixedRendezvous(RendezvousHandler):
+    """Brings the launchers of `nodes` nodes together, again for every restart.
+
+    Args:
+        node: number of this node; node 0 hosts the store at `endpoint`.
+        nodes: how many nodes there are.
+        endpoint: (host, port) of the store; not used for one node.
+        run_id: name of the run; launchers of different runs never meet, even at the same endpoint.
+        join_seconds: how long to wait for the others.
+        cancelled: asked twice a second; True ends the waiting.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: int,
+        nodes: int,
+        endpoint: tuple[str, int],
+        run_id: str,
+        join_seconds: float,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.node = node
+        self.nodes = nodes
+        self.endpoint = endpoint
+        self.run_id = run_id
+        self.round = -1
+        self._join_seconds = join_seconds
+        self._cancelled = cancelled
+        self._store: TCPStore | None = None
+        self._closed = False
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        if self.nodes == 1:
+            # A fresh port for every round: nothing of a group that died can reach the next one.
+            self.round += 1
+            self._store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+            return self._info(self._store, LOOPBACK, self._store.port)
+        host, port = self.endpoint
+        if self._store is None:
+            self._store = self._connect(host, port)
+        store = PrefixStore(f"shardwise/{self.run_id}", self._store)
+        self.round = self._next_round(store)
+        self._join(PrefixStore(f"round/{self.round}", store))
+        return self._info(PrefixStore(f"round/{self.round}", store), host, port)
+
+    def _info(self, store: Store, host: str, port: int) -> RendezvousInfo:
+        return RendezvousInfo(store, self.node, self.nodes, RendezvousStoreInfo(host, port))
+
+    def _connect(self, host: str, port: int) -> TCPStore:
+        deadline = time.monotonic() + self._join_seconds
+        while True:
+            self._check_cancelled()
+            try:
+                if self.node == 0:
+                    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+                with socket.create_connection((host, port), timeout=_SLICE_SECONDS):
+                    pass
+                return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+            except (DistError, OSError) as error:
+                if self.node == 0:
+                    raise RendezvousConnectionError(
+                        f"node 0 cannot host the store at {host}:{port}: {error}"
+                    ) from error
+                if time.monotonic() > deadline:
+                    raise RendezvousTimeoutError(
+                        f"nobody answers at the rendezvous endpoint {host}:{port} within {self._join_seconds:g} s. "
+                        "Node 0 must run with the same --rdzv-endpoint, and this machine must be able to reach it."
+                    ) from error
+                time.sleep(0.05)
+
+    def _next_round(self, store: Store) -> int:
+        """The round to join: the one after ours, or, for a node that comes (back) late, the one the others wait in."""
+        while True:
+            newest = int(store.compare_set("newest_round", "", "0"))
+            wanted = max(self.round + 1, newest)
+            if self.round < 0 and store.check([f"round/{newest}/full"]):
+                wanted = newest + 1  # the others run without us: they will notice that we died, and come to the next
+            if wanted == newest or int(store.compare_set("newest_round", str(newest), str(wanted))) >= wanted:
+                return wanted
+
+    def _join(self, store: Store) -> None:
+        deadline = time.monotonic() + self._join_seconds
+        store.set(f"here/{self.node}", b"1")
+        while True:
+            missing = [node for node in range(self.nodes) if not store.check([f"here/{node}"])]
+            if not missing:
+                store.set("full", b"1")
+                return
+            self._check_cancelled()
+            if time.monotonic() > deadline:
+                names = ", ".join(f"node {node}" for node in missing)
+                raise RendezvousTimeoutError(
+                    f"{names} of {self.nodes} nodes did not come within {self._join_seconds:g} s. Start the same command "
+                    "on every node, with its own --node-rank and the same --nnodes, --rdzv-endpoint and --rdzv-id."
+                )
+            time.sleep(0.02)
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled():
+            raise RendezvousGracefulExitError("stopped while waiting for the other nodes")
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def get_backend(self) -> str:
+        return "shardwise"
+
+    def get_run_id(self) -> str:
+        return self.run_id
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def set_closed(self) -> None:
+        self._closed = True
+
+    def shutdown(self) -> bool:
+        self._closed = True
+        return True

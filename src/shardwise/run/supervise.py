@@ -1,0 +1,309 @@
+"""The agent: starts the workers of one node, watches them, ends them, and starts them again.
+
+It is torchelastic's SimpleElasticAgent (rendezvous, restarts, the barrier at the end) with our own handling of the
+processes, because torchelastic's LocalElasticAgent asks the other workers of a failed group to end with SIGTERM and
+waits for them up to 30 seconds; workers that treat SIGTERM as "save and stop" would start to save, without the rank
+that failed. Here SIGTERM always means the user's wish, a failed group is ended with SIGKILL at once, and a group that
+was asked to stop still delivers its results.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, final
+
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    SimpleElasticAgent,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+
+from shardwise.run.failure import Failure, first_cause, from_exit_code, is_echo
+from shardwise.run.pulse import Pulse
+from shardwise.run.rendezvous import FixedRendezvous
+from shardwise.run.process import Outcome, Setup, StartMethod, start
+from shardwise.spec.rank import Rank
+
+_POLL_SECONDS = 0.05
+_SETTLE_SECONDS = 1.0
+_LINGER_SECONDS = 10.0
+
+
+@dataclass(kw_only=True)
+class _Child:
+    rank: int
+    process: BaseProcess
+    pipe: Connection
+    outcome: Outcome | None = None
+    done_at: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self) -> None:
+        """Ends the worker and everything in its process group, if it has not been reaped yet."""
+        if self.process.pid is not None and self.process.exitcode is None:
+            for end in (os.killpg, os.kill):  # killpg fails in the instant before the worker has made its group
+                try:
+                    end(self.process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How one node's workers are started and ended.
+
+    Attributes:
+        local_workers: workers on this node.
+        start_method: how their processes start.
+        grace_seconds: how long workers may take to save after a stop signal.
+        lost_after_seconds: how long a node may give no sign of life (several nodes only).
+        environment: variables of every worker, besides those that name its rank.
+    """
+
+    local_workers: int
+    start_method: StartMethod
+    grace_seconds: float
+    lost_after_seconds: float
+    environment: dict[str, str]
+
+
+@final
+class RankAgent(SimpleElasticAgent):
+    """Runs `setup.worker` in the ranks of this node. Read `failure`, `stopped` and `result` after `run()`."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        rendezvous: FixedRendezvous,
+        setup: Setup,
+        options: Options,
+        report: Callable[[str], None],
+    ) -> None:
+        # Long after the slowest node must have ended: a node that died while others waited here is found by its pulse.
+        super().__init__(spec, exit_barrier_timeout=options.grace_seconds)
+        self.failure: Failure | None = None
+        self.stopped: str | None = None
+        self.result: bytes = b""
+        self._rendezvous_handler = rendezvous
+        self._setup = setup
+        self._options = options
+        self._report = report
+        self._children: list[_Child] = []
+        self._pulse: Pulse | None = None
+        self._signals: list[int] = []  # appended to by another thread
+        self._forwarded = 0
+        self._forwarded_at = 0.0
+
+    # Called by other threads -------------------------------------------------------------------------------------
+
+    def stop(self, signal_number: int) -> None:
+        """Passes a stop signal on to the workers; a second one kills them. Safe to call from a signal handler."""
+        self._signals.append(signal_number)
+
+    def stop_requested(self) -> bool:
+        return bool(self._signals)
+
+    def abandon(self) -> None:
+        """Ends everything: the launcher itself is leaving. A second stop signal does the same."""
+        self._signals += [signal.SIGTERM, signal.SIGTERM]
+
+    # What SimpleElasticAgent asks for ----------------------------------------------------------------------------
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._children = []
+        endpoint = f"{worker_group.master_addr}:{worker_group.master_port}"
+        restarts = self._rendezvous_handler.round
+        for worker in worker_group.workers:
+            rank = Rank(
+                rank=worker.global_rank,
+                local_rank=worker.local_rank,
+                workers=worker.world_size,
+                local_workers=self._options.local_workers,
+                node=self._rendezvous_handler.node,
+                nodes=self._rendezvous_handler.nodes,
+                restarts=restarts,
+                launcher="local",
+                endpoint=endpoint,
+            )
+            setup = Setup(
+                worker=self._setup.worker,
+                threads=self._setup.threads,
+                environment={**self._options.environment, **rank_environment(rank)},
+                launcher_pid=self._setup.launcher_pid,
+                wants_result=rank.local_rank == 0,
+            )
+            process, pipe = start(self._options.start_method, setup, rank)
+            self._children.append(_Child(rank=rank.rank, process=process, pipe=pipe))
+        if self._rendezvous_handler.nodes > 1:
+            assert worker_group.store is not None
+            self._pulse = Pulse(
+                worker_group.store,
+                node=self._rendezvous_handler.node,
+                nodes=self._rendezvous_handler.nodes,
+                workers_per_node=self._options.local_workers,
+                lost_after_seconds=self._options.lost_after_seconds,
+            )
+        return {child.rank: child.process.pid for child in self._children}
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._forward_signals()
+        wait([c.process.sentinel for c in self._children if c.alive] + self._open_pipes(), timeout=_POLL_SECONDS)
+        failures = self._collect()
+        elsewhere = self._pulse.verdict() if self._pulse else None
+        if failures or elsewhere:
+            self.failure = self._agree(failures, elsewhere)
+            return self._failed(self.failure)
+        if any(child.outcome is None for child in self._children):
+            return RunResult(state=WorkerState.HEALTHY)
+        if any(child.alive for child in self._children):
+            self._end_lingering()
+            return RunResult(state=WorkerState.HEALTHY)
+        self._finish()
+        return RunResult(state=WorkerState.SUCCEEDED, return_values={child.rank: True for child in self._children})
+
+    def _stop_workers(self, worker_group: WorkerGroup, *_versions: object) -> None:
+        self._shutdown()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, **_versions: object) -> None:
+        if self._pulse:
+            self._pulse.end()
+            self._pulse = None
+        for child in self._children:
+            child.kill()
+        for child in self._children:
+            child.process.join()
+            child.pipe.close()
+        self._children = []
+
+    # Details -----------------------------------------------------------------------------------------------------
+
+    def _open_pipes(self) -> list[Connection]:
+        return [child.pipe for child in self._children if child.outcome is None]
+
+    def _collect(self) -> list[Failure]:
+        """Reads what has arrived; returns the failures known so far, in the order of being noticed."""
+        failures = []
+        for child in self._children:
+            if child.outcome is None:
+                alive = child.alive  # asked before the pipe is read: what a worker sent before it ended is in the pipe
+                child.outcome = self._receive(child, alive)
+                child.done_at = time.monotonic()
+            if child.outcome is not None and child.outcome.failure is not None:
+                failures.append(child.outcome.failure)
+        return failures
+
+    def _receive(self, child: _Child, alive: bool) -> Outcome | None:
+        try:
+            if child.pipe.poll():
+                outcome = child.pipe.recv()
+                assert isinstance(outcome, Outcome)
+                return outcome
+        except (EOFError, OSError, pickle.UnpicklingError):
+            child.process.join(timeout=_SETTLE_SECONDS)
+            alive = child.alive
+        if alive:
+            return None
+        exit_code = child.process.exitcode
+        assert exit_code is not None
+        if self._forwarded and -exit_code in self._signals:
+            return Outcome(stopped="the workers ended on the signal before they could save anything")
+        return Outcome(failure=from_exit_code(exit_code, child.rank))
+
+    def _agree(self, failures: list[Failure], elsewhere: Failure | None) -> Failure:
+        """Waits for the cause where only its echo has been seen, and settles on one failure with the other nodes."""
+        patience = _SETTLE_SECONDS + (self._options.lost_after_seconds if self._pulse else 0)
+        deadline = time.monotonic() + patience
+        while elsewhere is None and is_echo(first_cause(failures)) and time.monotonic() < deadline:
+            if not any(child.outcome is None for child in self._children) and not self._pulse:
+                break
+            time.sleep(_POLL_SECONDS / 5)
+            failures = self._collect()
+            elsewhere = self._pulse.verdict() if self._pulse else None
+        if elsewhere is not None:
+            return elsewhere
+        cause = first_cause(failures)
+        return self._pulse.publish(cause) if self._pulse else cause
+
+    def _failed(self, failure: Failure) -> RunResult:
+        if not failure.restartable or self._signals:
+            self._remaining_restarts = 0
+        elif self._remaining_restarts > 0:
+            total = self._worker_group.spec.max_restarts
+            number = total - self._remaining_restarts + 1
+            self._report(f"{failure.sentence()} Restarting all workers (restart {number} of {total}).")
+        return RunResult(state=WorkerState.FAILED)
+
+    def _forward_signals(self) -> None:
+        if len(self._signals) > self._forwarded:
+            self._forwarded = len(self._signals)
+            number = self._signals[-1]
+            name = signal.Signals(number).name
+            if self._forwarded > 1:
+                self._report(f"{name} again: ending the workers now.")
+                self._give_up(f"were ended by a second {name} before they had saved")
+                return
+            self._forwarded_at = time.monotonic()
+            self._report(
+                f"{name}: waiting up to {self._options.grace_seconds:g} s for the workers to save and stop; again to end them now."
+            )
+            for child in self._children:
+                if child.outcome is None and child.alive:
+                    assert child.process.pid is not None
+                    os.kill(child.process.pid, number)
+        elif self._forwarded and time.monotonic() - self._forwarded_at > self._options.grace_seconds:
+            self._give_up(f"did not stop within {self._options.grace_seconds:g} s and were ended")
+
+    def _give_up(self, why: str) -> None:
+        waiting = [child.rank for child in self._children if child.outcome is None]
+        names = "rank " + str(waiting[0]) if len(waiting) == 1 else "ranks " + ", ".join(map(str, waiting))
+        for child in self._children:
+            child.kill()
+            if child.outcome is None:
+                failure = Failure(
+                    rank=child.rank,
+                    kind="grace",
+                    summary=why,
+                    error_class="RunFailed",
+                    message=f"{names} {why}. The last complete checkpoint is what `--resume` continues from.",
+                )
+                child.outcome = Outcome(failure=failure)
+
+    def _end_lingering(self) -> None:
+        for child in self._children:
+            if child.alive and time.monotonic() - child.done_at > _LINGER_SECONDS:
+                self._report(f"rank {child.rank} returned but its process did not end (a thread still runs): ended it.")
+                child.kill()
+
+    def _finish(self) -> None:
+        outcomes = [child.outcome for child in self._children if child.outcome is not None]
+        self.result = outcomes[0].result or b""
+        self.stopped = next((o.stopped for o in outcomes if o.stopped is not None), None)
+
+
+def rank_environment(rank: Rank) -> dict[str, str]:
+    """torchrun's variables for this rank, for libraries that look for them. shardwise itself reads the Rank."""
+    host, _, port = (rank.endpoint or "").rpartition(":")
+    return {
+        "RANK": str(rank.rank),
+        "LOCAL_RANK": str(rank.local_rank),
+        "WORLD_SIZE": str(rank.workers),
+        "LOCAL_WORLD_SIZE": str(rank.local_workers),
+        "GROUP_RANK": str(rank.node),
+        "GROUP_WORLD_SIZE": str(rank.nodes),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": str(rank.restarts),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
