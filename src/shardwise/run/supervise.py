@@ -106,19 +106,6 @@ class RankAgent(SimpleElasticAgent):
         self._forwarded = 0
         self._forwarded_at = 0.0
 
-    # Called by other threads -------------------------------------------------------------------------------------
-
-    def stop(self, signal_number: int) -> None:
-        """Passes a stop signal on to the workers; a second one kills them. Safe to call from a signal handler."""
-        self._signals.append(signal_number)
-
-    def stop_requested(self) -> bool:
-        return bool(self._signals)
-
-    def abandon(self) -> None:
-        """Ends everything: the launcher itself is leaving. A second stop signal does the same."""
-        self._signals += [signal.SIGTERM, signal.SIGTERM]
-
     # What SimpleElasticAgent asks for ----------------------------------------------------------------------------
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:

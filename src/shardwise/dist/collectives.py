@@ -1,0 +1,97 @@
+"""Collectives over one group of ranks, which are no-ops where the group has a single member.
+
+Serial code and parallel code call the same functions, so a run on one worker needs neither a process group nor branches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to each other along one mesh axis.
+
+    Attributes:
+        rank: this process's index in the group.
+        size: number of members.
+        handle: torch's process group; None for a group of one, or for the default group of all ranks.
+    """
+
+    rank: int = 0
+    size: int = 1
+    handle: c10d.ProcessGroup | None = None
+
+    @classmethod
+    def world(cls) -> Group:
+        """All ranks of the run; a group of one where no process group was started."""
+        if not c10d.is_available() or not c10d.is_initialized():
+            return cls()
+        return cls(rank=c10d.get_rank(), size=c10d.get_world_size())
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over the members, in place."""
+        if self.size > 1:
+            c10d.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def start_sum_(self, tensor: Tensor) -> Work:
+        """Begin `sum_` and return at once; the tensor holds the sum after `Work.wait`."""
+        if self.size == 1:
+            return Work(None)
+        return Work(c10d.all_reduce(tensor, group=self.handle, async_op=True))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every member's tensor (all of one shape), stacked along a new first dim of length `size`."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        c10d.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.handle)
+        return gathered
+
+    def gather_uneven(self, tensor: Tensor) -> list[Tensor]:
+        """Every member's tensor, whose first dims may differ in length; the other dims agree."""
+        if self.size == 1:
+            return [tensor]
+        lengths = self.gather(torch.tensor([tensor.shape[0]], device=tensor.device)).flatten().tolist()
+        padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        return [part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every member's picklable value, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        c10d.all_gather_object(values, value, group=self.handle)
+        return values
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` with that of member 0, in place."""
+        if self.size > 1:
+            c10d.broadcast(tensor, group=self.handle, group_src=0)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until every member has come here."""
+        if self.size > 1:
+            c10d.barrier(group=self.handle)
+
+
+@final
+@dataclass(frozen=True)
+class Work:
+    """A collective under way."""
+
+    handle: c10d.Work | None
+
+    def wait(self) -> None:
+        """Block until the result is there (on an accelerator: until the stream is ordered after it)."""
+        if self.handle is not None:
+            self.handle.wait()

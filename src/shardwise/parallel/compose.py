@@ -1,0 +1,131 @@
+"""The one order in which the kinds of parallelism are applied to a model, and what each of them refuses.
+
+1. BatchNorm is made global, because every later step must see the final forward functions.
+2. Replicas get equal weights.
+3. The gradient reduction is planned over the final parameters.
+4. Compilation wraps what is left, so that it sees the model as it will run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+from shardwise.dist.collectives import Group
+from shardwise.errors import PlanError
+from shardwise.parallel.data import GradientSum, sparse_parameters
+from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
+from shardwise.parallel.replicas import broadcast_state
+from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
+
+READY_AXES = ("data",)
+"""Axes that this version can run; the others are planned for and refused."""
+
+_STOCHASTIC = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+
+
+@final
+@dataclass
+class Composed:
+    """A model ready to train under a plan.
+
+    Attributes:
+        model: the user's module, changed in place.
+        gradients: sums the gradients over the ranks.
+        state: tells layers that look at the whole batch about the forward pass under way.
+        forward_communicates: the forward pass holds collectives, so every rank must walk through it in every step.
+        remarks: what will not equal the serial run, one sentence each.
+    """
+
+    model: nn.Module
+    gradients: GradientSum
+    state: BatchState
+    forward_communicates: bool
+    remarks: tuple[str, ...]
+
+
+def check_layout(layout: Layout) -> None:
+    """Refuse axes that cannot run.
+
+    Raises:
+        PlanError: the layout has a degree above 1 on such an axis.
+    """
+    for axis, degree in layout.degrees.items():
+        if degree > 1 and axis not in READY_AXES:
+            raise PlanError(
+                f"plan {layout}: this version trains with data parallelism only and cannot split over {axis}; "
+                f"use --plan data={layout.workers} or serial"
+            )
+
+
+def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: str) -> None:
+    """Refuse what the plan cannot do for this model, before any worker starts.
+
+    Raises:
+        PlanError: names the module or setting, the rule, and what to do.
+    """
+    check_layout(plan.layout)
+    replicas = plan.layout.replicas
+    if batch_size < replicas:
+        raise PlanError(
+            f"plan {plan.layout} with batch_size={batch_size}: {replicas - batch_size} of {replicas} workers would have "
+            f"no sample in any step; use at most {batch_size} workers or a larger batch_size"
+        )
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise PlanError(
+            f"parameter {lazy[0]} has no shape yet (a Lazy module): give the layer its sizes, or run one batch through the "
+            "model inside the job's model function"
+        )
+    share = -(-batch_size // replicas)
+    splits = plan.micro_batch is not None and plan.micro_batch < share
+    norms = batch_norms(model)
+    if norms and splits and batch_norm == "global":
+        raise PlanError(
+            f"micro_batch={plan.micro_batch} would split a worker's {share} samples, but BatchNorm layer {norms[0][0]!r} needs "
+            "statistics of the whole global batch at once; leave micro_batch out, use GroupNorm, or accept each "
+            "forward pass's own statistics with Job.batch_norm='local'"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, _InstanceNorm) and module.track_running_stats and (replicas > 1 or splits):
+            raise PlanError(
+                f"InstanceNorm layer {name!r} keeps running statistics, which would come from a part of the batch only; "
+                "build it with track_running_stats=False, or train with --plan serial without micro_batch"
+            )
+
+
+def compose(model: nn.Module, plan: Plan, world: Group, *, batch_norm: str) -> Composed:
+    """Apply the plan to the model, in place and in the order stated above.
+
+    Args:
+        model: the user's module, built from the job's seed, on its device.
+        plan: already accepted by `check_model`.
+        world: all ranks of the run.
+        batch_norm: `global` or `local`, as in `Job.batch_norm`.
+    """
+    state = BatchState()
+    normalised = batch_norm == "global" and world.size > 1 and globalize_batch_norm(model, world, state) > 0
+    broadcast_state(model, world)
+    gradients = GradientSum(model.named_parameters(), world, sparse=sparse_parameters(model))
+    remarks = _remarks(model, plan, batch_norm)
+    if plan.compile:
+        model.compile()
+    return Composed(model, gradients, state, normalised, remarks)
+
+
+def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:
+    remarks = []
+    split = plan.layout.replicas > 1 or plan.micro_batch is not None
+    stochastic = [name for name, module in model.named_modules() if isinstance(module, _STOCHASTIC)]
+    if stochastic and split:
+        remarks.append(f"dropout ({stochastic[0]}) draws other masks than a serial run: equal in distribution, not in value")
+    if batch_norm == "local" and batch_norms(model) and split:
+        remarks.append("BatchNorm uses each worker's own samples (batch_norm='local'): not the serial run")
+    if plan.precision == "bf16":
+        remarks.append("bf16 autocast rounds to 8 bits: equal to a serial bf16 run up to that rounding")
+    return tuple(remarks)

@@ -1,0 +1,220 @@
+"""Data parallelism: every rank holds the whole model and takes a part of each global batch; gradients are summed.
+
+Each rank's loss is already divided by the *global* weight of the batch, so the sum over ranks is the gradient of the
+mean over the global batch, however unevenly the samples are shared. Gradients travel in a few flat buckets, sent while
+the backward pass still runs. Behind the gradients of a bucket travels one flag per parameter that says on how many ranks
+it has a gradient: a parameter that no rank used keeps `grad = None`, as in a serial run, and one that only another rank
+used gets that rank's gradient.
+
+torch's DistributedDataParallel does the same job for the common case. It is not used because it averages over ranks
+instead of samples, needs a forward pass on every rank in every step, fails over tensor-parallel parameters and inside
+pipeline stages, and turns unused parameters into zero gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.dist.collectives import Group, Work
+from shardwise.errors import PlanError
+
+BUCKET_BYTES = 25 * 1024**2
+"""Bytes of gradients sent together: large enough for bandwidth, small enough to overlap; the size DDP uses."""
+
+
+@dataclass
+class _Bucket:
+    names: list[str]
+    parameters: list[nn.Parameter]
+    flat: Tensor
+    views: list[Tensor]
+    flags: Tensor
+    missing: int = 0
+    sent: Work | None = None
+    absent: list[int] = field(default_factory=list)
+
+
+@final
+class GradientSum:
+    """Sums the gradients of replicated parameters over a group of ranks.
+
+    Use: `expect()` before the last backward pass of a step, then `finish()` after it. Between the two, buckets are sent
+    as soon as their gradients exist. Buckets are always sent in the same order, so ranks whose backward passes differ
+    (a branch not taken, no samples at all) still meet in the same collectives.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        group: Group,
+        *,
+        sparse: Iterable[str] = (),
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Plan the buckets.
+
+        Args:
+            parameters: (name, parameter) pairs, shared parameters once, in the order of the module tree.
+            group: ranks that hold replicas of these parameters.
+            sparse: names of parameters whose gradients are sparse tensors.
+            bucket_bytes: upper bound of a bucket; a larger parameter gets a bucket of its own.
+        """
+        self._group = group
+        sparse_names = set(sparse)
+        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        self._sparse = [(name, parameter) for name, parameter in trained if name in sparse_names]
+        dense = [(name, parameter) for name, parameter in trained if name not in sparse_names]
+        # The backward pass walks the module tree backwards, so the last parameters have their gradients first.
+        self._buckets = [_bucket(part) for part in _split(list(reversed(dense)), bucket_bytes)]
+        self._expecting = False
+        self._next = 0
+        self._hooks = []
+        # With one bucket nothing can be sent before the backward pass has ended: no need for hooks.
+        if group.size > 1 and len(self._buckets) > 1:
+            for bucket in self._buckets:
+                for parameter in bucket.parameters:
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrival(bucket)))
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of dense gradients that each rank puts into the sum every step."""
+        return sum(bucket.flat.numel() * bucket.flat.element_size() for bucket in self._buckets)
+
+    def expect(self) -> None:
+        """The next backward pass is the last of this step: send each bucket when its gradients are complete."""
+        self._expecting = True
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+            bucket.sent = None
+
+    def finish(self, *, scale: float | Tensor | None = None) -> None:
+        """Send what is left, wait for all, and leave the summed gradient in every `parameter.grad`.
+
+        Args:
+            scale: factor for every summed gradient, None for no scaling.
+        """
+        if self._group.size > 1:
+            while self._next < len(self._buckets):
+                self._send_next()
+            for bucket in self._buckets:
+                _receive(bucket)
+        self._expecting = False
+        for name, parameter in self._sparse:
+            self._sum_sparse(name, parameter)
+        if scale is not None:
+            for gradient in self._gradients():
+                gradient.mul_(scale)
+
+    def _gradients(self) -> list[Tensor]:
+        if self._group.size > 1:
+            flats = [bucket.flat for bucket in self._buckets]
+            return flats + [parameter.grad for _, parameter in self._sparse if parameter.grad is not None]
+        trained = [p for bucket in self._buckets for p in bucket.parameters] + [p for _, p in self._sparse]
+        return [parameter.grad for parameter in trained if parameter.grad is not None]
+
+    def _arrival(self, bucket: _Bucket):  # type: ignore[no-untyped-def]  # torch types the hook as Callable[..., None]
+        def arrived(_: Tensor) -> None:
+            if not self._expecting:
+                return
+            bucket.missing -= 1
+            while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+                self._send_next()
+
+        return arrived
+
+    def _send_next(self) -> None:
+        bucket = self._buckets[self._next]
+        self._next += 1
+        _fill(bucket)
+        bucket.sent = self._group.start_sum_(bucket.flat)
+
+    def _sum_sparse(self, name: str, parameter: nn.Parameter) -> None:
+        """Sparse gradients differ in length: gather every rank's rows and add them up."""
+        gradient = parameter.grad
+        if gradient is not None and not gradient.is_sparse:
+            raise PlanError(
+                f"parameter {name} belongs to an embedding with sparse=True but has a dense gradient, because it is also used elsewhere; build the embedding with sparse=False"
+            )
+        if self._group.size == 1:
+            return
+        rows = gradient.coalesce() if gradient is not None else None
+        indices = rows.indices() if rows is not None else torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
+        values = rows.values() if rows is not None else parameter.new_zeros((0, *parameter.shape[1:]))
+        used = self._group.sum_(torch.tensor([float(gradient is not None)], device=parameter.device))
+        if used.item() == 0:
+            return
+        all_indices = torch.cat(self._group.gather_uneven(indices.T.contiguous())).T
+        all_values = torch.cat(self._group.gather_uneven(values.detach()))
+        parameter.grad = torch.sparse_coo_tensor(
+            all_indices, all_values, parameter.shape, check_invariants=False
+        ).coalesce()
+
+
+def sparse_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of `Embedding` and `EmbeddingBag` modules that were built with `sparse=True`."""
+    found = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            found.add(f"{prefix}.weight" if prefix else "weight")
+    return found
+
+
+def _split(parameters: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """Runs of parameters of one dtype and device, each at most `bucket_bytes` unless a single one is larger."""
+    parts: list[list[tuple[str, nn.Parameter]]] = []
+    by_kind: dict[tuple[torch.dtype, torch.device], int] = {}
+    filled: dict[int, int] = {}
+    for name, parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        size = parameter.numel() * parameter.element_size()
+        place = by_kind.get(kind)
+        if place is None or filled[place] + size > bucket_bytes:
+            parts.append([])
+            place = by_kind[kind] = len(parts) - 1
+            filled[place] = 0
+        parts[place].append((name, parameter))
+        filled[place] += size
+    return parts
+
+
+def _bucket(part: list[tuple[str, nn.Parameter]]) -> _Bucket:
+    names = [name for name, _ in part]
+    parameters = [parameter for _, parameter in part]
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes) + len(part), dtype=parameters[0].dtype, device=parameters[0].device)
+    pieces = flat.split([*sizes, len(part)])
+    views = [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=False)]
+    return _Bucket(names, parameters, flat, views, pieces[-1])
+
+
+def _fill(bucket: _Bucket) -> None:
+    """Copy this rank's gradients into the bucket; parameters without one count as zero and as not used."""
+    bucket.absent = [index for index, parameter in enumerate(bucket.parameters) if parameter.grad is None]
+    if not bucket.absent:
+        gradients = [parameter.grad for parameter in bucket.parameters]
+        torch._foreach_copy_(bucket.views, gradients)  # type: ignore[arg-type]
+        bucket.flags.fill_(1)
+        return
+    bucket.flat.zero_()
+    for index, (view, parameter) in enumerate(zip(bucket.views, bucket.parameters, strict=True)):
+        if parameter.grad is not None:
+            view.copy_(parameter.grad)
+            bucket.flags[index] = 1
+
+
+def _receive(bucket: _Bucket) -> None:
+    """Wait for the sum and hand out its pieces as gradients; what no rank used stays without a gradient."""
+    if bucket.sent is None:
+        raise AssertionError("a bucket was not sent")
+    bucket.sent.wait()
+    # Reading the flags waits for the device, so it is done only where this rank lacks a gradient itself.
+    flags = bucket.flags.tolist() if bucket.absent else []
+    unused = {index for index in bucket.absent if flags[index] == 0}
+    for index, (view, parameter) in enumerate(zip(bucket.views, bucket.parameters, strict=True)):
+        parameter.grad = None if index in unused else view

@@ -1,0 +1,160 @@
+"""BatchNorm over the global batch: the statistics of all ranks' samples together, on any device.
+
+Each rank computes mean and sum of squared deviations of its own samples; these are gathered and merged by the pairwise
+formula of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances",
+which does not lose digits the way a sum of squares does. torch's SyncBatchNorm does not run on CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from shardwise.dist.collectives import Group
+from shardwise.errors import PlanError
+
+
+@final
+@dataclass
+class BatchState:
+    """What layers that look at the whole global batch must know about the forward pass under way.
+
+    Attributes:
+        phantom: this rank has no sample in the batch and walks through the model only to take part in collectives.
+    """
+
+    phantom: bool = False
+
+
+def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """(name, module) of every BatchNorm layer."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+
+
+def globalize_batch_norm(model: nn.Module, group: Group, state: BatchState) -> int:
+    """Make every BatchNorm layer of `model` use the statistics of the whole group's samples, in place.
+
+    The modules stay what they are (type, names, parameters, buffers); only their `forward` is replaced.
+
+    Returns:
+        The number of layers changed.
+    """
+    layers = batch_norms(model)
+    for _, module in layers:
+        module.forward = functools.partial(_forward, module, group, state)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _forward(module: _BatchNorm, group: Group, state: BatchState, x_NC: Tensor) -> Tensor:
+    """As `_BatchNorm.forward`, with statistics over the group. `x_NC` has shape (samples, channels, *any)."""
+    if not isinstance(module, nn.SyncBatchNorm):
+        module._check_input_dim(x_NC)
+    with_batch = module.training or module.running_mean is None
+    if not with_batch:
+        return nn.functional.batch_norm(
+            x_NC, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps
+        )
+    y_NC, mean_C, variance_C, count = cast(
+        "tuple[Tensor, Tensor, Tensor, Tensor]",
+        _GlobalBatchNorm.apply(x_NC, module.weight, module.bias, module.eps, group, state.phantom),
+    )
+    if module.training and module.track_running_stats and module.running_mean is not None:
+        _update_running(module, mean_C, variance_C, count)
+    return y_NC
+
+
+@torch.no_grad()
+def _update_running(module: _BatchNorm, mean_C: Tensor, variance_C: Tensor, count: Tensor) -> None:
+    running_mean, running_var = module.running_mean, module.running_var
+    assert running_mean is not None and running_var is not None
+    factor = module.momentum
+    if module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if factor is None:  # cumulative average
+            factor = 1.0 / float(module.num_batches_tracked)
+    unbiased_C = variance_C * (count / (count - 1))
+    running_mean.lerp_(mean_C.to(running_mean.dtype), factor or 0.0)
+    running_var.lerp_(unbiased_C.to(running_var.dtype), factor or 0.0)
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Normalise over samples and positions of all ranks; the backward pass sums its two statistics over them too."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_NC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float, group: Group, phantom: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims = [dim for dim in range(x_NC.dim()) if dim != 1]
+        statistic_dtype = torch.promote_types(x_NC.dtype, torch.float32)
+        x32_NC = x_NC.to(statistic_dtype)
+        mean_C, variance_C, count = _merged_statistics(x32_NC, dims, group, phantom)
+        inverse_C = torch.rsqrt(variance_C + eps)
+        centred_NC = x32_NC - _along_channels(mean_C, x_NC.dim())
+        scale_C = inverse_C if weight_C is None else inverse_C * weight_C
+        y_NC = centred_NC * _along_channels(scale_C, x_NC.dim())
+        if bias_C is not None:
+            y_NC = y_NC + _along_channels(bias_C, x_NC.dim())
+        ctx.save_for_backward(x_NC, weight_C, bias_C, mean_C, inverse_C, count)
+        ctx.group, ctx.dims, ctx.phantom = group, dims, phantom
+        ctx.mark_non_differentiable(mean_C, variance_C, count)
+        return y_NC.to(x_NC.dtype), mean_C, variance_C, count
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, dy_NC: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_NC, weight_C, bias_C, mean_C, inverse_C, count = ctx.saved_tensors  # type: ignore[attr-defined]
+        dims, group, channels = ctx.dims, ctx.group, mean_C.numel()  # type: ignore[attr-defined]
+        dy32_NC = dy_NC.to(mean_C.dtype)
+        normalised_NC = (x_NC.to(mean_C.dtype) - _along_channels(mean_C, x_NC.dim())) * _along_channels(
+            inverse_C, x_NC.dim()
+        )
+        dbias_C = dy32_NC.sum(dims)
+        dweight_C = (dy32_NC * normalised_NC).sum(dims)
+        dx_NC = None
+        sums = group.sum_(torch.cat([dbias_C, dweight_C]))
+        if ctx.needs_input_grad[0]:
+            scale_C = inverse_C if weight_C is None else inverse_C * weight_C
+            if not ctx.phantom:  # type: ignore[attr-defined]  # a phantom's values are no part of the statistics
+                mean_dy_C, mean_dy_normalised_C = (sums / count).split(channels)
+                dy32_NC = (
+                    dy32_NC
+                    - _along_channels(mean_dy_C, x_NC.dim())
+                    - normalised_NC * _along_channels(mean_dy_normalised_C, x_NC.dim())
+                )
+            dx_NC = (_along_channels(scale_C, x_NC.dim()) * dy32_NC).to(x_NC.dtype)
+        # Weight and bias gradients stay local sums: the gradient reduction adds them up like all others.
+        dweight = dweight_C.to(weight_C.dtype) if weight_C is not None else None
+        dbias = dbias_C.to(bias_C.dtype) if bias_C is not None else None
+        return dx_NC, dweight, dbias, None, None, None
+
+
+def _merged_statistics(x_NC: Tensor, dims: list[int], group: Group, phantom: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel over all ranks, and the number of values per channel as a scalar tensor.
+
+    Raises:
+        PlanError: the global batch has a single value per channel, for which no variance exists.
+    """
+    channels = x_NC.shape[1]
+    count = 0 if phantom else x_NC.numel() // max(1, channels)
+    own = x_NC.new_zeros(2 * channels + 1)
+    if count:
+        variance_C, mean_C = torch.var_mean(x_NC, dims, correction=0)
+        own = torch.cat([mean_C, variance_C * count, mean_C.new_tensor([float(count)])])
+    every_R = group.gather(own)
+    means_RC, deviations_RC, counts_R1 = every_R.split([channels, channels, 1], dim=1)
+    total = counts_R1.sum()
+    mean_C = (means_RC * counts_R1).sum(0) / total
+    deviation_C = (deviations_RC + counts_R1 * (means_RC - mean_C) ** 2).sum(0)
+    if x_NC.device.type == "cpu" and total.item() <= 1:
+        raise PlanError("BatchNorm saw one value per channel in the whole global batch: use a batch_size of at least 2")
+    return mean_C, deviation_C / total, total
+
+
+def _along_channels(values_C: Tensor, dims: int) -> Tensor:
+    return values_C.view(1, -1, *[1] * (dims - 2))

@@ -1,0 +1,139 @@
+"""One assembly for training, proof and benchmark: job + plan + this rank -> a model that is ready for its first step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardwise.dist.collectives import Group
+from shardwise.errors import JobError, PlanError
+from shardwise.parallel.compose import Composed, check_model, compose
+from shardwise.run.clock import PhaseClock
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+
+
+@final
+@dataclass
+class Assembly:
+    """Everything one rank needs to take steps.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        total_steps: steps the whole training will take, None when the data has no known length.
+    """
+
+    job: Job
+    plan: Plan
+    world: Group
+    device: torch.device
+    composed: Composed
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    clock: PhaseClock
+    total_steps: int | None
+    step: int = 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's module."""
+        return self.composed.model
+
+
+def settle_plan(job: Job, plan: Plan) -> Plan:
+    """The plan with what the job asks for where the plan itself says nothing."""
+    values: dict[str, Any] = {}
+    if plan.micro_batch is None and job.micro_batch is not None:
+        values["micro_batch"] = job.micro_batch
+    if plan.precision == "fp32" and job.precision != "fp32":
+        values["precision"] = job.precision
+    if job.compile:
+        values["compile"] = True
+    return Plan(**{**vars(plan), **values})
+
+
+def build_model(job: Job, device: torch.device) -> nn.Module:
+    """The job's module with its initial weights, which depend on the job's seed alone.
+
+    Raises:
+        JobError: the job's function fails or returns no module with parameters.
+    """
+    torch.manual_seed(job.seed)
+    model = job.model()
+    if not isinstance(model, nn.Module):
+        raise JobError(f"Job.model returned a {type(model).__name__}: it must return a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise JobError("the model has no parameter with requires_grad=True: there is nothing to train")
+    return model.to(device)
+
+
+def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
+    """The job's optimizer over the model's parameters.
+
+    Raises:
+        JobError: the function returns no optimizer, or one that needs to evaluate the loss itself.
+    """
+    argument: Any = model if _first_argument(job.optimizer) == "model" else list(model.parameters())
+    optimizer = job.optimizer(argument)
+    if not isinstance(optimizer, Optimizer):
+        raise JobError(f"Job.optimizer returned a {type(optimizer).__name__}: it must return a torch.optim.Optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise JobError("LBFGS evaluates the loss several times in a step, which a global step does not allow; use another optimizer")
+    return optimizer
+
+
+def check_job(job: Job, plan: Plan) -> None:
+    """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts."""
+    try:
+        with torch.device("meta"):
+            model = build_model(job, torch.device("meta"))
+    except (JobError, PlanError):
+        raise
+    except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
+        model = build_model(job, torch.device("cpu"))
+    check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
+
+
+def assemble(job: Job, plan: Plan, world: Group, device: torch.device, *, total_steps: int | None) -> Assembly:
+    """Build, split and wire up everything, on this rank.
+
+    Args:
+        job: what to train.
+        plan: as returned by `settle_plan`.
+        world: all ranks of the run; its size must be the plan's number of workers.
+        device: where this rank computes.
+        total_steps: for the learning-rate schedule.
+    """
+    if plan.layout.workers != world.size:
+        raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers but {world.size} were started")
+    model = build_model(job, device)
+    check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
+    composed = compose(model, plan, world, batch_norm=job.batch_norm)
+    optimizer = build_optimizer(job, model)
+    scheduler = job.schedule(optimizer, total_steps) if job.schedule is not None else None
+    return Assembly(
+        job=job,
+        plan=plan,
+        world=world,
+        device=device,
+        composed=composed,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        clock=PhaseClock(device),
+        total_steps=total_steps,
+    )
+
+
+def _first_argument(function: Callable[..., Any]) -> str:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ""
+    return names[0] if names else ""

@@ -1,0 +1,62 @@
+"""Where the time of a step goes: wall-clock seconds by phase."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import final
+
+import torch
+
+PHASES = ("data", "forward", "backward", "synchronisation", "optimizer", "other")
+
+
+@final
+class PhaseClock:
+    """Adds the time since the last mark to a phase.
+
+    Accelerators run behind the host, so there a mark means little unless the device is waited for. Waiting costs speed;
+    on an accelerator only every `sample_every`-th step is timed, with waits, and shares are taken over those steps.
+    """
+
+    def __init__(self, device: torch.device, *, sample_every: int = 25) -> None:
+        self._waits = device.type != "cpu"
+        self._sample_every = sample_every if self._waits else 1
+        self._device = device
+        self._steps = 0
+        self._last = perf_counter()
+        self._timing = True
+        self._taken = dict.fromkeys(PHASES, 0.0)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    def begin_step(self) -> None:
+        """Start of a step; decides whether it is timed."""
+        self._timing = self._steps % self._sample_every == 0
+        self._steps += 1
+        if self._waits and self._timing:
+            torch.accelerator.synchronize(self._device)
+            self._last = perf_counter()
+
+    def restart(self) -> None:
+        """Forget the time since the last mark."""
+        self._last = perf_counter()
+
+    def mark(self, phase: str) -> None:
+        """Add the time since the last mark to `phase`, one of `PHASES`."""
+        if not self._timing:
+            return
+        if self._waits:
+            torch.accelerator.synchronize(self._device)
+        now = perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call of `take`; phases without any are left out."""
+        since = {phase: seconds - self._taken[phase] for phase, seconds in self.seconds.items()}
+        self._taken = dict(self.seconds)
+        return {phase: seconds for phase, seconds in since.items() if seconds > 0}
+
+    def shares(self) -> dict[str, float]:
+        """Each phase's share of all timed seconds; zeros when nothing was timed."""
+        total = sum(self.seconds.values())
+        return {phase: seconds / total if total else 0.0 for phase, seconds in self.seconds.items()}

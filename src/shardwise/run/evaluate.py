@@ -1,0 +1,88 @@
+"""Evaluation of a split in parallel, every sample counted exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.data.loader import eval_batches
+from shardwise.data.source import Source
+from shardwise.errors import JobError
+from shardwise.run.assemble import Assembly
+from shardwise.run.step import autocast, call_model
+
+LOSS = "loss"
+"""Name under which the mean loss over the split is reported beside the job's metrics."""
+
+
+@torch.no_grad()
+def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]:
+    """Loss and metrics over a whole split. Collective: every rank takes its part, one sum brings them together.
+
+    Returns:
+        Name -> value, and the number of samples in the split.
+
+    Raises:
+        JobError: a metric returns something else than a scalar or a (sum, count) pair.
+    """
+    a = assembly
+    was_training = a.model.training
+    a.model.eval()
+    names = [LOSS, *a.job.metrics]
+    # One (sum, count) row a name, and the number of samples in a last row.
+    totals = torch.zeros((len(names) + 1, 2), dtype=torch.float64, device=a.device)
+    batches = eval_batches(
+        source,
+        batch_size=a.job.eval_batch_size or a.job.batch_size,
+        rank=a.world.rank,
+        ranks=a.world.size,
+    )
+    for batch in batches:
+        a.composed.state.phantom = batch.phantom
+        if batch.count == 0:
+            if a.composed.forward_communicates:
+                call_model(a.model, batch.to(a.device).inputs)
+            continue
+        batch = batch.to(a.device)
+        with autocast(a):
+            if a.job.objective is not None:
+                value = a.job.objective(a.model, (batch.inputs, batch.targets))
+                totals[0] += _pair(value, batch.count, LOSS).to(a.device)
+                output = call_model(a.model, batch.inputs) if a.job.metrics else None
+            else:
+                assert a.job.loss is not None
+                output = call_model(a.model, batch.inputs)
+                weight = batch.count if a.job.weight is None else float(a.job.weight(batch.targets))
+                if weight:
+                    totals[0] += _pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
+        _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
+        totals[-1, 0] += batch.count
+    a.world.sum_(totals)
+    a.model.train(was_training)
+    values = {
+        name: (float(row[0] / row[1]) if row[1] else float("nan")) for name, row in zip(names, totals.cpu(), strict=False)
+    }
+    return values, int(totals[-1, 0].item())
+
+
+def _add_metrics(
+    totals: Tensor, metrics: Mapping[str, Callable[[Any, Any], Any]], output: Any, targets: Any, count: int
+) -> None:
+    for row, (name, metric) in enumerate(metrics.items(), start=1):
+        totals[row] += _pair(metric(output, targets), count, name).to(totals.device)
+
+
+def _pair(value: Any, count: float, name: str) -> Tensor:
+    """(sum, count) of a metric's answer: a pair as it is, a scalar as the mean over `count` items."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return torch.stack([torch.as_tensor(part, dtype=torch.float64).reshape(()).cpu() for part in value])
+    scalar = torch.as_tensor(value, dtype=torch.float64)
+    if scalar.numel() != 1:
+        raise JobError(
+            f"metric {name!r} returned a tensor of shape {tuple(scalar.shape)}: return a scalar mean over the samples, "
+            "or a (sum, count) pair"
+        )
+    return torch.stack([scalar.reshape(()).cpu() * count, torch.tensor(float(count), dtype=torch.float64)])

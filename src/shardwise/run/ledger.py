@@ -1,0 +1,120 @@
+"""The ledger of losses, and the one small message in which ranks agree on what happens next.
+
+Losses stay on the device and on their rank until the ledger is settled, so that a step waits for nobody. Settling is one
+sum over the ranks of a short vector: this rank's part of each loss since the last time, and three control values. What
+every rank must do at the same step (stop, save, settle again) is decided by that sum alone, never by a local clock or
+signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import final
+
+import torch
+from torch import Tensor
+
+from shardwise.dist.collectives import Group
+from shardwise.run.step import StepResult
+
+SETTLE_SECONDS = 0.5
+"""Aim for the time between two settlements: how fresh the progress bar is and how fast Ctrl-C is noticed."""
+
+_MOST_STEPS = 500
+
+
+@final
+@dataclass(frozen=True)
+class Settlement:
+    """What all ranks know after settling.
+
+    Attributes:
+        losses: mean loss over the global batch, one a step since the last settlement.
+        seconds: wall seconds of this rank, one a step.
+        samples: samples of the global batch, one number a step.
+        stop: a rank was asked to stop.
+        save: a checkpoint is due.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    samples: list[int]
+    stop: bool
+    save: bool
+
+
+@final
+@dataclass
+class Ledger:
+    """Losses of the steps since the last settlement.
+
+    Attributes:
+        group: all ranks.
+        device: where losses live.
+        stop_requested: whether this process was asked to stop.
+        save_due: whether a checkpoint is due by the clock; only rank 0's answer counts.
+    """
+
+    group: Group
+    device: torch.device
+    stop_requested: Callable[[], bool]
+    save_due: Callable[[], bool]
+    _sums: list[Tensor] = field(default_factory=list)
+    _weights: list[float | Tensor] = field(default_factory=list)
+    _seconds: list[float] = field(default_factory=list)
+    _samples: list[int] = field(default_factory=list)
+    _settle_after: int = 1
+    _last: float = field(default_factory=perf_counter)
+
+    def add(self, result: StepResult) -> None:
+        """Note a step."""
+        now = perf_counter()
+        self._sums.append(result.loss_sum)
+        self._weights.append(result.weight)
+        self._seconds.append(now - self._last)
+        self._samples.append(result.samples)
+        self._last = now
+
+    def skip_time(self) -> None:
+        """Do not count the time since the last step (an evaluation, a checkpoint) towards the next one."""
+        self._last = perf_counter()
+
+    @property
+    def due(self) -> bool:
+        """Enough steps were noted; the same on every rank."""
+        return len(self._sums) >= self._settle_after
+
+    @property
+    def settle_pending(self) -> bool:
+        """Steps were noted since the last settlement; the same on every rank."""
+        return bool(self._sums)
+
+    def settle(self) -> Settlement:
+        """Sum up and agree. Collective."""
+        steps = len(self._sums)
+        mean_seconds = sum(self._seconds) / steps if steps else SETTLE_SECONDS
+        is_first = self.group.rank == 0
+        settle_after = min(_MOST_STEPS, max(1, round(SETTLE_SECONDS / max(mean_seconds, 1e-6))))
+        control = torch.tensor(
+            [
+                float(self.stop_requested()),
+                float(is_first and self.save_due()),
+                float(settle_after if is_first else 0),
+            ],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        vector = control
+        if steps:
+            losses = torch.stack([
+                total.to(torch.float64) / weight for total, weight in zip(self._sums, self._weights, strict=True)
+            ])  # fmt: skip
+            vector = torch.cat([control, losses])
+        stop, save, agreed_after, *agreed_losses = self.group.sum_(vector).tolist()
+        settled = Settlement(agreed_losses, self._seconds, self._samples, stop > 0, save > 0)
+        # The first steps of a run are slow (warm-up): grow the interval gently.
+        self._settle_after = min(int(agreed_after), 2 * self._settle_after)
+        self._sums, self._weights, self._seconds, self._samples = [], [], [], []
+        return settled

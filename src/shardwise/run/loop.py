@@ -1,0 +1,282 @@
+"""The training loop of one rank: epochs, settlements, evaluations, checkpoints, and the orderly stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any, final
+
+import torch
+
+from shardwise.data.batch import Batch
+from shardwise.data.loader import batches, steps_per_epoch
+from shardwise.data.source import Source, Splits
+from shardwise.dist.collectives import Group
+from shardwise.errors import DataError
+from shardwise.parallel.replicas import check_replicas, named_state
+from shardwise.run.assemble import Assembly
+from shardwise.run.checkpoint import save
+from shardwise.run.evaluate import evaluate
+from shardwise.run.eventlog import EventLog
+from shardwise.run.folder import RunFolder
+from shardwise.run.ledger import Ledger
+from shardwise.run.progress import Display
+from shardwise.run.step import take_step
+from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, StepsEvent, WarningEvent
+from shardwise.units import format_seconds
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When checkpoints are written.
+
+    Attributes:
+        every_steps: after each so many optimizer steps; None for never by steps.
+        every_seconds: after each so many seconds of training; None for never by time.
+        keep_last: older checkpoints are removed.
+        at_end: one more after the last step.
+    """
+
+    every_steps: int | None = None
+    every_seconds: float | None = 600.0
+    keep_last: int = 2
+    at_end: bool = True
+
+
+@final
+@dataclass
+class Position:
+    """Where in the training this rank stands; all ranks agree on it.
+
+    Attributes:
+        epoch: passes completed before this one.
+        batch: global batches of this epoch already trained on.
+        loss_sum: of the losses of this epoch times their samples.
+        samples: samples of this epoch already trained on.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    samples: int = 0
+
+
+@final
+@dataclass
+class Course:
+    """What `run_loop` needs beside the assembly; log and display do something on rank 0 only."""
+
+    splits: Splits
+    folder: RunFolder
+    saving: Saving
+    log: EventLog | None
+    display: Display
+    stop_requested: Callable[[], bool]
+    position: Position = field(default_factory=Position)
+    evaluate: bool = True
+    loss: float = float("nan")
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    train_seconds: float = 0.0
+    stopped: bool = False
+    saved_step: int = -1
+    evaluated_step: int = -1
+    last_save: float = field(default_factory=perf_counter)
+    warned_loss: bool = False
+
+    def tell(self, event: Event) -> None:
+        """Write an event, on rank 0."""
+        if self.log is not None:
+            self.log.write(event)
+
+
+def total_steps(splits: Splits, batch_size: int, *, epochs: int | None, steps: int | None) -> int | None:
+    """Optimizer steps of the whole training, None when the data has no known length."""
+    if steps is not None:
+        return steps
+    each = steps_per_epoch(splits.train, batch_size)
+    return None if each is None or epochs is None else each * epochs
+
+
+def run_loop(assembly: Assembly, course: Course) -> None:
+    """Train until the job's epochs or steps are done or somebody asks to stop. Collective."""
+    a, job = assembly, assembly.job
+    ledger = Ledger(
+        group=a.world,
+        device=a.device,
+        stop_requested=course.stop_requested,
+        save_due=lambda: _save_due_by_time(course),
+    )
+    a.clock.restart()
+    while not course.stopped and not _finished(a, course):
+        began = perf_counter()
+        steps_before = a.step
+        ended = _run_epoch(a, course, ledger)
+        if ended:
+            if a.step == steps_before and course.position.batch == 0:
+                raise DataError("the training split gave no batch in a whole epoch: the data is empty")
+            _end_epoch(a, course, perf_counter() - began, job.epochs)
+            ledger.skip_time()
+    if not course.stopped and course.evaluate and course.evaluated_step != a.step:
+        _evaluate(a, course)
+    check_replicas(named_state(a.model), a.world, a.step)
+    if course.saved_step != a.step and (course.stopped or course.saving.at_end):
+        _save(a, course)
+
+
+def _finished(a: Assembly, course: Course) -> bool:
+    if a.job.steps is not None:
+        return a.step >= a.job.steps
+    return a.job.epochs is not None and course.position.epoch >= a.job.epochs
+
+
+def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
+    """Train to the end of the epoch, of the steps, or to a stop. Returns whether the epoch was completed."""
+    position = course.position
+    stream = batches(
+        course.splits.train,
+        batch_size=a.job.batch_size,
+        seed=a.job.seed,
+        epoch=position.epoch,
+        rank=a.world.rank,
+        ranks=a.world.size,
+        start=position.batch,
+        shuffle=a.job.shuffle,
+    )
+    with closing(stream):  # type: ignore[type-var]  # every loader is a generator
+        while True:
+            if a.job.steps is not None and a.step >= a.job.steps:
+                return False
+            a.clock.begin_step()
+            batch = next_batch(stream, a.world, a.device)
+            a.clock.mark("data")
+            if batch is None:
+                if ledger.settle_pending:
+                    _settle(a, course, ledger)
+                return not course.stopped
+            result = take_step(a, batch)
+            position.batch += 1
+            ledger.add(result)
+            if a.step == 1:
+                # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
+                check_replicas(named_state(a.model), a.world, a.step)
+            by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
+            last = a.job.steps is not None and a.step >= a.job.steps
+            if ledger.due or by_steps or last:
+                _settle(a, course, ledger, save_now=by_steps)
+                if course.stopped:
+                    return False
+            a.clock.mark("other")
+
+
+def next_batch(stream: Iterator[Batch], world: Group, device: torch.device) -> Batch | None:
+    """The next global batch, None at the end of the epoch, which all ranks reach at the same step."""
+    batch = next(stream, None)
+    if batch is None or not batch.ragged:
+        return batch
+    # Each rank reads its own part of a stream: only together do they know how much there is.
+    total = world.sum_(torch.tensor(batch.count, dtype=torch.int64, device=device)).item()
+    return replace(batch, global_count=int(total)) if total else None
+
+
+def _settle(a: Assembly, course: Course, ledger: Ledger, *, save_now: bool = False) -> None:
+    settled = ledger.settle()
+    steps = len(settled.losses)
+    if steps:
+        seconds = sum(settled.seconds)
+        course.loss = settled.losses[-1]
+        samples = sum(settled.samples)
+        course.samples += samples
+        course.train_seconds += seconds
+        course.position.loss_sum += sum(
+            loss * count for loss, count in zip(settled.losses, settled.samples, strict=True)
+        )
+        course.position.samples += samples
+        course.tell(
+            StepsEvent(
+                first_step=a.step - steps,
+                losses=settled.losses,
+                seconds=settled.seconds,
+                samples=samples,
+                phase_seconds=a.clock.take(),
+            )
+        )
+        if not course.warned_loss and any(not abs(loss) < float("inf") for loss in settled.losses):
+            course.warned_loss = True
+            warn(course, f"the loss became {settled.losses[-1]} by step {a.step}: the training goes on, but lower the "
+                         "learning rate or clip the gradients")  # fmt: skip
+        course.display.steps(
+            step=a.step,
+            epoch=course.position.epoch,
+            loss=course.loss,
+            samples_per_second=samples / seconds if seconds else 0.0,
+        )
+    if settled.stop:
+        course.stopped = True
+    elif settled.save or save_now:
+        check_replicas(named_state(a.model), a.world, a.step)
+        _save(a, course)
+        ledger.skip_time()
+
+
+def _end_epoch(a: Assembly, course: Course, seconds: float, epochs: int | None) -> None:
+    position = course.position
+    mean = position.loss_sum / position.samples if position.samples else float("nan")
+    course.tell(EpochEvent(epoch=position.epoch, step=a.step, seconds=seconds, loss_mean=mean))
+    position.epoch += 1
+    position.batch, position.loss_sum, position.samples = 0, 0.0, 0
+    metrics = _evaluate(a, course) if course.evaluate else {}
+    numbers = "  ".join(f"test {name} {value:.4f}" for name, value in metrics.items())
+    of_epochs = f"/{epochs}" if epochs is not None else ""
+    course.display.say(
+        f"epoch {position.epoch}{of_epochs}  train loss {mean:.4f}  {numbers}  ({format_seconds(seconds)})".rstrip()
+    )
+
+
+def _evaluate(a: Assembly, course: Course) -> dict[str, float]:
+    if course.splits.test is None:
+        return {}
+    began = perf_counter()
+    metrics, samples = evaluate(a, course.splits.test)
+    course.metrics = metrics
+    course.evaluated_step = a.step
+    course.tell(
+        EvaluationEvent(step=a.step, split="test", metrics=metrics, samples=samples, seconds=perf_counter() - began)
+    )
+    a.clock.restart()
+    return metrics
+
+
+def _save(a: Assembly, course: Course) -> None:
+    began = perf_counter()
+    progress: dict[str, Any] = {"step": a.step, "position": vars(course.position), "metrics": dict(course.metrics)}
+    path = save(
+        course.folder,
+        step=a.step,
+        model=a.model,
+        optimizer=a.optimizer,
+        scheduler=a.scheduler,
+        progress=progress,
+        keep_last=course.saving.keep_last,
+    )
+    course.saved_step = a.step
+    course.last_save = perf_counter()
+    course.tell(
+        CheckpointEvent(step=a.step, path=str(path.relative_to(course.folder.path)), seconds=perf_counter() - began)
+    )
+    a.clock.restart()
+
+
+def _save_due_by_time(course: Course) -> bool:
+    every = course.saving.every_seconds
+    return every is not None and perf_counter() - course.last_save >= every
+
+
+def warn(course: Course, message: str) -> None:
+    """Say it and keep it with the run."""
+    course.tell(WarningEvent(message=message))
+    course.display.say(f"warning: {message}")
+

@@ -1,0 +1,126 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from time import perf_counter
+from typing import TYPE_CHECKING, final
+
+from shardwise.units import format_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+LINE_SECONDS = 5.0
+"""Least time between two plain lines."""
+
+
+class Display(ABC):
+    """Shows a run. Only rank 0 has one that shows something."""
+
+    @abstractmethod
+    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+        """Some steps were taken; `loss` is that of the last one, over its global batch."""
+
+    @abstractmethod
+    def say(self, message: str) -> None:
+        """A line of its own."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The run ended."""
+
+
+@final
+class Silent(Display):
+    """Shows nothing."""
+
+    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@final
+class Lines(Display):
+    """Plain lines, at most one every few seconds, for logs and pipes."""
+
+    def __init__(self, total_steps: int | None, epochs: int | None, first_step: int) -> None:
+        self._total, self._epochs, self._first = total_steps, epochs, first_step
+        self._began = perf_counter()
+        self._last = -math.inf
+
+    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+        now = perf_counter()
+        if now - self._last < LINE_SECONDS and step != self._total:
+            return
+        self._last = now
+        per_step = (now - self._began) / max(1, step - self._first)
+        left = f", {format_seconds(per_step * (self._total - step))} left" if self._total is not None else ""
+        of_steps = f"/{self._total}" if self._total is not None else ""
+        of_epochs = f"/{self._epochs}" if self._epochs is not None else ""
+        self.say(
+            f"epoch {epoch + 1}{of_epochs}  step {step}{of_steps}  loss {loss:.4f}  {samples_per_second:,.0f} samples/s{left}"
+        )
+
+    def say(self, message: str) -> None:
+        import sys
+
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+    def close(self) -> None:
+        """Nothing to put back."""
+
+
+@final
+class Bar(Display):
+    """A progress bar on a terminal."""
+
+    def __init__(self, total_steps: int | None, epochs: int | None, first_step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._epochs = epochs
+        self._bar: Progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}" if total_steps is not None else "step {task.completed}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task: TaskID = self._bar.add_task("training", total=total_steps, completed=first_step, numbers="")
+        self._bar.start()
+
+    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+        of_epochs = f"/{self._epochs}" if self._epochs is not None else ""
+        self._bar.update(
+            self._task,
+            completed=step,
+            description=f"epoch {epoch + 1}{of_epochs}",
+            numbers=f"loss {loss:.4f}  {samples_per_second:,.0f} samples/s",
+        )
+
+    def say(self, message: str) -> None:
+        self._bar.console.print(message, highlight=False, markup=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def make_display(*, show: bool, total_steps: int | None, epochs: int | None, first_step: int) -> Display:
+    """A bar where stderr is a terminal, lines where it is not, nothing with `show=False`."""
+    import sys
+
+    if not show:
+        return Silent()
+    if sys.stderr.isatty():
+        return Bar(total_steps, epochs, first_step)
+    return Lines(total_steps, epochs, first_step)

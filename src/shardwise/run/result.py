@@ -1,0 +1,110 @@
+"""Run: a finished training, read back from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shardwise.data.batch import tree_leaves, tree_map
+from shardwise.data.loader import eval_batches
+from shardwise.data.source import Source
+from shardwise.errors import JobError
+from shardwise.run.assemble import build_model
+from shardwise.run.export import load_weights
+from shardwise.run.folder import RunFolder
+from shardwise.run.step import call_model
+from shardwise.spec.events import StepsEvent, read_events
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """A finished training.
+
+    Attributes:
+        job: what was trained.
+        folder: where everything of the run is kept.
+        plan: how it ran.
+        summary: the closing numbers, as `shardwise train --json` prints them.
+    """
+
+    job: Job
+    folder: RunFolder
+    plan: Plan
+    summary: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Name -> value of the last evaluation of the test split; the mean loss is `loss`."""
+        return dict(self.summary["metrics"])
+
+    @cached_property
+    def history(self) -> list[float]:
+        """Mean loss over the global batch of every step, in order. A step that was repeated after a restart counts once."""
+        losses: dict[int, float] = {}
+        for event in read_events(self.folder.events_path):
+            if isinstance(event, StepsEvent):
+                losses.update(enumerate(event.losses, start=event.first_step))
+        return [losses[step] for step in sorted(losses)]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The job's module with the final weights, on CPU, in evaluation mode."""
+        model = build_model(self.job, torch.device("cpu"))
+        load_weights(model, self.folder.weights_path)
+        return model.eval()
+
+
+@torch.no_grad()
+def predict(run: Run, inputs: Any, *, batch_size: int | None = None) -> Any:
+    """Outputs of the trained model for `inputs`.
+
+    Args:
+        run: a finished training.
+        inputs: a tensor or array (or tuple or dict of them) whose first dim runs over samples, as the model takes
+            them after the data's transforms; or a data source, whose own transforms are applied.
+        batch_size: samples per forward pass; the job's evaluation batch size by default.
+
+    Returns:
+        The model's outputs joined along the first dim, in the order of the inputs.
+
+    Raises:
+        JobError: the inputs have no samples, or first dims that differ.
+    """
+    size = batch_size or run.job.eval_batch_size or run.job.batch_size
+    outputs = [call_model(run.model, part) for part in _parts(inputs, size)]
+    if not outputs:
+        raise JobError("predict was given no samples")
+    return _join(outputs)
+
+
+def _parts(inputs: Any, size: int) -> Iterator[Any]:
+    if isinstance(inputs, Source):
+        for batch in eval_batches(inputs, batch_size=size):
+            yield batch.inputs
+        return
+    tree = tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, inputs)
+    lengths = {len(leaf) for leaf in tree_leaves(tree)}
+    if len(lengths) != 1:
+        raise JobError(f"predict: the inputs have first dims {sorted(lengths)}; all must have one entry a sample")
+    for start in range(0, lengths.pop(), size):
+        yield tree_map(lambda leaf: leaf[start : start + size], tree)  # noqa: B023  # used before the next turn
+
+
+def _join(outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, dict):
+        return {key: _join([output[key] for output in outputs]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(_join([output[index] for output in outputs]) for index in range(len(first)))
+    raise JobError(f"predict: the model returned a {type(first).__name__}, which cannot be joined over batches")

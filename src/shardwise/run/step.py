@@ -1,0 +1,210 @@
+"""One exact global step: the gradient of the mean over the global batch, whatever the number of workers.
+
+With W the weight of the whole global batch (its samples, or what `Job.weight` counts), each micro-batch of weight w with
+mean loss l adds w * l / W to the objective. These parts sum over micro-batches in `backward`, over ranks in the gradient
+reduction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.data.batch import Batch
+from shardwise.errors import JobError
+from shardwise.parallel.clip import clip_by_global_norm
+from shardwise.run.assemble import Assembly
+
+
+@final
+@dataclass(frozen=True)
+class StepResult:
+    """This rank's part of a step.
+
+    Attributes:
+        loss_sum: sum of the losses of this rank's items, a scalar on the compute device, without gradient.
+        weight: items in the whole global batch: the loss of the step is the sum of all ranks' `loss_sum` over this.
+        samples: samples in the whole global batch.
+        gradient_norm: norm before clipping, where the job clips.
+    """
+
+    loss_sum: Tensor
+    weight: float | Tensor
+    samples: int
+    gradient_norm: Tensor | None = None
+
+
+def take_step(assembly: Assembly, batch: Batch) -> StepResult:
+    """Forward, backward, reduce, clip, update: one optimizer step over the global batch of which `batch` is our part.
+
+    Collective: all ranks call it with their parts of one global batch.
+    """
+    a, clock, model = assembly, assembly.clock, assembly.model
+    seed_step(a.job.seed, a.step, a.world.rank)
+    model.train()
+    a.optimizer.zero_grad(set_to_none=True)
+    parts = _micro_batches(a, batch)
+    if a.job.objective is None:
+        result = _loss_passes(a, batch, parts)
+    else:
+        result = _objective_passes(a, batch, parts)
+    clock.mark("synchronisation")
+    norm = clip_by_global_norm(model.parameters(), a.job.clip_norm) if a.job.clip_norm is not None else None
+    a.optimizer.step()
+    if a.scheduler is not None:
+        a.scheduler.step()
+    a.step += 1
+    clock.mark("optimizer")
+    loss_sum, weight = result
+    return StepResult(loss_sum, weight, batch.global_count, norm)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set torch's generators from (seed, step, rank), so that resuming needs no saved generator state."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """`model(x)`, with a tuple of inputs as positional and a dict as keyword arguments."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
+
+
+def autocast(assembly: Assembly) -> AbstractContextManager[Any]:
+    """The precision of the plan as a context for forward passes."""
+    if assembly.plan.precision == "bf16":
+        return torch.autocast(assembly.device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _micro_batches(a: Assembly, batch: Batch) -> list[Batch]:
+    """Pieces to walk through; empty ones only where the forward pass meets other ranks."""
+    parts = [batch] if a.plan.micro_batch is None else batch.split(a.plan.micro_batch)
+    return parts if a.composed.forward_communicates else [part for part in parts if not part.phantom]
+
+
+def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
+    """All forward and backward passes with `loss(output, target)`; gradients are summed and final afterwards."""
+    loss_function = a.job.loss
+    assert loss_function is not None
+    weights, total = _weigh(a, batch, parts)
+    loss_sum = torch.zeros((), device=a.device)
+    for index, part in enumerate(parts):
+        a.clock.mark("other")
+        a.composed.state.phantom = part.phantom
+        part = part.to(a.device)
+        with autocast(a):
+            output = call_model(a.model, part.inputs)
+            if weights[index] == 0:
+                objective = _zero_of(output)
+            else:
+                loss = _scalar(loss_function(output, part.targets), "loss")
+                objective = loss * (weights[index] / total)
+                loss_sum = loss_sum + _at_least_float32(loss.detach()) * weights[index]
+        a.clock.mark("forward")
+        _backward(a, objective, last=index == len(parts) - 1)
+    if not parts:
+        a.composed.gradients.expect()
+    a.composed.gradients.finish()
+    return loss_sum, total
+
+
+def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
+    """As `_loss_passes` for a model that computes its own loss.
+
+    A (sum, count) pair tells its weight only after the forward pass, so sums are back-propagated as they are and the
+    summed gradient is divided by the global count at the end.
+    """
+    objective_function = a.job.objective
+    assert objective_function is not None
+    loss_sum = torch.zeros((), device=a.device)
+    count_sum = torch.zeros((), dtype=torch.float64, device=a.device)
+    counted = False
+    for index, part in enumerate(parts):
+        a.clock.mark("other")
+        a.composed.state.phantom = part.phantom
+        part = part.to(a.device)
+        with autocast(a):
+            value = objective_function(a.model, (part.inputs, part.targets))
+            if isinstance(value, tuple):
+                counted = True
+                objective, count = _scalar(value[0], "objective sum"), torch.as_tensor(value[1], device=a.device)
+            else:
+                objective, count = _scalar(value, "objective"), torch.tensor(part.count, device=a.device)
+                objective = objective * part.count
+            if part.phantom:
+                objective, count = objective * 0, count * 0
+            loss_sum = loss_sum + _at_least_float32(objective.detach())
+            count_sum = count_sum + count
+        a.clock.mark("forward")
+        _backward(a, objective, last=index == len(parts) - 1)
+    if not parts:
+        a.composed.gradients.expect()
+    weight: float | Tensor = float(batch.global_count)
+    if counted or a.world.size > 1:
+        weight = a.world.sum_(count_sum)
+    if not weight > 0:
+        raise JobError(f"step {a.step + 1}: the objective's count over the global batch is 0: there is nothing to average over")
+    a.composed.gradients.finish(scale=1.0 / weight)
+    return loss_sum, weight
+
+
+def _weigh(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[list[float], float]:
+    """Weight of each micro-batch of this rank, and of the global batch.
+
+    Samples need no message: every rank knows the global count from the order. Anything else is one small sum.
+    """
+    if a.job.weight is None:
+        return [0.0 if part.phantom else float(part.count) for part in parts], float(batch.global_count)
+    weights = [0.0 if part.phantom else float(a.job.weight(part.targets)) for part in parts]
+    total = torch.tensor(sum(weights), dtype=torch.float64, device=a.device)
+    a.clock.mark("other")
+    total = a.world.sum_(total)
+    a.clock.mark("synchronisation")
+    if not total.item() > 0:
+        raise JobError(f"step {a.step + 1}: Job.weight is 0 over the whole global batch: there is nothing to average over")
+    return weights, float(total.item())
+
+
+def _backward(a: Assembly, objective: Tensor, *, last: bool) -> None:
+    if last:
+        a.composed.gradients.expect()
+    objective.backward()  # type: ignore[no-untyped-call]
+    a.clock.mark("backward")
+
+
+def _scalar(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise JobError(f"the {name} has {given}: it must be a scalar tensor, the mean over the samples it was given")
+    return value.reshape(())
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _zero_of(output: Any) -> Tensor:
+    """A zero that depends on every tensor of the output, so that its backward pass meets the other ranks'."""
+    leaves: list[Tensor] = []
+    stack = [output]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Tensor) and item.requires_grad:
+            leaves.append(item)
+        elif isinstance(item, (tuple, list)):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+    if not leaves:
+        raise JobError("the model's output holds no tensor with a gradient")
+    return torch.stack([(leaf.sum() * 0).float() for leaf in leaves]).sum()

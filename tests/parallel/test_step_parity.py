@@ -1,0 +1,233 @@
+"""One step under data parallelism equals the serial step: weights, buffers and losses, in float64 to rounding.
+
+float64 models make "up to rounding" 1e-12, so that a wrong weighting of a single sample shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardwise.data.gather import Arrays
+from shardwise.data.loader import batches
+from shardwise.data.source import Splits
+from shardwise.dist.collectives import Group
+from shardwise.run.assemble import assemble, settle_plan
+from shardwise.run.evaluate import evaluate
+from shardwise.run.loop import next_batch
+from shardwise.run.step import take_step
+from shardwise.spec.job import Job
+from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
+
+Result = tuple[list[float], dict[str, Tensor], dict[str, float]]
+
+
+def _train(job: Job, micro_batch: int | None = None, steps: int = 5) -> Result:
+    """Losses over the global batch, final parameters and buffers, and metrics, as any rank sees them."""
+    world = Group.world()
+    plan = settle_plan(job, Plan(layout=Layout(data=world.size), micro_batch=micro_batch))
+    assembly = assemble(job, plan, world, torch.device("cpu"), total_steps=steps)
+    losses: list[float] = []
+    epoch = 0
+    while len(losses) < steps:
+        stream = batches(
+            job.data.train, batch_size=job.batch_size, seed=job.seed, epoch=epoch, rank=world.rank, ranks=world.size
+        )
+        while len(losses) < steps and (batch := next_batch(stream, world, assembly.device)) is not None:
+            result = take_step(assembly, batch)
+            losses.append(float(world.sum_(result.loss_sum.double()) / result.weight))
+        stream.close()
+        epoch += 1
+    metrics = evaluate(assembly, job.data.train)[0]
+    return losses, {name: tensor.clone() for name, tensor in assembly.model.state_dict().items()}, metrics
+
+
+def _data(samples: int = 31, width: int = 7, classes: int = 3, *, image: bool = False) -> Splits:
+    generator = torch.Generator().manual_seed(5)
+    shape = (samples, 3, 6, 6) if image else (samples, width)
+    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, classes, (samples,), generator=generator)
+    return Splits(Arrays((inputs, targets)))
+
+
+def _accuracy(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) == target).double().mean()
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 15), nn.Tanh(), nn.Linear(15, 3)).double()
+
+
+def _job(**changes: Any) -> Job:
+    settings: dict[str, Any] = {
+        "model": _mlp,
+        "data": _data(),
+        "loss": F.cross_entropy,
+        "optimizer": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+        "batch_size": 13,
+        "steps": 5,
+        "metrics": {"accuracy": _accuracy},
+        **changes,
+    }
+    return Job(**settings)
+
+
+class _ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, bias=False)
+        self.norm = nn.BatchNorm2d(5)
+        self.head = nn.Linear(5, 3)
+        self.norm1d = nn.BatchNorm1d(3, affine=False, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = F.relu(self.norm(self.conv(x))).mean((2, 3))
+        out: Tensor = self.norm1d(self.head(pooled))
+        return out
+
+
+class _Branches(nn.Module):
+    """Some parameters get a gradient from some ranks only, one from none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.Linear(7, 3)
+        self.sometimes = nn.Linear(7, 3)
+        self.never = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.always(x)
+        if (x[:, 0] > 1.0).any():
+            chosen = (x[:, :1] > 1.0).double()
+            out = out + chosen * self.sometimes(x)
+        return out
+
+
+class _Tied(nn.Module):
+    def __init__(self, *, sparse: bool = False, tied: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6, sparse=sparse)
+        self.head = nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.embedding(tokens)))
+
+
+class _Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 6, sparse=True, mode="sum")
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.bag(tokens)))
+
+
+def _tokens(samples: int = 23, length: int = 5) -> Splits:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 11, (samples, length), generator=generator)
+    targets = torch.roll(tokens, 1, 1).clone()
+    # Some samples are ignored as a whole, others in part, so that ranks have very different numbers of targets.
+    targets[::3] = -100
+    targets[1::4, 2:] = -100
+    return Splits(Arrays((tokens, targets)))
+
+
+def _token_loss(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=-100)
+
+
+def _token_weight(target: Tensor) -> Tensor:
+    return (target != -100).sum()
+
+
+def _token_objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    tokens, targets = batch
+    output = model(tokens)
+    total = F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total, (targets != -100).sum()
+
+
+def _mean_objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _bag_data() -> Splits:
+    generator = torch.Generator().manual_seed(3)
+    return Splits(
+        Arrays((torch.randint(0, 11, (23, 4), generator=generator), torch.randint(0, 3, (23,), generator=generator)))
+    )
+
+
+def _sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.2)
+
+
+def _cosine(optimizer: torch.optim.Optimizer, total_steps: int | None) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps or 1)
+
+
+CASES: dict[str, Callable[[], Job]] = {
+    "mlp": _job,
+    "clipping": lambda: _job(clip_norm=0.05),
+    "accumulation": lambda: _job(micro_batch=2),
+    "schedule": lambda: _job(schedule=_cosine),
+    "adamw": lambda: _job(optimizer=lambda params: torch.optim.AdamW(params, lr=0.01)),
+    "batch_norm": lambda: _job(model=lambda: _ConvNet().double(), data=_data(image=True)),
+    "batch_norm_last_batch_of_2": lambda: _job(
+        model=lambda: _ConvNet().double(), data=_data(15, image=True), steps=6, clip_norm=0.3
+    ),
+    "branches": lambda: _job(model=lambda: _Branches().double()),
+    "branches_accumulation": lambda: _job(model=lambda: _Branches().double(), micro_batch=1),
+    "tied_tokens": lambda: _job(
+        model=lambda: _Tied().double(), data=_tokens(), loss=_token_loss, weight=_token_weight, metrics={}
+    ),
+    "tokens_accumulation": lambda: _job(
+        model=lambda: _Tied().double(), data=_tokens(), loss=_token_loss, weight=_token_weight, metrics={}, micro_batch=1
+    ),
+    "token_objective": lambda: _job(
+        model=lambda: _Tied().double(), data=_tokens(), loss=None, objective=_token_objective, metrics={}, micro_batch=2
+    ),
+    "mean_objective": lambda: _job(loss=None, objective=_mean_objective, micro_batch=3),
+    "sparse": lambda: _job(model=lambda: _Bag().double(), data=_bag_data(), optimizer=_sgd, clip_norm=0.2),
+    "single_sample_last": lambda: _job(data=_data(14)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_parallel_equals_serial(case: str, size: int, ranks: Callable[..., list[Any]]) -> None:
+    serial_losses, serial_state, serial_metrics = _train(CASES[case]())
+    start = CASES[case]().model
+    torch.manual_seed(0)
+    moved = [not torch.equal(value, serial_state[name]) for name, value in start().state_dict().items()]
+    assert any(moved), "the reference did not train: the comparison would prove nothing"
+    for losses, state, metrics in ranks(size, _train, CASES[case]()):
+        torch.testing.assert_close(losses, serial_losses, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(state, serial_state, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(metrics, serial_metrics, rtol=1e-11, atol=1e-12)
+
+
+def test_accumulation_equals_one_pass() -> None:
+    """The same step in pieces on one worker, and with pieces of another size."""
+    whole = _train(_job(clip_norm=0.05))
+    for micro_batch in (1, 4, 12, 100):
+        pieces = _train(_job(clip_norm=0.05), micro_batch)
+        torch.testing.assert_close(pieces[1], whole[1], rtol=1e-10, atol=1e-11)
+
+
+def test_parameter_without_gradient_is_left_alone(ranks: Callable[..., list[Any]]) -> None:
+    """Weight decay would move an unused parameter if its missing gradient became zero."""
+    torch.manual_seed(0)
+    before = _Branches().double().state_dict()["never.weight"]
+    for _, state, _ in ranks(2, _train, _job(model=lambda: _Branches().double())):
+        assert torch.equal(state["never.weight"], before)
+        assert not torch.equal(state["always.weight"], _Branches().double().state_dict()["always.weight"])
