@@ -123,7 +123,9 @@ def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:
     split = plan.layout.replicas > 1 or plan.micro_batch is not None
     stochastic = [name for name, module in model.named_modules() if isinstance(module, _STOCHASTIC)]
     if stochastic and split:
-        remarks.append(f"dropout ({stochastic[0]}) draws other masks than a serial run: equal in distribution, not in value")
+        remarks.append(
+            f"dropout ({stochastic[0]}) draws other masks than a serial run: equal in distribution, not in value"
+        )
     if batch_norm == "local" and batch_norms(model) and split:
         remarks.append("BatchNorm uses each worker's own samples (batch_norm='local'): not the serial run")
     if plan.precision == "bf16":

@@ -139,12 +139,15 @@ class GradientSum:
         gradient = parameter.grad
         if gradient is not None and not gradient.is_sparse:
             raise PlanError(
-                f"parameter {name} belongs to an embedding with sparse=True but has a dense gradient, because it is also used elsewhere; build the embedding with sparse=False"
+                f"parameter {name} belongs to an embedding with sparse=True but has a dense gradient, because it is used "
+                "elsewhere too; build the embedding with sparse=False"
             )
         if self._group.size == 1:
             return
         rows = gradient.coalesce() if gradient is not None else None
-        indices = rows.indices() if rows is not None else torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
+        indices = (
+            rows.indices() if rows is not None else torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
+        )
         values = rows.values() if rows is not None else parameter.new_zeros((0, *parameter.shape[1:]))
         used = self._group.sum_(torch.tensor([float(gradient is not None)], device=parameter.device))
         if used.item() == 0:

@@ -13,7 +13,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.dist.collectives import Group
@@ -62,7 +62,9 @@ def _forward(module: _BatchNorm, group: Group, state: BatchState, x_NC: Tensor) 
         )
     y_NC, mean_C, variance_C, count = cast(
         "tuple[Tensor, Tensor, Tensor, Tensor]",
-        _GlobalBatchNorm.apply(x_NC, module.weight, module.bias, module.eps, group, state.phantom),
+        _GlobalBatchNorm.apply(  # type: ignore[no-untyped-call]
+            x_NC, module.weight, module.bias, module.eps, group, state.phantom
+        ),
     )
     if module.training and module.track_running_stats and module.running_mean is not None:
         _update_running(module, mean_C, variance_C, count)
@@ -87,7 +89,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
     """Normalise over samples and positions of all ranks; the backward pass sums its two statistics over them too."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x_NC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float, group: Group, phantom: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [dim for dim in range(x_NC.dim()) if dim != 1]
@@ -106,10 +108,10 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return y_NC.to(x_NC.dtype), mean_C, variance_C, count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, dy_NC: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_NC, weight_C, bias_C, mean_C, inverse_C, count = ctx.saved_tensors  # type: ignore[attr-defined]
-        dims, group, channels = ctx.dims, ctx.group, mean_C.numel()  # type: ignore[attr-defined]
+    @once_differentiable
+    def backward(ctx: Any, dy_NC: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x_NC, weight_C, bias_C, mean_C, inverse_C, count = ctx.saved_tensors
+        dims, group, channels = ctx.dims, ctx.group, mean_C.numel()
         dy32_NC = dy_NC.to(mean_C.dtype)
         normalised_NC = (x_NC.to(mean_C.dtype) - _along_channels(mean_C, x_NC.dim())) * _along_channels(
             inverse_C, x_NC.dim()
@@ -120,7 +122,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         sums = group.sum_(torch.cat([dbias_C, dweight_C]))
         if ctx.needs_input_grad[0]:
             scale_C = inverse_C if weight_C is None else inverse_C * weight_C
-            if not ctx.phantom:  # type: ignore[attr-defined]  # a phantom's values are no part of the statistics
+            if not ctx.phantom:  # a phantom's values are no part of the statistics
                 mean_dy_C, mean_dy_normalised_C = (sums / count).split(channels)
                 dy32_NC = (
                     dy32_NC

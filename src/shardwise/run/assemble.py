@@ -85,7 +85,9 @@ def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise JobError(f"Job.optimizer returned a {type(optimizer).__name__}: it must return a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise JobError("LBFGS evaluates the loss several times in a step, which a global step does not allow; use another optimizer")
+        raise JobError(
+            "LBFGS evaluates the loss several times in a step, which a global step does not allow; use another optimizer"
+        )
     return optimizer
 
 

@@ -63,7 +63,8 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
     a.world.sum_(totals)
     a.model.train(was_training)
     values = {
-        name: (float(row[0] / row[1]) if row[1] else float("nan")) for name, row in zip(names, totals.cpu(), strict=False)
+        name: (float(row[0] / row[1]) if row[1] else float("nan"))
+        for name, row in zip(names, totals.cpu(), strict=False)
     }
     return values, int(totals[-1, 0].item())
 

@@ -12,7 +12,7 @@ import torch
 
 from shardwise.data.batch import Batch
 from shardwise.data.loader import batches, steps_per_epoch
-from shardwise.data.source import Source, Splits
+from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import DataError
 from shardwise.parallel.replicas import check_replicas, named_state
@@ -146,7 +146,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
         start=position.batch,
         shuffle=a.job.shuffle,
     )
-    with closing(stream):  # type: ignore[type-var]  # every loader is a generator
+    with closing(stream):
         while True:
             if a.job.steps is not None and a.step >= a.job.steps:
                 return False
@@ -279,4 +279,3 @@ def warn(course: Course, message: str) -> None:
     """Say it and keep it with the run."""
     course.tell(WarningEvent(message=message))
     course.display.say(f"warning: {message}")
-

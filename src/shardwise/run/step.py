@@ -153,7 +153,9 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
     if counted or a.world.size > 1:
         weight = a.world.sum_(count_sum)
     if not weight > 0:
-        raise JobError(f"step {a.step + 1}: the objective's count over the global batch is 0: there is nothing to average over")
+        raise JobError(
+            f"step {a.step + 1}: the objective's count over the global batch is 0: there is nothing to average over"
+        )
     a.composed.gradients.finish(scale=1.0 / weight)
     return loss_sum, weight
 
@@ -171,14 +173,16 @@ def _weigh(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[list[float], 
     total = a.world.sum_(total)
     a.clock.mark("synchronisation")
     if not total.item() > 0:
-        raise JobError(f"step {a.step + 1}: Job.weight is 0 over the whole global batch: there is nothing to average over")
+        raise JobError(
+            f"step {a.step + 1}: Job.weight is 0 over the whole global batch: there is nothing to average over"
+        )
     return weights, float(total.item())
 
 
 def _backward(a: Assembly, objective: Tensor, *, last: bool) -> None:
     if last:
         a.composed.gradients.expect()
-    objective.backward()  # type: ignore[no-untyped-call]
+    objective.backward()
     a.clock.mark("backward")
 
 

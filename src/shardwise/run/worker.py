@@ -26,7 +26,7 @@ from shardwise.run.eventlog import EventLog
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder, write_aside
 from shardwise.run.loop import Course, Position, Saving, run_loop, total_steps, warn
-from shardwise.run.progress import Silent, make_display
+from shardwise.run.progress import Display, Silent, make_display
 from shardwise.run.signals import StopRequest
 from shardwise.spec.events import RestartEvent, RunEvent, SummaryEvent
 from shardwise.spec.job import Job
@@ -102,19 +102,15 @@ def _train(
     position, metrics = Position(), {}
     checkpoint = latest(folder) if resume else None
     if checkpoint is not None:
-        progress = load(
-            checkpoint, model=assembly.model, optimizer=assembly.optimizer, scheduler=assembly.scheduler
-        )
+        progress = load(checkpoint, model=assembly.model, optimizer=assembly.optimizer, scheduler=assembly.scheduler)
         assembly.step = int(progress["step"])
         position, metrics = Position(**progress["position"]), dict(progress["metrics"])
     with ExitStack() as stack:
         is_first = world.rank == 0
         log = stack.enter_context(EventLog(folder.events_path)) if is_first else None
-        display = Silent()
+        display: Display = Silent()
         if is_first:
-            display = make_display(
-                show=work.progress, total_steps=total, epochs=job.epochs, first_step=assembly.step
-            )
+            display = make_display(show=work.progress, total_steps=total, epochs=job.epochs, first_step=assembly.step)
         stack.callback(display.close)
         course = Course(
             splits=splits,
@@ -134,7 +130,9 @@ def _train(
             reason = "a worker failed; all were started again from the last checkpoint"
             course.tell(RestartEvent(attempt=rank.restarts, step=first_step, reason=reason))
         if resume:
-            source = f"checkpoint {checkpoint.name}" if checkpoint is not None else "the start: there is no checkpoint yet"
+            source = (
+                f"checkpoint {checkpoint.name}" if checkpoint is not None else "the start: there is no checkpoint yet"
+            )
             display.say(f"resuming from {source}")
         for remark in assembly.composed.remarks:
             warn(course, remark)

@@ -74,15 +74,21 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("model", "optimizer"):
             if not callable(getattr(self, name)):
-                raise JobError(f"Job.{name} is {getattr(self, name)!r}: give a function, so that every worker can build its own")
+                raise JobError(
+                    f"Job.{name} is {getattr(self, name)!r}: give a function, so that every worker can build its own"
+                )
         if (self.loss is None) == (self.objective is None):
             given = "neither" if self.loss is None else "both"
-            raise JobError(f"Job has {given} of loss and objective: give loss=(output, target) -> mean, or objective=(model, batch)")
+            raise JobError(
+                f"Job has {given} of loss and objective: give loss=(output, target) -> mean, or objective=(model, batch)"
+            )
         if (self.epochs is None) == (self.steps is None):
             given = "neither" if self.epochs is None else "both"
             raise JobError(f"Job has {given} of epochs and steps: give exactly one")
         if self.weight is not None and self.objective is not None:
-            raise JobError("Job has weight and objective: an objective says what it is a mean over by returning a (sum, count) pair")
+            raise JobError(
+                "Job has weight and objective: an objective says what it is a mean over by returning a (sum, count) pair"
+            )
         for name in ("batch_size", "epochs", "steps", "micro_batch", "eval_batch_size"):
             _check_count(name, getattr(self, name), required=name == "batch_size")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:

@@ -8,7 +8,9 @@ from shardwise.errors import PlanError
 AXES = ("pipeline", "data", "shard", "context", "expert", "tensor")
 """Mesh axes from the outermost (slowest links, furthest ranks) to the innermost (nearest ranks)."""
 
-_HELP = "write degrees of the axes " + ", ".join(sorted(AXES)) + ", such as data=2 or data=2,tensor=2, or the word serial"
+_HELP = (
+    "write degrees of the axes " + ", ".join(sorted(AXES)) + ", such as data=2 or data=2,tensor=2, or the word serial"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,100 @@
+"""The `shardwise` command: finds the verb, runs it, and turns errors into exit codes.
+
+Exit 0: it did what was asked. Exit 1: the answer is no (a failed training, a plan that cannot fit). Exit 2: wrong input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from shardwise.errors import ShardwiseError, UserError
+
+VERBS = {
+    "train": "Train a model on real data, on one worker or on many.",
+    "predict": "Predict what published training layouts cost; no torch needed.",
+}
+"""Verb -> its line in the help; each lives in `shardwise.cli.<verb>` and is loaded only when it is used."""
+
+
+class _Verbs(click.Group):
+    """Loads a verb's module when it is called, so that `--help` stays fast and never imports torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"shardwise.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            raise click.UsageError(f"there is no verb {args[0]!r}: the verbs are {', '.join(VERBS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="shardwise")
+def shardwise() -> None:
+    """Train any PyTorch model in parallel: the same run, only faster.
+
+    Start with `shardwise train digits`; every verb has its own --help.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = shardwise.main(words, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        _print_failure(words, error.format_message(), "UserError")
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(1)
+    except ShardwiseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _print_failure(words, str(error), type(error).__name__)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _print_failure(words: list[str], message: str, kind: str) -> None:
+    """With --json, stdout carries one JSON document whatever happens."""
+    if "--json" in words:
+        print_json({"error": message, "kind": kind})
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout; numbers that JSON lacks become null."""
+    print(json.dumps(_plain(document), indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
+        return value
+    if isinstance(value, float):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+if __name__ == "__main__":
+    main()

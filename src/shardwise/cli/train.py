@@ -1,0 +1,106 @@
+"""`shardwise train`: train it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("job")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the job; repeatable."
+)
+@click.option(
+    "--plan", metavar="PLAN", help="serial, data=2, ... or a plan file (.toml). Chosen for the machine if left out."
+)
+@click.option("--workers", type=int, metavar="N", help="Number of workers in all.")
+@click.option("--threads", type=int, metavar="N", help="Compute threads per worker.")
+@click.option("--device", default="auto", show_default=True, metavar="KIND", help="auto, cpu, cuda, ...")
+@click.option("--epochs", type=int, metavar="N", help="Passes over the training data.")
+@click.option("--steps", type=int, metavar="N", help="Optimizer steps in all, instead of epochs.")
+@click.option("--batch-size", type=int, metavar="N", help="Samples per step over all workers together.")
+@click.option("--micro-batch", type=int, metavar="N", help="Samples per worker and forward pass; gradients accumulate.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic of forward and backward passes.")
+@click.option("--compile/--no-compile", "compile_model", default=None, help="Use torch.compile.")
+@click.option("--seed", type=int, metavar="N", help="Of initial weights, sample order and randomness.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder. Default: runs/JOB-DATE-N.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
+@click.option(
+    "--checkpoint-every",
+    default="10m",
+    show_default=True,
+    metavar="WHEN",
+    help="Steps (500) or time (10m); never: only at the end.",
+)
+@click.option("--keep-last", type=int, default=2, show_default=True, metavar="K", help="Checkpoints to keep.")
+@click.option(
+    "--max-restarts", type=int, default=0, show_default=True, metavar="N", help="Heal the run after a dead worker."
+)
+@click.option(
+    "--nnodes", type=int, default=1, show_default=True, metavar="N", help="Machines; run the command on each."
+)
+@click.option("--node-rank", type=int, default=0, show_default=True, metavar="I", help="Number of this machine.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet: an address of machine 0.")
+@click.option("--rdzv-id", default="shardwise", show_default=True, metavar="NAME", help="Name of the meeting.")
+@click.option("--timeout", default="10m", show_default=True, metavar="TIME", help="Longest wait for a missing worker.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress stays on stderr.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def train(
+    job: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    nnodes: int,
+    node_rank: int,
+    rdzv_endpoint: str | None,
+    rdzv_id: str,
+    timeout: str,
+    as_json: bool,
+    quiet: bool,
+    **rest: Any,
+) -> None:
+    """Train JOB: a built-in name (digits, cifar10, mnist, charlm, linear, autoencoder), file.py, file.py:function or
+    package.module:function.
+
+    The result does not depend on the number of workers: each step trains on the same global batch, and its gradient is
+    that of one worker up to rounding.
+    """
+    from shardwise.cli.main import print_json
+    from shardwise.run.command import TrainCommand, train_command
+    from shardwise.run.launch import Nodes
+    from shardwise.run.summary import closing_lines
+    from shardwise.units import parse_seconds
+
+    changes = {name: rest.pop(name) for name in ("epochs", "steps", "batch_size", "micro_batch", "precision", "seed")}
+    changes["compile"] = rest.pop("compile_model")
+    run = train_command(
+        TrainCommand(
+            job=job,
+            settings=settings,
+            changes={name: value for name, value in changes.items() if value is not None},
+            options={
+                **rest,
+                "out": out,
+                "nodes": Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id=rdzv_id),
+                "timeout_seconds": parse_seconds(timeout),
+                "progress": not quiet,
+            },
+            given=_given(),
+        )
+    )
+    if run is None:
+        return
+    if as_json:
+        print_json(run.summary)
+    if not quiet:
+        print("\n".join(closing_lines(run)), file=sys.stderr)
+
+
+def _given() -> frozenset[str]:
+    """Names of the options that stand on the command line."""
+    context = click.get_current_context()
+    source = click.core.ParameterSource.COMMANDLINE
+    return frozenset(name for name in context.params if context.get_parameter_source(name) == source)

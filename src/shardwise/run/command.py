@@ -1,0 +1,138 @@
+"""`shardwise train` behind the command line: load the job, resolve every setting and its source, train."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, final
+
+from shardwise.errors import UserError
+from shardwise.run.choose import choose_device
+from shardwise.run.jobfile import LoadedJob, load_job
+from shardwise.run.launch import current_rank
+from shardwise.run.options import TrainOptions, make_options, read_plan, resolve_plan
+from shardwise.run.result import Run
+from shardwise.run.train import job_identity, train
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+from shardwise.spec.settings import COMMAND_LINE, DEFAULT, JOB, PLAN_FILE, Settings
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """What stands on the command line.
+
+    Attributes:
+        job: a built-in name, `file.py`, `file.py:function` or `package.module:function`.
+        settings: `name=value` of the job function's arguments.
+        changes: fields of the job that are overruled.
+        options: fields of `TrainOptions`.
+        given: names of the options that were typed, for telling them from defaults.
+    """
+
+    job: str
+    settings: tuple[str, ...]
+    changes: Mapping[str, Any]
+    options: Mapping[str, Any]
+    given: frozenset[str]
+
+
+def train_command(command: TrainCommand) -> Run | None:
+    """Train as the command line says; None on ranks and nodes that have nothing to report."""
+    hyper_parameters = parse_settings(command.settings)
+    loaded = load_job(command.job, hyper_parameters)
+    job = change_job(loaded.job, command.changes)
+    options = make_options(None, command.options)
+    rank = current_rank()
+    is_first = (rank is None or rank.rank == 0) and options.nodes.node_rank == 0
+    device = choose_device(options.device)
+    plan = resolve_plan(job, options, device=device, world=rank.workers if rank is not None else None)
+    settings = resolve_settings(command, loaded, job, plan, options)
+    if is_first and options.progress:
+        print(f"{job.name}: plan {plan} on {device}", file=sys.stderr)  # noqa: T201
+        for reason in plan.reasons:
+            print(f"  because {reason}", file=sys.stderr)  # noqa: T201
+        print(_indented(str(settings)), file=sys.stderr)  # noqa: T201
+    reference = functools.partial(_load_again, command.job, dict(hyper_parameters), dict(command.changes))
+    values = {name: value for name, (value, _) in loaded.hyper_parameters.items()}
+    identity = {**job_identity(job), "job": loaded.origin, **{f"set.{name}": value for name, value in values.items()}}
+    run = train(
+        job,
+        options=replace(options, plan=plan, workers=None, threads=None),
+        settings=settings,
+        reference=reference,
+        identity=identity,
+    )
+    return run if is_first else None
+
+
+def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:
+    """`("lr=0.1",)` as `{"lr": "0.1"}`.
+
+    Raises:
+        UserError: a text has no `=`, or a name is given twice.
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f"--set {text!r}: write NAME=VALUE, such as --set lr=0.05")
+        if name.strip() in values:
+            raise UserError(f"--set {name.strip()} is given twice: give it once")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def change_job(job: Job, changes: Mapping[str, Any]) -> Job:
+    """The job with some fields overruled; giving epochs takes the place of steps and the other way round."""
+    if "epochs" in changes and "steps" in changes:
+        raise UserError("--epochs and --steps are both given: give one of them")
+    values = dict(changes)
+    for one, other in (("epochs", "steps"), ("steps", "epochs")):
+        if one in values:
+            values[other] = None
+    return replace(job, **values)
+
+
+def resolve_settings(command: TrainCommand, loaded: LoadedJob, job: Job, plan: Plan, options: TrainOptions) -> Settings:
+    """Every setting of the run with its source: command line, then plan or job file, then default."""
+    simple = [item for item in fields(job) if isinstance(getattr(job, item.name), int | float | str | bool | None)]
+    defaults = {item.name: None if item.default is MISSING else item.default for item in simple}
+    in_job = {
+        item.name: getattr(job, item.name)
+        for item in simple
+        if item.name not in command.changes and getattr(job, item.name) != item.default
+    }
+    settings = Settings.resolve([(COMMAND_LINE, dict(command.changes)), (JOB, in_job), (DEFAULT, defaults)])
+    for name, (value, source) in loaded.hyper_parameters.items():
+        settings = settings.with_value(f"set.{name}", value, source)
+    from_file = str(options.plan).endswith(".toml") and read_plan(options.plan or "serial").to_dict()
+    for name, value in plan.to_dict().items():
+        typed = "plan" if name == "layout" else name
+        if name in ("reasons", "prediction"):
+            continue
+        if typed in command.given and not (typed == "plan" and from_file):
+            source = COMMAND_LINE
+        elif from_file and name in from_file:
+            source = PLAN_FILE
+        elif name == "layout" and "workers" in command.given:
+            source = "command line (workers)"
+        elif name in ("layout", "threads"):
+            source = "chosen for this machine"
+        else:
+            source = JOB if name in in_job else DEFAULT
+        settings = settings.with_value(f"plan.{name}", value, source)
+    for name in ("out", "resume", "checkpoint_every", "keep_last", "max_restarts", "device"):
+        settings = settings.with_value(name, getattr(options, name), COMMAND_LINE if name in command.given else DEFAULT)
+    return settings
+
+
+def _load_again(text: str, hyper_parameters: Mapping[str, str], changes: Mapping[str, Any]) -> Job:
+    return change_job(load_job(text, hyper_parameters).job, changes)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

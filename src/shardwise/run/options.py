@@ -1,0 +1,130 @@
+"""How a training is run: the options, and the plan and device that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, final
+
+from shardwise.errors import PlanError, UserError
+from shardwise.run.assemble import settle_plan
+from shardwise.run.choose import accelerators, choose_plan, with_threads
+from shardwise.run.launch import Nodes
+from shardwise.run.loop import Saving
+from shardwise.spec.job import Job
+from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
+from shardwise.units import parse_seconds
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a training is run; nothing in it changes what is computed.
+
+    Attributes:
+        plan: a `Plan`, a layout in text form, the path of a plan file, or None to let shardwise choose.
+        workers: number of ranks in all; None lets the plan or shardwise decide.
+        threads: compute threads per worker; None divides the cores.
+        device: `auto`, `cpu`, or the name of an accelerator such as `cuda`.
+        out: the run folder; None makes a new one under `runs/`.
+        resume: go on from the last checkpoint in `out`.
+        checkpoint_every: `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
+        keep_last: number of checkpoints kept.
+        max_restarts: how often all workers are started again from the last checkpoint after one failed.
+        nodes: this node's place among several.
+        progress: show progress on stderr.
+        timeout_seconds: how long a collective may wait for a missing rank.
+    """
+
+    plan: Plan | str | Path | None = None
+    workers: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    out: Path | str | None = None
+    resume: bool = False
+    checkpoint_every: str = "10m"
+    keep_last: int = 2
+    max_restarts: int = 0
+    nodes: Nodes = field(default_factory=Nodes)
+    progress: bool = True
+    timeout_seconds: float = 600.0
+
+
+def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> TrainOptions:
+    known = [item.name for item in fields(TrainOptions)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UserError(f"train has no option {unknown[0]!r}; options are {', '.join(known)}")
+    return replace(options or TrainOptions(), **given)
+
+
+def resolve_plan(job: Job, options: TrainOptions, *, device: str, world: int | None) -> Plan:
+    """The plan to train with: the one given, or a chosen one, with the job's own settings filled in.
+
+    Args:
+        job: what to train.
+        options: the plan and number of workers that were asked for.
+        device: type of device.
+        world: number of ranks that are running already, under `torchrun`.
+
+    Raises:
+        PlanError: the plan is malformed or its number of workers is not the one asked for or running.
+    """
+    nodes = options.nodes.count
+    workers = options.workers if options.workers is not None else world
+    if workers is not None and workers < 1:
+        raise PlanError(f"workers={workers}: at least 1 is needed")
+    if options.plan is None:
+        plan = choose_plan(job, workers=workers, threads=options.threads, device=device, nodes=nodes)
+    else:
+        plan = read_plan(options.plan)
+        if options.threads is not None:
+            plan = replace(plan, threads=options.threads)
+        if workers is not None and workers != plan.layout.workers:
+            raise PlanError(
+                f"plan {plan.layout} is for {plan.layout.workers} workers, but {workers} were given: "
+                f"leave --workers out, or use --plan data={workers}"
+            )
+        plan = with_threads(plan, nodes=nodes)
+    if world is not None and plan.layout.workers != world:
+        raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers, but {world} are running")
+    if plan.layout.workers % nodes:
+        raise PlanError(f"{plan.layout.workers} workers do not divide over {nodes} nodes: use a multiple of {nodes}")
+    if device != "cpu" and plan.layout.workers // nodes > accelerators():
+        raise PlanError(
+            f"{plan.layout.workers // nodes} workers on this machine, which has {accelerators()} accelerators: "
+            "use fewer workers, or --device cpu"
+        )
+    return settle_plan(job, plan)
+
+
+def read_plan(plan: Plan | str | Path) -> Plan:
+    """A plan as it is, from a TOML file (a path that ends in .toml), or from a layout in text form."""
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Path) or plan.endswith(".toml"):
+        return Plan.read(Path(plan))
+    return Plan(layout=Layout.parse(plan))
+
+
+def parse_saving(checkpoint_every: str, keep_last: int) -> Saving:
+    """`"500"` is steps, `"10m"` or `"30s"` is time, `"never"` leaves only the checkpoint at the end.
+
+    Raises:
+        UserError: the text is neither, or a number is below 1.
+    """
+    if keep_last < 1:
+        raise UserError(f"keep_last={keep_last}: at least 1 checkpoint is kept")
+    text = checkpoint_every.strip()
+    if text == "never":
+        return Saving(every_seconds=None, keep_last=keep_last)
+    if text.isdecimal():
+        if int(text) < 1:
+            raise UserError(f"checkpoint_every={text!r}: at least 1 step")
+        return Saving(every_steps=int(text), every_seconds=None, keep_last=keep_last)
+    seconds = parse_seconds(text)
+    if seconds <= 0:
+        raise UserError(f"checkpoint_every={text!r}: the time must be above 0")
+    return Saving(every_seconds=seconds, keep_last=keep_last)
