@@ -19,7 +19,7 @@ from shardwise.data.reading import Reading, Request, Source, requests
 from shardwise.data.transforms import Transform, as_transform
 from shardwise.errors import JobError
 
-GROUP_BYTES = 1 << 20
+GROUP_BYTES = 1 << 19
 GROUP_STEPS = 32
 
 

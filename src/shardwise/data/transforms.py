@@ -107,6 +107,7 @@ class Normalize:
     def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
         self._mean = torch.tensor(mean, dtype=torch.float64).reshape(-1)
         self._std = torch.tensor(std, dtype=torch.float64).reshape(-1)
+        self._affines: dict[object, tuple[Tensor, Tensor]] = {}  # made once per form of input
         if not bool((self._std > 0).all()) or len({1, len(self._mean), len(self._std)}) > 2:
             raise JobError(f"Normalize(mean={mean}, std={std}): give one number or one a channel for both, std above 0")
 
@@ -116,11 +117,20 @@ class Normalize:
             raise JobError(f"Normalize has {channels} channels, the inputs are {tuple(inputs.shape)}: dim 1 must match")
         shape = (1, channels, *[1] * (inputs.dim() - 2)) if channels > 1 else (1,)
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-        full_scale = 255.0 if inputs.dtype == torch.uint8 else 1.0
-        scale = (1.0 / (full_scale * self._std)).expand(channels).to(dtype).view(shape)
-        shift = (-self._mean / self._std).expand(channels).to(dtype).view(shape)
+        scale, shift = self._affine(inputs.dtype == torch.uint8, shape, dtype)
         # one copy, then in place: the fused addcmul is three times slower on torch 2.13 CPU
         return inputs.to(dtype, copy=True).mul_(scale).add_(shift)
+
+    def _affine(self, are_bytes: bool, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key = (are_bytes, shape, dtype)
+        if key not in self._affines:
+            channels = max(shape)
+            scale = 1.0 / ((255.0 if are_bytes else 1.0) * self._std)
+            self._affines[key] = (
+                scale.expand(channels).to(dtype).view(shape),
+                (-self._mean / self._std).expand(channels).to(dtype).view(shape),
+            )
+        return self._affines[key]
 
     def __repr__(self) -> str:
         return f"Normalize(mean={self._mean.tolist()}, std={self._std.tolist()})"
@@ -139,11 +149,24 @@ class Flip:
         images = _image(inputs, "Flip")
         if random is None:
             return images
-        mirrored = (random.uniform() < self.probability).nonzero().flatten()
-        return images.index_copy(0, mirrored, images.index_select(0, mirrored).flip(-1))
+        return _mirrored(images, random.uniform() < self.probability)
 
     def __repr__(self) -> str:
         return f"Flip({self.probability})"
+
+
+def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
+    """A copy with the chosen images (bool of shape (N,)) mirrored left to right."""
+    copy = images.clone(memory_format=torch.contiguous_format)
+    if copy.dtype == torch.uint8 and copy.shape[-1] % 4 == 0:
+        # Bytes are mirrored a machine word at a time: reverse the words, then the bytes in each. On torch 2.13 CPU this
+        # takes a quarter of the time of `flip` and a copy back.
+        word = np.uint64 if copy.shape[-1] % 8 == 0 else np.uint32
+        words, rows = copy.numpy().view(word), chosen.numpy()
+        words[rows] = words[rows][..., ::-1].byteswap()
+    else:
+        copy[chosen] = copy[chosen].flip(-1)
+    return copy
 
 
 @final
