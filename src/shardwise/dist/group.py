@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from shardwise import errors
 from shardwise.spec.rank import Rank
@@ -58,18 +59,18 @@ def _init(rank: Rank, device: str, timeout: timedelta) -> None:
         device_id = torch.device(device, rank.local_rank)
     # The store's keys carry the number of the restart, because a launcher may keep one store over restarts, and the
     # addresses of ranks that died would be found there.
-    store = dist.PrefixStore(f"shardwise/restart/{rank.restarts}", _store(rank, timeout))
+    store = PrefixStore(f"shardwise/restart/{rank.restarts}", _store(rank, timeout))
     dist.init_process_group(
         backend, store=store, rank=rank.rank, world_size=rank.workers, timeout=timeout, device_id=device_id
     )
 
 
-def _store(rank: Rank, timeout: timedelta) -> dist.Store:
+def _store(rank: Rank, timeout: timedelta) -> Store:
     if rank.endpoint is None:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank.rank, rank.workers, timeout=timeout)))
-        return store
+        met: tuple[Store, int, int] = next(iter(rendezvous("env://", rank.rank, rank.workers, timeout=timeout)))
+        return met[0]
     host, _, port = rank.endpoint.rpartition(":")
-    return dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+    return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 @contextmanager
@@ -80,9 +81,9 @@ def _timeouts_explained(rank: Rank, timeout_seconds: float) -> Iterator[None]:
         if not any(text in str(error).lower() for text in _TIMEOUT_TEXTS):
             raise
         raise errors.RunFailed(
-            f"rank {rank.rank} timed out waiting for the other ranks: a collective was not joined by all of them within "
-            f"{timeout_seconds:g} s. A rank that hangs, that left the loop early or that runs other code than the rest is "
-            "the usual cause; the traceback shows what this rank waited in. If the others are only slow, allow more time.",
+            f"rank {rank.rank} timed out: the other ranks did not all come to its collective within "
+            f"{timeout_seconds:g} s. Usually one of them hangs, left the loop early or runs other code; the traceback "
+            "shows where this rank waited. If they are only slow, allow more time.",
             rank=rank.rank,
             details=traceback.format_exc(),
         ) from error

@@ -41,7 +41,7 @@ _TIMEOUT_TEXTS = (
 )
 
 _SIGNAL_HINTS = {
-    signal.SIGKILL: "Most often the machine ran out of memory (`dmesg` tells): use a smaller micro-batch or fewer workers.",
+    signal.SIGKILL: "Most often the machine is out of memory (see `dmesg`): use a smaller micro-batch or fewer workers.",
     signal.SIGBUS: "Most often shared memory (/dev/shm) is full: make it larger or use fewer data-loading workers.",
     signal.SIGSEGV: "Native code crashed: run again with PYTHONFAULTHANDLER=1 to see where.",
     signal.SIGABRT: "Native code gave up: its own message is further up in the output.",
@@ -117,7 +117,7 @@ def from_exit_code(exit_code: int, rank: int) -> Failure:
         return Failure(
             rank=rank,
             kind="exit",
-            summary=f"ended with exit code {exit_code} without a result. Something in it called exit().",
+            summary=f"ended with exit code {exit_code} before it had a result; its own output, above, may say why.",
         )
     try:
         known = signal.Signals(-exit_code)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
-from uuid import uuid4
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -24,10 +24,10 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousGrac
 
 from shardwise import errors
 from shardwise.run import network
+from shardwise.run.process import StartMethod, default_start_method, set_threads
 from shardwise.run.rendezvous import FixedRendezvous
-from shardwise.run.signals import handling
-from shardwise.run.supervise import Options, RankAgent
-from shardwise.run.process import Setup, StartMethod, default_start_method, set_threads
+from shardwise.run.signals import STOP_SIGNALS, handling
+from shardwise.run.supervise import Crew, RankAgent
 from shardwise.spec.rank import SERIAL, Rank
 
 T = TypeVar("T")
@@ -64,10 +64,16 @@ class Nodes:
             )
         if self.count > 1 and self.endpoint is None:
             raise errors.UserError(
-                f"{self.count} nodes need a place to meet: give the same --rdzv-endpoint HOST:PORT of node 0 on each of them."
+                f"{self.count} nodes need a place to meet: give each the same --rdzv-endpoint, HOST:PORT of node 0."
             )
         if self.endpoint is not None:
             network.split_endpoint(self.endpoint)
+
+    def address(self) -> tuple[str, int]:
+        """(host, port) of the store; the loopback address and any port where there is one node."""
+        if self.count == 1 or self.endpoint is None:
+            return network.LOOPBACK, 0
+        return network.split_endpoint(self.endpoint)
 
 
 def print_report(text: str) -> None:
@@ -114,10 +120,21 @@ def launch(
     if workers == 1 and nodes.count == 1 and max_restarts == 0:
         return _run_inline(worker, SERIAL, threads)
     method = start_method or default_start_method(device)
-    rendezvous_endpoint = network.split_endpoint(nodes.endpoint) if nodes.endpoint else (network.LOOPBACK, 0)
-    agent = _agent(worker, workers, threads, nodes, rendezvous_endpoint, max_restarts, report, grace_seconds, method)
-    _run_agent(agent)
-    return _result(agent, report)
+    crew = Crew(
+        worker=worker,
+        threads=threads,
+        local_workers=workers // nodes.count,
+        environment=_crew_environment(threads, nodes.address()[0]),
+        start_method=method,
+        grace_seconds=grace_seconds,
+        lost_after_seconds=nodes.lost_after_seconds,
+        report=report,
+        signals=[],
+    )
+    agent = _agent(crew, nodes, max_restarts)
+    _run_agent(agent, crew.signals)
+    result: T = _result(agent, report)
+    return result
 
 
 def current_rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
@@ -131,8 +148,8 @@ def current_rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
     missing = [name for name in _RANK_VARIABLES if not environment.get(name)]
     if missing:
         raise errors.UserError(
-            f"RANK and WORLD_SIZE are set in the environment, {', '.join(missing)} not. A process that is a rank needs all "
-            f"of {', '.join(_RANK_VARIABLES)} (torchrun sets them); unset RANK and WORLD_SIZE if it is none."
+            f"RANK and WORLD_SIZE are set in the environment, but not {', '.join(missing)}. A process that is a rank "
+            f"needs all of {', '.join(_RANK_VARIABLES)} (torchrun sets them); unset RANK and WORLD_SIZE if it is none."
         )
     numbers = {name: _integer(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     workers = numbers["WORLD_SIZE"]
@@ -154,8 +171,8 @@ def current_rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
     )
 
 
-# Set in our own workers, which carry torchrun's variables for other libraries: a launch() inside one (a pool worker that
-# trains something of its own) is a launch of its own.
+# Set in our own workers, which carry torchrun's variables for other libraries: a launch() inside one (by a pool worker
+# that trains something of its own) is a launch of its own.
 _LOCAL_MARK = "SHARDWISE_WORKER"
 
 
@@ -174,7 +191,7 @@ def _check(workers: int, threads: int, nodes: Nodes, max_restarts: int) -> None:
         raise errors.UserError(f"--max-restarts is {max_restarts}; it must be 0 or more.")
     if workers % nodes.count:
         raise errors.UserError(
-            f"{workers} workers do not divide evenly over {nodes.count} nodes; every node gets the same number of workers."
+            f"{workers} workers do not divide over {nodes.count} nodes; every node gets the same number of workers."
         )
 
 
@@ -198,77 +215,65 @@ def _run_as_rank(
 ) -> T:
     if workers != rank.workers:
         raise errors.UserError(
-            f"torchrun (or the environment) started {rank.workers} workers, the run asks for {workers}. Start as many as "
-            "the plan needs (--nnodes times --nproc-per-node), or leave the number of workers out."
+            f"torchrun (or the environment) started {rank.workers} workers, the run asks for {workers}. Start as many "
+            "as the plan needs (--nnodes times --nproc-per-node), or leave the number of workers out."
         )
     if rank.rank == 0 and (max_restarts or nodes.count > 1):
         report("started by torchrun: its own --nnodes and --max-restarts count, the run's settings for them do not.")
     # `record` leaves the traceback where torchrun looks for the first failure.
-    return record(_run_inline)(worker, rank, threads)
+    result: T = cast(Callable[..., Any], record(_run_inline))(worker, rank, threads)
+    return result
 
 
-def _agent(
-    worker: Callable[[Rank], T],
-    workers: int,
-    threads: int,
-    nodes: Nodes,
-    endpoint: tuple[str, int],
-    max_restarts: int,
-    report: Callable[[str], None],
-    grace_seconds: float,
-    method: StartMethod,
-) -> RankAgent:
-    agents: list[RankAgent] = []
+def _crew_environment(threads: int, host: str) -> dict[str, str]:
+    environment = {_LOCAL_MARK: "1", "OMP_NUM_THREADS": str(threads)}
+    interface = network.interface_towards(host)
+    if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+    return environment
+
+
+def _agent(crew: Crew, nodes: Nodes, max_restarts: int) -> RankAgent:
     rendezvous = FixedRendezvous(
         node=nodes.node_rank,
         nodes=nodes.count,
-        endpoint=endpoint,
+        endpoint=nodes.address(),
         run_id=nodes.run_id,
         join_seconds=nodes.join_seconds,
-        cancelled=lambda: agents[0].stop_requested(),
+        cancelled=lambda: bool(crew.signals),
     )
-    environment = {_LOCAL_MARK: "1", "OMP_NUM_THREADS": str(threads)}
-    interface = network.interface_towards(endpoint[0])
-    if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
-        environment["GLOO_SOCKET_IFNAME"] = interface
     spec = WorkerSpec(
         role="worker",
-        local_world_size=workers // nodes.count,
+        local_world_size=crew.local_workers,
         rdzv_handler=rendezvous,
         entrypoint="shardwise",
         max_restarts=max_restarts,
         monitor_interval=1e-4,  # the agent waits for events itself, see _monitor_workers
     )
-    setup = Setup(worker=worker, threads=threads, environment={}, launcher_pid=os.getpid(), wants_result=True)
-    options = Options(
-        local_workers=workers // nodes.count,
-        start_method=method,
-        grace_seconds=grace_seconds,
-        lost_after_seconds=nodes.lost_after_seconds,
-        environment=environment,
-    )
-    agents.append(RankAgent(spec, rendezvous, setup, options, report))
-    return agents[0]
+    return RankAgent(spec, rendezvous, crew)
 
 
-def _run_agent(agent: RankAgent) -> None:
+def _run_agent(agent: RankAgent, signals: list[int]) -> None:
     """Runs the agent in a thread of its own, from which the workers are forked (see run/process.py for the reason)."""
     raised: list[BaseException] = []
 
     def run() -> None:
+        # Inherited by the workers, which lift it when they are ready: a stop signal that comes while one starts waits.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             agent.run()
         except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
             raised.append(error)
 
-    thread = threading.Thread(target=run, name=f"shardwise launcher {uuid4().hex[:6]}", daemon=True)
-    with handling(agent.stop):
+    thread = threading.Thread(target=run, name="shardwise launcher", daemon=True)
+    with handling(signals.append):
         thread.start()
         try:
             thread.join()
         finally:
-            agent.abandon()
-            thread.join()
+            if thread.is_alive():  # the caller is being torn down: take the workers along
+                signals += [signal.SIGTERM, signal.SIGTERM]
+                thread.join()
     for error in raised:
         if isinstance(error, RendezvousGracefulExitError):
             raise errors.Stopped("stopped while waiting for the other nodes; nothing had started") from None
@@ -277,12 +282,11 @@ def _run_agent(agent: RankAgent) -> None:
         raise error
 
 
-def _result(agent: RankAgent, report: Callable[[str], None]) -> T:  # type: ignore[type-var]
+def _result(agent: RankAgent, report: Callable[[str], None]) -> Any:
     if agent.failure is not None:
         if agent.failure.details:
             report(agent.failure.details.rstrip())
         raise agent.failure.error()
     if agent.stopped is not None:
         raise errors.Stopped(agent.stopped)
-    result: T = pickle.loads(agent.result)
-    return result
+    return pickle.loads(agent.result)

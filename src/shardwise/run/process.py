@@ -1,7 +1,7 @@
 """The process of one rank: how it is started, and what runs in it before and after the worker function.
 
-Why a worker is forked where that is allowed: a forked worker inherits the imported torch (more than a second of start-up),
-the job's closures, and the arrays already loaded, as shared pages. Two things make it safe:
+Why a worker is forked where that is allowed: a forked worker inherits the imported torch (more than a second of
+start-up), the job's closures, and the arrays already loaded, as shared pages. Two things make it safe:
 
 - OpenMP. A process whose OpenMP pool has started cannot be forked by the thread that owns the pool: the child believes
   in threads that do not exist there and hangs in its first parallel region. The pool belongs to a *thread*, though.
@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ import torch
 
 from shardwise import errors
 from shardwise.run.failure import Failure, from_exception
+from shardwise.run.signals import STOP_SIGNALS
 from shardwise.spec.rank import Rank
 
 StartMethod = Literal["fork", "spawn"]
@@ -78,7 +78,7 @@ def start(method: StartMethod, setup: Setup, rank: Rank) -> tuple[BaseProcess, C
     Raises:
         UserError: the worker function cannot be pickled and the start method is spawn.
     """
-    context: ForkContext | SpawnContext = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork") if method == "fork" else multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(setup, rank, theirs), name=f"rank {rank.rank}", daemon=False)
     try:
@@ -88,9 +88,9 @@ def start(method: StartMethod, setup: Setup, rank: Rank) -> tuple[BaseProcess, C
             process.start()
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise errors.UserError(
-            f"the worker function {setup.worker!r} cannot be sent to a new process: {error}. Workers are spawned on this "
-            "device or system, so the function and its arguments must be picklable: define them at the top level of a "
-            "module (functools.partial of such a function is fine), not as a lambda or inside another function."
+            f"the worker function {setup.worker!r} cannot be sent to a new process: {error}. Workers are spawned on "
+            "this device or system, so the function and its arguments must be picklable: define them at the top level "
+            "of a module (functools.partial of such a function is fine), not as a lambda or inside another function."
         ) from error
     finally:
         theirs.close()
@@ -127,6 +127,7 @@ def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
 
 def _run(setup: Setup, rank: Rank) -> Outcome:
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the launcher, see _run_agent
         result = setup.worker(rank)
     except errors.Stopped as stop:
         return Outcome(stopped=str(stop))

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import final
 
-from torch.distributed import DistError, Store
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from shardwise.run.failure import Failure
 
@@ -41,7 +41,7 @@ class Pulse:
         self._agreed: Failure | None = None
         self._proposed: Failure | None = None
         now = time.monotonic()
-        self._beats = {other: (b"", now) for other in self._watched}
+        self._beats = dict.fromkeys(self._watched, (b"", now))
         self._answered_at = now
         self._ended = threading.Event()
         self._wake = threading.Event()

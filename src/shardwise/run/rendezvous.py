@@ -1,8 +1,8 @@
 """Where the nodes of a run meet: a torchelastic rendezvous with a fixed number of nodes and fixed node numbers.
 
 torchelastic's own two do not fit. `static` keeps one store, without a prefix, over all restarts, so that a restarted
-group finds the addresses of the group that died. `c10d` numbers the nodes as they come, while `--node-rank` promises the
-number, and it is several times slower to start. Here every round has its own keys (one node: its own store and port).
+group finds the addresses of the group that died. `c10d` numbers the nodes as they come, while `--node-rank` promises
+the number, and it is several times slower to start. Here every round has its own keys (one node: its own store).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import final
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousGracefulExitError,
@@ -111,18 +111,18 @@ class FixedRendezvous(RendezvousHandler):
 
     def _join(self, store: Store) -> None:
         deadline = time.monotonic() + self._join_seconds
-        store.set(f"here/{self.node}", b"1")
+        store.set(f"here/{self.node}", "1")
         while True:
             missing = [node for node in range(self.nodes) if not store.check([f"here/{node}"])]
             if not missing:
-                store.set("full", b"1")
+                store.set("full", "1")
                 return
             self._check_cancelled()
             if time.monotonic() > deadline:
                 names = ", ".join(f"node {node}" for node in missing)
                 raise RendezvousTimeoutError(
-                    f"{names} of {self.nodes} nodes did not come within {self._join_seconds:g} s. Start the same command "
-                    "on every node, with its own --node-rank and the same --nnodes, --rdzv-endpoint and --rdzv-id."
+                    f"{names} of {self.nodes} nodes did not come within {self._join_seconds:g} s. Start the same "
+                    "command on every node, with its own --node-rank and the same --rdzv-endpoint and --rdzv-id."
                 )
             time.sleep(0.02)
 

@@ -15,8 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from typing import Any, final
 
 from torch.distributed.elastic.agent.server.api import (
@@ -27,10 +26,11 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 
+from shardwise.run.child import Child
 from shardwise.run.failure import Failure, first_cause, from_exit_code, is_echo
+from shardwise.run.process import Outcome, Setup, StartMethod, start
 from shardwise.run.pulse import Pulse
 from shardwise.run.rendezvous import FixedRendezvous
-from shardwise.run.process import Outcome, Setup, StartMethod, start
 from shardwise.spec.rank import Rank
 
 _POLL_SECONDS = 0.05
@@ -38,71 +38,47 @@ _SETTLE_SECONDS = 1.0
 _LINGER_SECONDS = 10.0
 
 
-@dataclass(kw_only=True)
-class _Child:
-    rank: int
-    process: BaseProcess
-    pipe: Connection
-    outcome: Outcome | None = None
-    done_at: float = 0.0
-
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def kill(self) -> None:
-        """Ends the worker and everything in its process group, if it has not been reaped yet."""
-        if self.process.pid is not None and self.process.exitcode is None:
-            for end in (os.killpg, os.kill):  # killpg fails in the instant before the worker has made its group
-                try:
-                    end(self.process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-
-
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How one node's workers are started and ended.
+class Crew:
+    """The workers of one node: what they run, and how they are started and ended.
 
     Attributes:
+        worker: the function of every rank.
+        threads: torch's intra-operation threads in each worker.
         local_workers: workers on this node.
-        start_method: how their processes start.
-        grace_seconds: how long workers may take to save after a stop signal.
-        lost_after_seconds: how long a node may give no sign of life (several nodes only).
         environment: variables of every worker, besides those that name its rank.
+        start_method: how their processes start.
+        grace_seconds: how long they may take to save after a stop signal.
+        lost_after_seconds: how long another node may give no sign of life.
+        report: receives messages for people.
+        signals: the stop signals the launcher has received so far; its signal handler appends to it.
     """
 
+    worker: Callable[[Rank], Any]
+    threads: int
     local_workers: int
+    environment: dict[str, str]
     start_method: StartMethod
     grace_seconds: float
     lost_after_seconds: float
-    environment: dict[str, str]
+    report: Callable[[str], None]
+    signals: list[int]
 
 
 @final
 class RankAgent(SimpleElasticAgent):
-    """Runs `setup.worker` in the ranks of this node. Read `failure`, `stopped` and `result` after `run()`."""
+    """Runs a crew. Read `failure`, `stopped` and `result` (of the node's first rank, pickled) after `run()`."""
 
-    def __init__(
-        self,
-        spec: WorkerSpec,
-        rendezvous: FixedRendezvous,
-        setup: Setup,
-        options: Options,
-        report: Callable[[str], None],
-    ) -> None:
-        # Long after the slowest node must have ended: a node that died while others waited here is found by its pulse.
-        super().__init__(spec, exit_barrier_timeout=options.grace_seconds)
+    def __init__(self, spec: WorkerSpec, rendezvous: FixedRendezvous, crew: Crew) -> None:
+        # A node that dies while others wait in the barrier at the end is the only one who could make them wait so long.
+        super().__init__(spec, exit_barrier_timeout=crew.grace_seconds)
         self.failure: Failure | None = None
         self.stopped: str | None = None
         self.result: bytes = b""
         self._rendezvous_handler = rendezvous
-        self._setup = setup
-        self._options = options
-        self._report = report
-        self._children: list[_Child] = []
+        self._crew = crew
+        self._children: list[Child] = []
         self._pulse: Pulse | None = None
-        self._signals: list[int] = []  # appended to by another thread
         self._forwarded = 0
         self._forwarded_at = 0.0
 
@@ -110,43 +86,45 @@ class RankAgent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._children = []
-        endpoint = f"{worker_group.master_addr}:{worker_group.master_port}"
-        restarts = self._rendezvous_handler.round
+        self.failure = None
+        here = self._rendezvous_handler
         for worker in worker_group.workers:
             rank = Rank(
                 rank=worker.global_rank,
                 local_rank=worker.local_rank,
                 workers=worker.world_size,
-                local_workers=self._options.local_workers,
-                node=self._rendezvous_handler.node,
-                nodes=self._rendezvous_handler.nodes,
-                restarts=restarts,
+                local_workers=self._crew.local_workers,
+                node=here.node,
+                nodes=here.nodes,
+                restarts=here.round,
                 launcher="local",
-                endpoint=endpoint,
+                endpoint=f"{worker_group.master_addr}:{worker_group.master_port}",
             )
             setup = Setup(
-                worker=self._setup.worker,
-                threads=self._setup.threads,
-                environment={**self._options.environment, **rank_environment(rank)},
-                launcher_pid=self._setup.launcher_pid,
+                worker=self._crew.worker,
+                threads=self._crew.threads,
+                environment={**self._crew.environment, **rank_environment(rank)},
+                launcher_pid=os.getpid(),
                 wants_result=rank.local_rank == 0,
             )
-            process, pipe = start(self._options.start_method, setup, rank)
-            self._children.append(_Child(rank=rank.rank, process=process, pipe=pipe))
+            process, pipe = start(self._crew.start_method, setup, rank)
+            self._children.append(Child(rank=rank.rank, process=process, pipe=pipe))
         if self._rendezvous_handler.nodes > 1:
-            assert worker_group.store is not None
+            store: Any = worker_group.store  # None only before the rendezvous
             self._pulse = Pulse(
-                worker_group.store,
+                store,
                 node=self._rendezvous_handler.node,
                 nodes=self._rendezvous_handler.nodes,
-                workers_per_node=self._options.local_workers,
-                lost_after_seconds=self._options.lost_after_seconds,
+                workers_per_node=self._crew.local_workers,
+                lost_after_seconds=self._crew.lost_after_seconds,
             )
         return {child.rank: child.process.pid for child in self._children}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._forward_signals()
-        wait([c.process.sentinel for c in self._children if c.alive] + self._open_pipes(), timeout=_POLL_SECONDS)
+        running = [child for child in self._children if child.alive]
+        pipes = [child.pipe for child in running if child.outcome is None]
+        wait([*(child.process.sentinel for child in running), *pipes], timeout=_POLL_SECONDS)
         failures = self._collect()
         elsewhere = self._pulse.verdict() if self._pulse else None
         if failures or elsewhere:
@@ -154,30 +132,26 @@ class RankAgent(SimpleElasticAgent):
             return self._failed(self.failure)
         if any(child.outcome is None for child in self._children):
             return RunResult(state=WorkerState.HEALTHY)
+        ranks = [child.rank for child in self._children]
         if any(child.alive for child in self._children):
             self._end_lingering()
             return RunResult(state=WorkerState.HEALTHY)
-        self._finish()
-        return RunResult(state=WorkerState.SUCCEEDED, return_values={child.rank: True for child in self._children})
+        self._conclude()
+        self._reap()
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks, True))
 
     def _stop_workers(self, worker_group: WorkerGroup, *_versions: object) -> None:
         self._shutdown()
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, **_versions: object) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 0) -> None:
         if self._pulse:
             self._pulse.end()
             self._pulse = None
         for child in self._children:
             child.kill()
-        for child in self._children:
-            child.process.join()
-            child.pipe.close()
-        self._children = []
+        self._reap()
 
     # Details -----------------------------------------------------------------------------------------------------
-
-    def _open_pipes(self) -> list[Connection]:
-        return [child.pipe for child in self._children if child.outcome is None]
 
     def _collect(self) -> list[Failure]:
         """Reads what has arrived; returns the failures known so far, in the order of being noticed."""
@@ -191,26 +165,25 @@ class RankAgent(SimpleElasticAgent):
                 failures.append(child.outcome.failure)
         return failures
 
-    def _receive(self, child: _Child, alive: bool) -> Outcome | None:
+    def _receive(self, child: Child, alive: bool) -> Outcome | None:
         try:
             if child.pipe.poll():
                 outcome = child.pipe.recv()
                 assert isinstance(outcome, Outcome)
                 return outcome
         except (EOFError, OSError, pickle.UnpicklingError):
-            child.process.join(timeout=_SETTLE_SECONDS)
-            alive = child.alive
+            alive = False  # the pipe closes only with the process
         if alive:
             return None
-        exit_code = child.process.exitcode
-        assert exit_code is not None
-        if self._forwarded and -exit_code in self._signals:
+        exit_code = child.exit_code()
+        # 1 is Python's own exit after a KeyboardInterrupt that hit outside the worker function.
+        if self._forwarded and (exit_code == 1 or -exit_code in self._crew.signals):
             return Outcome(stopped="the workers ended on the signal before they could save anything")
         return Outcome(failure=from_exit_code(exit_code, child.rank))
 
     def _agree(self, failures: list[Failure], elsewhere: Failure | None) -> Failure:
         """Waits for the cause where only its echo has been seen, and settles on one failure with the other nodes."""
-        patience = _SETTLE_SECONDS + (self._options.lost_after_seconds if self._pulse else 0)
+        patience = _SETTLE_SECONDS + (self._crew.lost_after_seconds if self._pulse else 0)
         deadline = time.monotonic() + patience
         while elsewhere is None and is_echo(first_cause(failures)) and time.monotonic() < deadline:
             if not any(child.outcome is None for child in self._children) and not self._pulse:
@@ -224,33 +197,31 @@ class RankAgent(SimpleElasticAgent):
         return self._pulse.publish(cause) if self._pulse else cause
 
     def _failed(self, failure: Failure) -> RunResult:
-        if not failure.restartable or self._signals:
+        if not failure.restartable or self._crew.signals:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
             total = self._worker_group.spec.max_restarts
             number = total - self._remaining_restarts + 1
-            self._report(f"{failure.sentence()} Restarting all workers (restart {number} of {total}).")
+            self._crew.report(f"{failure.sentence()} Restarting all workers (restart {number} of {total}).")
         return RunResult(state=WorkerState.FAILED)
 
     def _forward_signals(self) -> None:
-        if len(self._signals) > self._forwarded:
-            self._forwarded = len(self._signals)
-            number = self._signals[-1]
+        if len(self._crew.signals) > self._forwarded:
+            self._forwarded = len(self._crew.signals)
+            number = self._crew.signals[-1]
             name = signal.Signals(number).name
             if self._forwarded > 1:
-                self._report(f"{name} again: ending the workers now.")
+                self._crew.report(f"{name} again: ending the workers now.")
                 self._give_up(f"were ended by a second {name} before they had saved")
                 return
             self._forwarded_at = time.monotonic()
-            self._report(
-                f"{name}: waiting up to {self._options.grace_seconds:g} s for the workers to save and stop; again to end them now."
-            )
+            grace = f"{self._crew.grace_seconds:g} s"
+            self._crew.report(f"{name}: the workers have {grace} to save and stop. Send it again to end them now.")
             for child in self._children:
-                if child.outcome is None and child.alive:
-                    assert child.process.pid is not None
-                    os.kill(child.process.pid, number)
-        elif self._forwarded and time.monotonic() - self._forwarded_at > self._options.grace_seconds:
-            self._give_up(f"did not stop within {self._options.grace_seconds:g} s and were ended")
+                if child.outcome is None:
+                    child.send(number)
+        elif self._forwarded and time.monotonic() - self._forwarded_at > self._crew.grace_seconds:
+            self._give_up(f"did not stop within {self._crew.grace_seconds:g} s and were ended")
 
     def _give_up(self, why: str) -> None:
         waiting = [child.rank for child in self._children if child.outcome is None]
@@ -270,10 +241,18 @@ class RankAgent(SimpleElasticAgent):
     def _end_lingering(self) -> None:
         for child in self._children:
             if child.alive and time.monotonic() - child.done_at > _LINGER_SECONDS:
-                self._report(f"rank {child.rank} returned but its process did not end (a thread still runs): ended it.")
+                self._crew.report(
+                    f"rank {child.rank} returned but its process did not end (a thread still runs): ended it."
+                )
                 child.kill()
 
-    def _finish(self) -> None:
+    def _reap(self) -> None:
+        for child in self._children:
+            child.process.join()
+            child.pipe.close()
+        self._children = []
+
+    def _conclude(self) -> None:
         outcomes = [child.outcome for child in self._children if child.outcome is not None]
         self.result = outcomes[0].result or b""
         self.stopped = next((o.stopped for o in outcomes if o.stopped is not None), None)
