@@ -15,7 +15,7 @@ from shardwise.metrics import accuracy
 from shardwise.spec.job import Job
 
 
-def digits(lr: float = 0.1, width: int = 16, batch_size: int = 64, epochs: int = 10, seed: int = 0) -> Job:
+def digits(lr: float = 0.05, width: int = 16, batch_size: int = 64, epochs: int = 15, seed: int = 0) -> Job:
     """Classify the digits.
 
     Args:
