@@ -116,20 +116,16 @@ class Case:
 
 
 def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
-    """Split `layers` equal layers and an output projection worth `head` layers over stages, the largest stage smallest.
+    """Split `layers` equal layers and an output projection worth `head` layers over stages, in model order.
 
-    Every stage but the last gets at least one layer while there are enough; the last one may hold the projection alone.
+    A stage is full as soon as the work up to its end exceeds its share of the whole: the rule of frameworks that place
+    blocks by their cost one after the other.
     """
-    if stages == 1:
-        return (layers,)
-    best = (layers,)
-    for last in range(math.ceil(layers / stages), -1, -1):
-        share = (layers - last) / (stages - 1)
-        best = (*_even(layers - last, stages - 1), last)
-        if last + head <= math.ceil(share):
-            break
-    return best
-
-
-def _even(layers: int, stages: int) -> tuple[int, ...]:
-    return tuple(layers // stages + (1 if index < layers % stages else 0) for index in range(stages))
+    counts = [0] * stages
+    share = (layers + head) / stages
+    stage = 0
+    for layer in range(1, layers + 1):
+        counts[stage] += 1
+        if layer > share * (stage + 1) and stage < stages - 1:
+            stage += 1
+    return tuple(counts)

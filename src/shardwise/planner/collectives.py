@@ -48,7 +48,7 @@ def network(machine: Machine, constants: Constants) -> Network:
         machine,
         machine.intra.bytes_per_second.value * constants.link_rate,
         machine.inter.bytes_per_second.value * constants.network_rate,
-        constants.hop_seconds,
+        machine.inter.latency_seconds.value * constants.hop_share,
     )
 
 
@@ -66,30 +66,47 @@ def group(case: Case, axis: str) -> Group:
     return Group(size, max(1, min(size, case.machine.gpus_per_node // max(1, stride))))
 
 
-def bus_bytes(net: Network, ranks: Group, collective: str) -> float:
-    """Bus bandwidth of `collective` over `ranks`, bytes per second.
+def bus_bytes(net: Network, ranks: Group) -> float:
+    """Bus bandwidth of a ring over `ranks`, bytes per second.
 
-    Across nodes every rank brings its share of the network. Measured rates of whole nodes replace the estimate and are
-    scaled by the part of a node that takes part.
+    Inside a node the link counts; across nodes every rank brings its share of the network.
     """
     if ranks.nodes <= 1:
-        measured = _measured(net.machine, collective, 1)
-        return measured if measured else net.intra_bytes
-    share = ranks.per_node / net.machine.gpus_per_node
-    measured = _measured(net.machine, collective, ranks.nodes)
-    across = measured * share if measured else net.inter_bytes * ranks.per_node
+        return net.intra_bytes
+    across = net.inter_bytes * ranks.per_node
     return min(across, net.intra_bytes) if ranks.per_node > 1 else across
+
+
+def measured_seconds(size_bytes: float, start_seconds: float, factor: float, ranks: Group, net: Network, collective: str) -> float | None:
+    """Seconds by the rate measured for whole nodes, None if there is none for such a group.
+
+    The measurement at one message size is split into `start_seconds`, which does not depend on the size, and the rest,
+    which grows with it; `factor` is the bytes a link carries per byte of message.
+    """
+    if ranks.per_node < net.machine.gpus_per_node:
+        return None
+    found = _measured(net.machine, collective, ranks.nodes)
+    if found is None:
+        return None
+    rate, message = found
+    whole = factor * message / rate
+    start = min(start_seconds, 0.9 * whole)
+    return start + (whole - start) * size_bytes / message
 
 
 def all_reduce(size_bytes: float, ranks: Group, net: Network) -> float:
     """Seconds to sum a vector of `size_bytes` over `ranks`."""
     if ranks.size <= 1 or size_bytes <= 0:
         return 0.0
-    moved = 2.0 * (ranks.size - 1) / ranks.size * size_bytes
-    bandwidth = bus_bytes(net, ranks, "all_reduce")
+    factor = 2.0 * (ranks.size - 1) / ranks.size
+    moved = factor * size_bytes
+    bandwidth = bus_bytes(net, ranks)
     start = net.machine.intra.latency_seconds.value * ranks.per_node
     levels = math.log2(ranks.nodes) if ranks.nodes > 1 else 0.0
     start += net.machine.inter.latency_seconds.value * levels
+    measured = measured_seconds(size_bytes, start, factor, ranks, net, "all_reduce")
+    if measured is not None:
+        return measured
     bulk = BULK_SETUP_SECONDS * (1.0 + 0.5 * levels) + moved / bandwidth
     return start + min(moved / (bandwidth * SMALL_MESSAGE_SHARE), bulk)
 
@@ -98,11 +115,12 @@ def all_gather(size_bytes: float, ranks: Group, net: Network, collective: str = 
     """Seconds to collect `size_bytes` in all from `ranks`; a reduce-scatter of the same size takes as long."""
     if ranks.size <= 1 or size_bytes <= 0:
         return 0.0
-    moved = (ranks.size - 1) / ranks.size * size_bytes
+    factor = (ranks.size - 1) / ranks.size
     start = net.machine.intra.latency_seconds.value * ranks.per_node
     if ranks.nodes > 1:
         start += net.hop_seconds * (ranks.size - 1)
-    return start + moved / bus_bytes(net, ranks, collective)
+    measured = measured_seconds(size_bytes, start, factor, ranks, net, collective)
+    return start + factor * size_bytes / bus_bytes(net, ranks) if measured is None else measured
 
 
 def reduce_scatter(size_bytes: float, ranks: Group, net: Network) -> float:
@@ -128,15 +146,20 @@ def send(size_bytes: float, across_nodes: bool, net: Network) -> float:
     return 2.0 * net.machine.intra.latency_seconds.value + size_bytes / net.intra_bytes
 
 
-def _measured(machine: Machine, collective: str, nodes: int) -> float | None:
-    """Measured bus bandwidth over `nodes` whole nodes, interpolated over log2(nodes); None where nothing was measured."""
-    points = sorted((rate.nodes, rate.bus_bytes_per_second.value) for rate in machine.rates if rate.collective == collective)
-    if not points:
+def _measured(machine: Machine, collective: str, nodes: int) -> tuple[float, float] | None:
+    """(bus bandwidth, message bytes) measured over `nodes` whole nodes, interpolated over log2(nodes); None if not measured.
+
+    Of several message sizes the largest one counts.
+    """
+    mine = [rate for rate in machine.rates if rate.collective == collective]
+    if not mine:
         return None
+    message = max(rate.message_bytes for rate in mine)
+    points = sorted((rate.nodes, rate.bus_bytes_per_second.value) for rate in mine if rate.message_bytes == message)
     if nodes <= points[0][0]:
-        return points[0][1]
+        return points[0][1], message
     for (left, low), (right, high) in zip(points, points[1:], strict=False):
         if nodes <= right:
             part = (math.log2(nodes) - math.log2(left)) / (math.log2(right) - math.log2(left))
-            return float(low * (high / low) ** part)
-    return points[-1][1]
+            return low * (high / low) ** part, message
+    return points[-1][1], message

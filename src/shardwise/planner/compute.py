@@ -14,6 +14,12 @@ from shardwise.spec.machine import Accelerator
 TILES = ((256, 128, 1.0), (128, 128, 0.94), (128, 64, 0.75), (64, 64, 0.55))
 """Output tiles of matrix kernels and the rate of each over the largest; a library picks the fastest for a shape."""
 
+ALIGNMENT = 8
+"""Elements of 2 bytes that make the 16 bytes one load moves (NVIDIA, Matrix Multiplication Background, 2023)."""
+
+UNALIGNED_SHARE = 0.35
+"""Rate of a product whose dimensions are not multiples of `ALIGNMENT`."""
+
 SMALL_HEAD = 128
 """Width of a head below which fused attention loses rate (FlashAttention-2, figure 4: 64 against 128)."""
 
@@ -80,11 +86,18 @@ def matmul_seconds(rows: int, columns: int, inner: int, device: Device, count: i
     best = math.inf
     for tile_rows, tile_columns, share in TILES:
         tiles = count * math.ceil(rows / tile_rows) * math.ceil(columns / tile_columns)
-        waves = math.ceil(tiles / device.units)
+        waves = _waves(tiles, device.units)
         best = min(best, waves * 2.0 * tile_rows * tile_columns * inner * startup / (unit_rate * share))
+    if rows % ALIGNMENT or columns % ALIGNMENT or inner % ALIGNMENT:
+        best /= UNALIGNED_SHARE
     moved = count * float(rows * inner + inner * columns + rows * columns) * device.element / device.memory_bytes
     casts = count * device.cast_bytes * float(rows * inner + inner * columns) / device.memory_bytes
     return max(best, moved, device.kernel_seconds) + casts
+
+
+def _waves(tiles: int, units: int) -> float:
+    """Rounds of tiles over the units: a last, partial round is full for half of the kernels, and split up by the others."""
+    return max(1.0, 0.5 * (tiles / units + math.ceil(tiles / units)))
 
 
 def product(rows: int, columns: int, inner: int, device: Device, count: int = 1) -> tuple[Work, Work]:
@@ -105,8 +118,8 @@ def attention_core(case: Case, device: Device) -> tuple[Work, Work]:
     """Forward and backward of scores, softmax and weighted values of one layer on one rank.
 
     Fused: 2 T S h FLOPs forward (causal half), 2.5 times that backward (FlashAttention-2, section 3).
-    Materialised: both batched products in full plus the bytes of the score matrix, forward 13 per score with
-    dropout (scale and mask fused into the softmax), backward 17.
+    Materialised: both batched products in full plus the passes of softmax and dropout over the score matrix with the
+    mask fused in: 8 bytes a score forward, 10 backward, beside what the products read and write.
     """
     model = case.model
     heads = max(1, math.ceil(model.heads / case.tensor))
@@ -114,7 +127,7 @@ def attention_core(case: Case, device: Device) -> tuple[Work, Work]:
     width = heads * model.head_dim
     if case.attention == "flash":
         flops = 2.0 * tokens * seq_len * width
-        narrow = min(1.0, 0.5 + 0.5 * model.head_dim / SMALL_HEAD)
+        narrow = min(1.0, model.head_dim / SMALL_HEAD) ** 0.25
         saturation = 1.0 + 512.0 / seq_len
         forward = flops * saturation / (device.attention_flops * narrow)
         moved = 4.0 * tokens * width * device.element / device.memory_bytes
@@ -123,8 +136,8 @@ def attention_core(case: Case, device: Device) -> tuple[Work, Work]:
     rows = math.ceil(seq_len / case.context)
     scores = float(batch) * rows * seq_len
     first = matmul_seconds(rows, seq_len, model.head_dim, device, batch) + matmul_seconds(rows, model.head_dim, seq_len, device, batch)
-    soft_forward = traffic(6.5 * device.element * scores, 3, device)
-    soft_backward = traffic(8.5 * device.element * scores, 3, device)
+    soft_forward = traffic(4.0 * device.element * scores, 2, device)
+    soft_backward = traffic(5.0 * device.element * scores, 2, device)
     return Work(first, 2) + soft_forward, Work(2.0 * first, 4) + soft_backward
 
 

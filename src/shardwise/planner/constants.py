@@ -24,22 +24,24 @@ class Constants:
         overlap_cost: share of hidden communication that still delays compute (shared multiprocessors and memory).
         gradient_overlap: share of the gradient reduction of replicas that the last backward pass can hide.
         step_seconds: fixed time of one step: loss read back, optimizer start, data hand-over.
-        hop_seconds: time of one step of a ring over ranks of several nodes.
+        hop_share: one step of a ring over ranks of several nodes, over the latency between nodes.
+        tensor_overlap: share of the communication of sequence-parallel tensor ranks that hides behind their products.
     """
 
-    matmul_rate: float = 0.92
-    matmul_inner_half: float = 180.0
-    memory_rate: float = 0.8
-    attention_rate: float = 0.6
-    eager_traffic: float = 1.5
-    launch_seconds: float = 6.0e-6
-    kernel_seconds: float = 3.0e-6
-    network_rate: float = 0.7
-    link_rate: float = 0.76
-    overlap_cost: float = 0.15
-    gradient_overlap: float = 0.7
-    step_seconds: float = 0.01
-    hop_seconds: float = 8.0e-6
+    matmul_rate: float = 0.89
+    matmul_inner_half: float = 140.0
+    memory_rate: float = 0.83
+    attention_rate: float = 0.565
+    eager_traffic: float = 1.65
+    launch_seconds: float = 2.1e-5
+    kernel_seconds: float = 4.5e-6
+    network_rate: float = 0.8
+    link_rate: float = 0.58
+    overlap_cost: float = 0.33
+    gradient_overlap: float = 0.95
+    step_seconds: float = 0.001
+    hop_share: float = 0.7
+    tensor_overlap: float = 0.2
 
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -48,14 +50,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "memory_rate": (0.6, 0.95),
     "attention_rate": (0.4, 1.0),
     "eager_traffic": (1.0, 3.0),
-    "launch_seconds": (2e-6, 12e-6),
+    "launch_seconds": (4e-6, 3e-5),
     "kernel_seconds": (1e-6, 6e-6),
     "network_rate": (0.4, 0.95),
     "link_rate": (0.5, 0.95),
     "overlap_cost": (0.0, 0.5),
     "gradient_overlap": (0.0, 1.0),
     "step_seconds": (0.0, 0.05),
-    "hop_seconds": (1e-6, 3e-5),
+    "hop_share": (0.2, 1.5),
+    "tensor_overlap": (0.0, 0.8),
 }
 """Physically possible range of every constant; the fit may not leave it."""
 

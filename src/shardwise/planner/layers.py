@@ -7,6 +7,15 @@ from shardwise.planner.case import Case
 from shardwise.planner.compute import Device, Work, attention_core, product, traffic
 from shardwise.planner.constants import Constants
 
+FUSED_KERNELS = 8.0
+"""Element-wise kernels of one layer's forward pass when neighbours are fused."""
+
+HOST_CALLS = 32.0
+"""Calls of the host per layer and forward pass beside the products: views, casts, random states, biases, hooks."""
+
+END_CALLS = 20.0
+"""The same for the embedding and for the output projection with its loss."""
+
 
 @dataclass(frozen=True)
 class LayerWork:
@@ -33,7 +42,9 @@ def layer_work(case: Case, device: Device, constants: Constants) -> LayerWork:
     forward, backward = forward + ahead, backward + back
     core_ahead, core_back = attention_core(case, device)
     ahead, back = _element_wise(case, device, constants)
-    return LayerWork(forward + core_ahead + ahead, backward + core_back + back, core_ahead)
+    calls = 0.0 if case.compile else HOST_CALLS - FUSED_KERNELS
+    forward, backward = forward + core_ahead + ahead, backward + core_back + back
+    return LayerWork(forward + Work(0.0, calls), backward + Work(0.0, 1.5 * calls), core_ahead)
 
 
 def _feed_forward(case: Case, device: Device) -> tuple[Work, Work]:
@@ -57,6 +68,7 @@ def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Wor
 
     In units of one activation of width hidden: two norms read and write 2 each, two residual sums 3 each; the part
     between the products is split over tensor ranks: activation 2 (gated: 3) of the inner width, rotary 2 of query and key.
+    Classic stacks brought fused kernels of their own for exactly these parts; so does a compiled model.
     """
     model = case.model
     outside = 10.0 * model.hidden / (case.tensor if case.sequence_parallel else 1)
@@ -65,21 +77,32 @@ def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Wor
     if model.gated_ffn:
         inside += 2.0 * (model.hidden + model.kv_hidden)
     moved = case.tokens * device.element * (outside + inside / case.tensor)
-    if not case.compile:
+    if not case.compile and not case.classic:
         moved *= constants.eager_traffic
-    kernels = 8.0 if case.compile else (16.0 if model.gated_ffn else 12.0)
-    return traffic(moved, kernels, device), traffic(2.0 * moved, 1.6 * kernels, device)
+    return traffic(moved, FUSED_KERNELS, device), traffic(2.0 * moved, 2.0 * FUSED_KERNELS, device)
 
 
 def head_work(case: Case, device: Device) -> tuple[Work, Work]:
-    """Output projection and cross entropy: logits in 2 bytes, their fp32 copy, softmax and gradient pass memory once each."""
-    columns = math.ceil(case.model.vocab / case.tensor)
+    """Output projection and cross entropy over the logits.
+
+    Fused passes, bytes a logit: copy to fp32 6, maximum 4, sum of exponentials 4, log-softmax 8 forward; backward
+    softmax less target 8, back to 2 bytes 6.
+    """
+    columns = vocab_columns(case)
     ahead, back = product(case.tokens, columns, case.model.hidden, device)
     logits = float(case.tokens) * columns
-    return ahead + traffic(16.0 * logits, 6, device), back + traffic(10.0 * logits, 3, device)
+    return ahead + traffic(22.0 * logits, END_CALLS, device), back + traffic(14.0 * logits, END_CALLS, device)
 
 
 def embedding_work(case: Case, device: Device) -> tuple[Work, Work]:
     """Look-up of the rows, and the scattered sum of their gradients."""
     moved = 2.0 * case.tokens * case.model.hidden * device.element
-    return traffic(moved, 3, device), traffic(3.0 * moved, 4, device)
+    table = 4.0 * vocab_columns(case) * case.model.hidden
+    return traffic(moved, END_CALLS, device), traffic(3.0 * moved + 2.0 * table, END_CALLS, device)
+
+
+def vocab_columns(case: Case) -> int:
+    """Rows of the embedding on one rank: tensor parallelism pads them to a multiple of 128, one rank keeps them as they are."""
+    if case.tensor == 1:
+        return case.model.vocab
+    return 128 * math.ceil(case.model.vocab / (128 * case.tensor))

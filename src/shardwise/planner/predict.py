@@ -86,13 +86,15 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
         UserError: the row lacks what a prediction needs, or contradicts itself.
     """
     base = base_case(row, machine)
-    best: tuple[Case, Estimate] | None = None
-    for case in candidates(row, base):
-        found = estimate(case, constants)
-        if best is None or _better(found, best[1]):
-            best = case, found
-    assert best is not None, "there is always one candidate"
-    return best
+    choices = list(candidates(row, base))
+    case = choices[0]
+    if len(choices) > 1:
+        quick = estimate(case, constants, quick=True)
+        for other in choices[1:]:
+            found = estimate(other, constants, quick=True)
+            if _better(found, quick):
+                case, quick = other, found
+    return case, estimate(case, constants)
 
 
 def _better(new: Estimate, old: Estimate) -> bool:
@@ -107,8 +109,10 @@ def candidates(row: Row, base: Case) -> Iterator[Case]:
     """`base` with every choice of what the row leaves open."""
     share = max(1, base.global_batch // base.data)
     sizes = [base.micro_batch] if "micro_batch" in row else [size for size in (1, 2, 4, 8, 16, 32) if share % size == 0]
+    if "micro_batch" not in row and base.pipeline > 1 and not base.classic:
+        sizes = [max(1, share // (base.pipeline * base.virtual_stages))]
     chunks: Sequence[int] = (base.virtual_stages,)
-    if base.schedule == "interleaved1f1b" and "virtual_stages" not in row:
+    if base.schedule == "interleaved1f1b" and "virtual_stages" not in row and base.classic:
         chunks = [count for count in (2, 3, 4, 5, 6) if count * base.pipeline <= base.model.layers] or [1]
     repeats = (base.recompute,) if "recompute" in row else ("none", "selective", "full")
     stages = (base.zero_stage,) if "zero_stage" in row or base.data == 1 else (0, 1, 3)
@@ -127,7 +131,7 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
     attention = str(row.get("attention", "math" if place.accelerator.name.startswith(("v100", "t4")) else "flash"))
     precision = str(row.get("precision", "bf16" if "bf16" in place.accelerator.peak_flops else "fp16"))
     schedule = str(row.get("schedule", "1f1b"))
-    virtual = int(row.get("virtual_stages", 1))
+    virtual = int(row.get("virtual_stages", 2 if schedule == "interleaved1f1b" else 1))
     if schedule in V_SHAPED:
         virtual = 2
     elif virtual > 1:
@@ -135,8 +139,6 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
     micro_batch = int(row.get("micro_batch", 1))
     if degrees["pipeline"] == 1:
         schedule, virtual = "1f1b", 1
-    if degrees["pipeline"] * virtual > model.layers + 2:
-        raise PlanError(f"pipeline={degrees['pipeline']} x virtual_stages={virtual}: more stages than the {model.layers} layers")
     experts = model.experts
     return Case(
         model=model,

@@ -19,6 +19,10 @@ WEIGHT_SHARE = 0.5
 """Share of the backward pass that computes weight gradients; a linear layer has one product for each."""
 
 
+MAX_GREEDY = 256
+"""Largest ranks x micro-batches for which a V schedule is placed action by action."""
+
+
 @dataclass(frozen=True)
 class Timeline:
     """Result of a simulation: seconds until the last rank is done, busy seconds of the busiest rank, peak of chunks in flight per rank."""
@@ -96,6 +100,42 @@ def _interleaved(rank: int, ranks: int, micro_batches: int, chunks: int) -> list
     return [action for action in row if action[2] < micro_batches]
 
 
+def closed_form(
+    schedule: str, micro_batches: int, forward_seconds: tuple[float, ...], backward_seconds: tuple[float, ...], send_seconds: float, ranks: int
+) -> Timeline:
+    """What `simulate` finds, by the formula for stages of equal time: exact for those, close for others, and fast.
+
+    1f1b and gpipe: every stage once and the slowest stage for the other micro-batches. Interleaved with v chunks: the
+    ramp is v times shorter (Narayanan et al. 2021, section 2.2). zerobubble: the ramp holds forward + backward - 2 x
+    weight gradient (Qi et al. 2023, table 2); V schedules: none for equal times.
+    """
+    stages = len(forward_seconds)
+    chunks = stages // ranks
+    pairs = [ahead + back for ahead, back in zip(forward_seconds, backward_seconds, strict=True)]
+    owned: list[float] = [0.0] * ranks
+    for stage, pair in enumerate(pairs):
+        owned[rank_of(stage, ranks, schedule)] += pair
+    busiest = max(owned)
+    if schedule in V_SHAPED:
+        ramp = 0.0
+    elif schedule == "zerobubble":
+        ramp = (sum(pairs) - 2.0 * WEIGHT_SHARE * sum(backward_seconds)) * (ranks - 1) / ranks
+    elif chunks > 1:
+        ramp = sum(pairs) / chunks * (ranks - 1) / ranks
+    else:
+        ramp = sum(pairs) - busiest
+    sends = 2.0 * (ranks - 1) * send_seconds
+    if schedule == "gpipe":
+        flight = [micro_batches] * ranks
+    elif schedule in V_SHAPED:
+        flight = [min(2 * micro_batches, 2 * ranks)] * ranks
+    elif chunks > 1:
+        flight = [min(micro_batches * chunks, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1) for rank in range(ranks)]
+    else:
+        flight = [min(micro_batches, ranks - rank) for rank in range(ranks)]
+    return Timeline(micro_batches * busiest + ramp + sends, micro_batches * busiest, tuple(flight))
+
+
 @lru_cache(maxsize=4096)
 def simulate(
     schedule: str,
@@ -111,12 +151,14 @@ def simulate(
         forward_seconds, backward_seconds: per stage, in model order; `ranks * stages_per_rank` entries.
         send_seconds: time of an activation or a gradient between two ranks; the sender goes on computing.
 
-    Long runs repeat themselves: beyond three groups of `ranks` micro-batches (four for interleaved chunks) the rest is
-    extended by the period of the last simulated group.
+    Long runs repeat themselves: beyond four groups of `ranks` micro-batches (three on more than 16 ranks) the rest is
+    extended by the period of the last simulated group. One rank, and V schedules too long to place action by action,
+    take the closed form.
     """
-    chunks = len(forward_seconds) // ranks
-    settle = (3 if chunks == 1 else 4) * ranks
-    if micro_batches > settle + ranks:
+    if ranks == 1 or (schedule in V_SHAPED and ranks * min(micro_batches, 4 * ranks) > MAX_GREEDY):
+        return closed_form(schedule, micro_batches, forward_seconds, backward_seconds, send_seconds, ranks)
+    settle = (4 if ranks <= 16 else 3) * ranks
+    if micro_batches >= settle + ranks:
         extra = (micro_batches - settle) % ranks
         short = _run(schedule, settle + extra, forward_seconds, backward_seconds, send_seconds, ranks)
         shorter = _run(schedule, settle + extra - ranks, forward_seconds, backward_seconds, send_seconds, ranks)

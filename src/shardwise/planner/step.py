@@ -1,17 +1,43 @@
 """One optimizer step of a case: compute, communication after overlap, pipeline bubble, optimizer; and the memory beside it."""
 
+import math
 from dataclasses import dataclass
 
 from shardwise.planner.case import Case
-from shardwise.planner.collectives import Network, all_gather, all_reduce, all_to_all, group, network, reduce_scatter, send
+from shardwise.planner.collectives import (
+    Network,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    group,
+    network,
+    reduce_scatter,
+    send,
+)
 from shardwise.planner.compute import Device, Work, adam_seconds, device_rates
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.layers import embedding_work, head_work, layer_work
-from shardwise.planner.memory import CONTEXT_BYTES, MemoryParts, layer_parameters, rank_memory, stage_parameters, state_bytes
-from shardwise.planner.schedule import Timeline, simulate, stages_per_rank
+from shardwise.planner.memory import (
+    CONTEXT_BYTES,
+    MemoryParts,
+    layer_parameters,
+    rank_memory,
+    stage_parameters,
+    state_bytes,
+)
+from shardwise.planner.schedule import Timeline, closed_form, simulate, stages_per_rank
 
 GATHERS_PER_LAYER = 12
 """Tensors of a transformer layer; sharded training of the classic kind gathers each by itself."""
+
+CALLS_PER_REDUCE = 3.0
+"""Host calls around one all-reduce or all-to-all: the collective and the events that order it against compute."""
+
+CALLS_PER_PART = 12.0
+"""Host calls around one gather or scatter of sequence parallelism, with its buffers, views and autograd function."""
+
+BUCKET_VALUES = 5e8
+"""Gradients reduced by one call while the backward pass goes on (reduce_bucket_size of DeepSpeed, default)."""
 
 SELECTIVE_REPEAT = 0.4
 """Share of a layer that selective recomputation repeats beside fused attention: every second product and all that is cheap."""
@@ -41,15 +67,15 @@ class _Pass:
     backward: float
 
 
-def estimate(case: Case, constants: Constants = DEFAULT) -> Estimate:
-    """Predict one optimizer step of `case`."""
+def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False) -> Estimate:
+    """Predict one optimizer step of `case`; `quick` takes the pipeline's closed form instead of simulating its table."""
     device = device_rates(case.machine.accelerator, case.precision, constants)
     net = network(case.machine, constants)
     layer, ends, parts = _passes(case, device, net, constants)
     forward, backward = _stages(case, layer, ends)
     hop = _hop_seconds(case, net)
     ranks = case.pipeline
-    timeline = simulate(case.schedule, case.micro_batches, forward, backward, hop, ranks)
+    timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, hop, ranks)
     memory = rank_memory(case, timeline.in_flight)
     seconds = _split(parts, timeline)
     last_backward = max(backward[rank] for rank in range(ranks))
@@ -74,9 +100,17 @@ def _passes(case: Case, device: Device, net: Network, constants: Constants) -> t
     tensor_forward = _tensor_seconds(case, net)
     exchange = _exchange_seconds(case, net)
     ahead, back = work.forward, work.backward + repeat
-    compute_f, compute_b = _device_or_host(ahead, constants, case), _device_or_host(back, constants, case)
-    inner_f = tensor_forward + exchange
-    inner_b = tensor_forward * (2 if case.recompute == "full" else 1) + exchange * (2 if case.recompute == "full" else 1)
+    rounds = 2 if case.recompute == "full" else 1
+    inner_f, inner_b = tensor_forward + exchange, rounds * (tensor_forward + exchange)
+    calls = 2.0 * CALLS_PER_REDUCE if case.expert > 1 else 0.0
+    if case.tensor > 1:
+        calls += 4.0 * CALLS_PER_PART if case.sequence_parallel else 2.0 * CALLS_PER_REDUCE
+    ahead, back = ahead + Work(0.0, calls), back + Work(0.0, rounds * calls)
+    if case.sequence_parallel and not case.classic:
+        inner_f = max((1.0 - constants.tensor_overlap) * inner_f, inner_f - 0.5 * ahead.seconds)
+        inner_b = max((1.0 - constants.tensor_overlap) * inner_b, inner_b - 0.5 * back.seconds)
+    compute_f = _device_or_host(ahead, constants, case, inner_f)
+    compute_b = _device_or_host(back, constants, case, inner_b)
     ring_f = max(0.0, _ring_seconds(case, net) - work.core_forward.seconds)
     shard_f, shard_b = _shard_seconds(case, net, sum(layer_parameters(case)))
     total_f = _hidden(compute_f + inner_f + ring_f, shard_f, case, constants)
@@ -105,9 +139,13 @@ def _passes(case: Case, device: Device, net: Network, constants: Constants) -> t
     return _Pass(total_f, total_b), (embed, head), parts
 
 
-def _device_or_host(work: Work, constants: Constants, case: Case) -> float:
-    """The slower of the device's work and the host's launches; a compiled layer launches in fewer, cheaper calls."""
-    return max(work.seconds, work.kernels * constants.launch_seconds * (0.5 if case.compile else 1.0))
+def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float = 0.0) -> float:
+    """The slower of the device's work and the host's launches, less what the device waits for communication meanwhile.
+
+    A compiled layer launches in cheaper calls.
+    """
+    host = work.kernels * constants.launch_seconds * (0.5 if case.compile else 1.0)
+    return max(work.seconds, host - waiting)
 
 
 def _hidden(compute: float, communication: float, case: Case, constants: Constants) -> float:
@@ -191,10 +229,11 @@ def _gradient_seconds(case: Case, net: Network, last_backward: float, constants:
     dense, experts = (sum(values) for values in zip(*(stage_parameters(case, s) for s in range(0, case.pipeline * case.virtual_stages, case.pipeline)), strict=True))
     count = dense + experts
     size = _gradient_bytes(case) * count
+    calls = 1 if case.classic else math.ceil(count / BUCKET_VALUES)
     if case.zero_stage == 0:
-        whole, after = all_reduce(size, ranks, net), 0.0
+        whole, after = calls * all_reduce(size / calls, ranks, net), 0.0
     else:
-        whole, after = reduce_scatter(size, ranks, net), all_gather(2.0 * count, ranks, net)
+        whole, after = calls * reduce_scatter(size / calls, ranks, net), calls * all_gather(2.0 * count / calls, ranks, net)
     if case.classic:
         return whole + after
     hidden = min(constants.gradient_overlap * whole, last_backward)
