@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from shardwise.data.batch import Batch, as_pair
 from shardwise.data.order import stream_key
-from shardwise.data.randomness import fenced, seed_generators
+from shardwise.data.randomness import BatchRandom, fenced, seed_generators
 from shardwise.data.reading import Reading, Request, Source, requests
+from shardwise.data.transforms import Transform, as_transform
 from shardwise.errors import JobError
 
 Collate = Callable[[list[Any]], Any]
@@ -29,9 +30,16 @@ class Samples(Source):
         loader_workers: processes of each rank that read ahead; 0 reads in the training process, when a batch is asked
             for.
         collate: list of samples -> batch; None is torch's `default_collate`.
+        transform: whole-batch transform of what `collate` gave, see `shardwise.data.transforms`.
     """
 
-    def __init__(self, dataset: Dataset[Any], loader_workers: int = 0, collate: Collate | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        loader_workers: int = 0,
+        collate: Collate | None = None,
+        transform: Transform | None = None,
+    ) -> None:
         check_workers(loader_workers)
         try:
             self._length = len(dataset)  # type: ignore[arg-type]
@@ -43,10 +51,18 @@ class Samples(Source):
         self.dataset = dataset
         self.loader_workers = loader_workers
         self._collate = default_collate if collate is None else collate
+        self._transform = None if transform is None else as_transform(transform)
 
     @property
     def length(self) -> int:
         return self._length
+
+    def _batch(self, request: Request, collated: Any, reading: Reading) -> Batch:
+        inputs, targets = as_pair(collated)
+        if self._transform is not None:
+            random = BatchRandom(reading.seed, reading.epoch, request.rows) if reading.training else None
+            inputs, targets = self._transform(inputs, targets, random)
+        return request.batch(inputs, targets)
 
     def read(self, reading: Reading) -> Generator[Batch, None, None]:
         seeded = _Seeded(self.dataset, reading.seed, reading.epoch)
@@ -56,7 +72,7 @@ class Samples(Source):
                 with fenced():
                     samples = [seeded[int(row)] for row in request.rows]
                     collated = self._collate(samples)
-                yield request.batch(*as_pair(collated))
+                yield self._batch(request, collated, reading)
             return
         # the loader asks for requests ahead of the batches it gives back, in the same order
         asked: list[Request] = []
@@ -70,7 +86,7 @@ class Samples(Source):
         collated_batches = iter(loader)
         try:
             for collated in collated_batches:
-                yield asked.pop(0).batch(*as_pair(collated))
+                yield self._batch(asked.pop(0), collated, reading)
         finally:
             stop_workers(collated_batches)
 
