@@ -1,0 +1,170 @@
+"""One folder, one run: what is refused, and who holds the lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardwise.errors import FolderError
+from shardwise.run.folder import RunFolder, write_aside
+
+
+def test_create_and_open(tmp_path: Path) -> None:
+    made = RunFolder.create(tmp_path / "a" / "b", "digits")
+    assert RunFolder.open(str(made.path)) == made
+    assert made.name == "digits"
+    assert made.checkpoints.is_dir()
+    places = [made.events_path, made.weights_path, made.plan_path, made.settings_path]
+    assert {path.parent for path in places} == {made.path}
+    assert len({path.name for path in places}) == 4
+    assert not any(path.exists() for path in places)
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, "digits")
+    assert (tmp_path / "run.json").is_file()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(FolderError, match=r"holds a\.txt, b\.txt, c\.txt and 1 more\).*give another --out"):
+        RunFolder.create(tmp_path, "digits")
+    with pytest.raises(FolderError, match=r"is no run folder \(it has no run\.json\)"):
+        RunFolder.open(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_existing_run_is_refused(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, "digits")
+    with pytest.raises(FolderError, match=r"already holds a run.*--resume, or give another --out"):
+        RunFolder.create(tmp_path, "digits")
+
+
+def test_places_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="cannot make the run folder"):
+        RunFolder.create(tmp_path / "file" / "run", "digits")
+    with pytest.raises(FolderError, match="does not exist"):
+        RunFolder.open(tmp_path / "nowhere")
+
+
+def test_damaged_and_newer_folders(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "digits")
+    marker = folder.path / "run.json"
+    marker.write_text(json.dumps({"version": 2}))
+    with pytest.raises(FolderError, match="has the form 2, and this shardwise knows up to 1"):
+        RunFolder.open(folder.path)
+    for text in ("{", "[]"):
+        marker.write_text(text)
+        with pytest.raises(FolderError, match="damaged"):
+            RunFolder.open(folder.path)
+
+
+def test_the_default_place_is_a_new_one_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    date = time.strftime("%Y%m%d")
+    made = [RunFolder.create(None, "my job/x").path for _ in range(3)]
+    assert made == [Path(f"runs/my-job-x-{date}-{number}") for number in (1, 2, 3)]
+    assert RunFolder.create(None, "..").path.name.startswith("run-")
+
+
+def hold(folder: RunFolder) -> tuple[int, Callable[[], None]]:
+    """A process that owns the folder; its pid, and a function that lets it end by itself."""
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with folder.lock():
+                os.write(ready[1], b"x")
+                os.close(go[1])
+                os.read(go[0], 1)
+        finally:
+            os._exit(0)
+    os.close(go[0])
+    assert os.read(ready[0], 1) == b"x"
+
+    def end() -> None:
+        os.close(go[1])
+        os.waitpid(pid, 0)
+
+    return pid, end
+
+
+def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "digits")
+    pid, end = hold(folder)
+    with pytest.raises(FolderError) as caught, folder.lock():
+        pass
+    assert f"in use by process {pid} on {socket.gethostname()} since 20" in str(caught.value)
+    end()
+    with folder.lock():
+        pass
+
+
+def test_a_killed_holder_frees_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "digits")
+    pid, _ = hold(folder)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with folder.lock():
+        holder = json.loads((folder.path / ".lock").read_text())
+        assert holder["pid"] == os.getpid()
+
+
+def test_the_same_process_cannot_own_it_twice(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "digits")
+    with folder.lock():
+        with pytest.raises(FolderError, match=f"process {os.getpid()}"), folder.lock():
+            pass
+        with pytest.raises(FolderError, match=f"process {os.getpid()}"), folder.lock():
+            pass  # the refused attempt has not let go of the first one's lock
+    with folder.lock():
+        pass
+
+
+def test_an_error_inside_frees_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "digits")
+    with pytest.raises(KeyError), folder.lock():
+        raise KeyError
+    with folder.lock():
+        pass
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    folder = RunFolder.create(tmp_path / "run", "digits")
+    monkeypatch.setattr(fcntl, "flock", none)
+    with (
+        pytest.raises(FolderError, match=r"cannot be locked \(No locks available\).*another file system"),
+        folder.lock(),
+    ):
+        pass
+
+
+def test_a_file_written_aside_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_aside(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_aside(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_aside(path, b"new")
+    assert path.read_bytes() == b"new"
