@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -274,11 +275,14 @@ def _run_agent(agent: RankAgent, signals: list[int]) -> None:
             if thread.is_alive():  # the caller is being torn down: take the workers along
                 signals += [signal.SIGTERM, signal.SIGTERM]
                 thread.join()
+    agent.forget_store()
     for error in raised:
-        if isinstance(error, RendezvousGracefulExitError):
-            raise errors.Stopped("stopped while waiting for the other nodes; nothing had started") from None
         if isinstance(error, RendezvousError):
-            raise errors.RunFailed(str(error)) from None
+            # Its frames hold the store as well.
+            traceback.clear_frames(error.__traceback__)
+            if isinstance(error, RendezvousGracefulExitError):
+                raise errors.Stopped("stopped while waiting for the other nodes; nothing had started")
+            raise errors.RunFailed(str(error))
         raise error
 
 

@@ -13,6 +13,7 @@ start-up), the job's closures, and the arrays already loaded, as shared pages. T
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -116,6 +117,8 @@ def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(setup.environment)
+    # What was inherited stays shared with the launcher, and its garbage is not ours to collect.
+    gc.freeze()
     set_threads(setup.threads)
     outcome = _run(setup, rank)
     # After the function has returned, a stop request has nothing left to stop.

@@ -45,7 +45,8 @@ class Pulse:
         self._answered_at = now
         self._ended = threading.Event()
         self._wake = threading.Event()
-        threading.Thread(target=self._beat_forever, name="shardwise pulse", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat_forever, name="shardwise pulse", daemon=True)
+        self._thread.start()
 
     def verdict(self) -> Failure | None:
         """The failure the nodes have agreed on, or the silence of a node this one watches; None while all is well."""
@@ -71,6 +72,7 @@ class Pulse:
     def end(self) -> None:
         self._ended.set()
         self._wake.set()
+        self._thread.join(_BEAT_SECONDS)  # longer only where the store's machine does not answer
 
     def _lost(self, node: int) -> Failure:
         what = f"node {node} gave no sign of life for {self._lost_after_seconds:g} s"

@@ -151,4 +151,5 @@ class FixedRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         self._closed = True
+        self._store = None
         return True

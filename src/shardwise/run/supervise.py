@@ -82,6 +82,16 @@ class RankAgent(SimpleElasticAgent):
         self._forwarded = 0
         self._forwarded_at = 0.0
 
+    def forget_store(self) -> None:
+        """Drops the store now, not at some garbage collection.
+
+        A process forked later inherits the garbage of this one; collecting a store there waits for a thread that does
+        not exist there, and aborts.
+        """
+        self._store = None
+        self._worker_group.store = None
+        self._rendezvous_handler.shutdown()
+
     # What SimpleElasticAgent asks for ----------------------------------------------------------------------------
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -118,7 +128,7 @@ class RankAgent(SimpleElasticAgent):
                 workers_per_node=self._crew.local_workers,
                 lost_after_seconds=self._crew.lost_after_seconds,
             )
-        return {child.rank: child.process.pid for child in self._children}
+        return {local_rank: child.pid for local_rank, child in enumerate(self._children)}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._forward_signals()
