@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -136,17 +136,7 @@ def _finished(a: Assembly, course: Course) -> bool:
 def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
     """Train to the end of the epoch, of the steps, or to a stop. Returns whether the epoch was completed."""
     position = course.position
-    stream = batches(
-        course.splits.train,
-        batch_size=a.job.batch_size,
-        seed=a.job.seed,
-        epoch=position.epoch,
-        rank=a.world.rank,
-        ranks=a.world.size,
-        start=position.batch,
-        shuffle=a.job.shuffle,
-    )
-    with closing(stream):
+    with closing(open_epoch(a, course.splits, epoch=position.epoch, start=position.batch)) as stream:
         while True:
             if a.job.steps is not None and a.step >= a.job.steps:
                 return False
@@ -170,6 +160,20 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
                 if course.stopped:
                     return False
             a.clock.mark("other")
+
+
+def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Generator[Batch, None, None]:
+    """This rank's parts of the global batches of an epoch, from batch `start` on: what training and proof walk over."""
+    return batches(
+        splits.train,
+        batch_size=a.job.batch_size,
+        seed=a.job.seed,
+        epoch=epoch,
+        rank=a.world.rank,
+        ranks=a.world.size,
+        start=start,
+        shuffle=a.job.shuffle,
+    )
 
 
 def next_batch(stream: Iterator[Batch], world: Group, device: torch.device) -> Batch | None:

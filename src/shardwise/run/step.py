@@ -8,6 +8,7 @@ reduction.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
@@ -39,10 +40,15 @@ class StepResult:
     gradient_norm: Tensor | None = None
 
 
-def take_step(assembly: Assembly, batch: Batch) -> StepResult:
+def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], None] | None = None) -> StepResult:
     """Forward, backward, reduce, clip, update: one optimizer step over the global batch of which `batch` is our part.
 
     Collective: all ranks call it with their parts of one global batch.
+
+    Args:
+        assembly: what to step.
+        batch: this rank's part.
+        on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
     a, clock, model = assembly, assembly.clock, assembly.model
     seed_step(a.job.seed, a.step, a.world.rank)
@@ -54,6 +60,8 @@ def take_step(assembly: Assembly, batch: Batch) -> StepResult:
     else:
         result = _objective_passes(a, batch, parts)
     clock.mark("synchronisation")
+    if on_gradients is not None:
+        on_gradients()
     norm = clip_by_global_norm(model.parameters(), a.job.clip_norm) if a.job.clip_norm is not None else None
     a.optimizer.step()
     if a.scheduler is not None:
