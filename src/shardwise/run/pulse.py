@@ -1,8 +1,8 @@
-"""Signs of life between the launchers of several nodes, and the one failure they agree on.
+"""Signs of life between the launchers of several nodes, and what they agree on: one failure, or the end.
 
-All store traffic happens in a thread of its own, because a store whose machine has lost its power does not answer, and
-the launcher must notice that rather than wait for it. Node 0 hosts the store and listens to everybody; the other nodes
-listen to node 0, so that the traffic grows with the nodes and not with their square.
+All store traffic happens in a thread of its own, over a connection of its own, because a store whose machine has lost
+its power does not answer, and the launcher must notice that rather than wait for it. Node 0 hosts the store and listens
+to everybody; the other nodes listen to node 0, so that the traffic grows with the nodes and not with their square.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from shardwise.run.failure import Failure
 
 _BEAT_SECONDS = 0.5
+_HURRY_SECONDS = 0.05
+_FAREWELL_SECONDS = 5.0
 
 
 @final
@@ -23,7 +25,8 @@ class Pulse:
     """One round's signs of life; ends with `end()`.
 
     Args:
-        store: keys of this round only.
+        store: keys of this round only, where every node has set `here/<its number>`; nobody else may use this
+            connection, because a call that waits would stop the signs of life.
         node: number of this node.
         nodes: number of nodes.
         workers_per_node: to name the first rank of a lost node.
@@ -38,8 +41,11 @@ class Pulse:
         self._watched = [other for other in range(nodes) if other != node] if node == 0 else [0]
         self._workers_per_node = workers_per_node
         self._lost_after_seconds = lost_after_seconds
-        self._agreed: Failure | None = None
         self._proposed: Failure | None = None
+        self._agreed: Failure | None = None
+        self._heard = False  # node 0: everybody knows what was agreed
+        self._done = False
+        self._all_done = False
         now = time.monotonic()
         self._beats = dict.fromkeys(self._watched, (b"", now))
         self._answered_at = now
@@ -69,7 +75,18 @@ class Pulse:
             time.sleep(0.01)
         return self._agreed or failure
 
+    def all_done(self) -> bool:
+        """Says that this node's workers have finished; returns whether those of all nodes have. Does not wait."""
+        if not self._done:
+            self._done = True
+            self._wake.set()
+        return self._all_done
+
     def end(self) -> None:
+        """Ends the signs of life. Node 0, which takes the store along, first lets the others hear what was agreed."""
+        deadline = time.monotonic() + min(_FAREWELL_SECONDS, self._lost_after_seconds)
+        while self._agreed and self._node == 0 and not self._heard and time.monotonic() < deadline:
+            time.sleep(0.01)
         self._ended.set()
         self._wake.set()
         self._thread.join(_BEAT_SECONDS)  # longer only where the store's machine does not answer
@@ -85,25 +102,37 @@ class Pulse:
         count = 0
         while not self._ended.is_set():
             count += 1
+            hurry = self._done or self._proposed is not None or self._agreed is not None
             try:
                 self._beat(count)
+                self._talk()
                 self._answered_at = time.monotonic()
             except (DistError, RuntimeError):
                 # The store is gone or slow: `verdict` decides by the time of the last answer.
-                self._ended.wait(_BEAT_SECONDS)
-            self._wake.wait(_BEAT_SECONDS)
+                hurry = False
+            self._wake.wait(_HURRY_SECONDS if hurry else _BEAT_SECONDS)
             self._wake.clear()
 
     def _beat(self, count: int) -> None:
-        self._store.set(f"beat/{self._node}", str(count))
-        if self._proposed is not None:
-            self._agreed = Failure.from_json(self._store.compare_set("failure", "", self._proposed.to_json()).decode())
-        elif self._store.check(["failure"]):
-            self._agreed = Failure.from_json(self._store.get("failure").decode())
+        self._store.set(f"here/{self._node}", str(count))
         now = time.monotonic()
-        for other in self._watched:
-            key = f"beat/{other}"
-            if self._store.check([key]):
-                beat = self._store.get(key)
-                if beat != self._beats[other][0]:
-                    self._beats[other] = (beat, now)
+        beats = self._store.multi_get([f"here/{other}" for other in self._watched])
+        for other, beat in zip(self._watched, beats, strict=True):
+            if beat != self._beats[other][0]:
+                self._beats[other] = (beat, now)
+
+    def _talk(self) -> None:
+        if self._agreed is None:
+            if self._proposed is not None:
+                agreed = self._store.compare_set("failure", "", self._proposed.to_json())
+                self._agreed = Failure.from_json(agreed.decode())
+            elif self._store.check(["failure"]):
+                self._agreed = Failure.from_json(self._store.get("failure").decode())
+        if self._agreed is not None:
+            self._store.set(f"heard/{self._node}", "1")
+            self._heard = self._node == 0 and self._store.check([f"heard/{other}" for other in self._watched])
+        elif self._done:
+            self._store.set(f"done/{self._node}", "1")
+            if self._node == 0 and self._store.check([f"done/{other}" for other in self._watched]):
+                self._store.set("all_done", "1")
+            self._all_done = self._store.check(["all_done"])

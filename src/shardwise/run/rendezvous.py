@@ -74,6 +74,13 @@ class FixedRendezvous(RendezvousHandler):
         self._join(PrefixStore(f"round/{self.round}", store))
         return self._info(PrefixStore(f"round/{self.round}", store), host, port)
 
+    def round_store(self, timeout_seconds: float) -> Store:
+        """The keys of the present round over a connection of their own (several nodes only)."""
+        host, port = self.endpoint
+        timeout = timedelta(seconds=timeout_seconds)
+        client = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return PrefixStore(f"round/{self.round}", PrefixStore(f"shardwise/{self.run_id}", client))
+
     def _info(self, store: Store, host: str, port: int) -> RendezvousInfo:
         return RendezvousInfo(store, self.node, self.nodes, RendezvousStoreInfo(host, port))
 

@@ -36,6 +36,7 @@ from shardwise.spec.rank import Rank
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 1.0
 _LINGER_SECONDS = 10.0
+_BARRIER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ class RankAgent(SimpleElasticAgent):
     """Runs a crew. Read `failure`, `stopped` and `result` (of the node's first rank, pickled) after `run()`."""
 
     def __init__(self, spec: WorkerSpec, rendezvous: FixedRendezvous, crew: Crew) -> None:
-        # A node that dies while others wait in the barrier at the end is the only one who could make them wait so long.
-        super().__init__(spec, exit_barrier_timeout=crew.grace_seconds)
+        # All nodes come to torchelastic's barrier at the end at the same moment, see _monitor_workers.
+        super().__init__(spec, exit_barrier_timeout=_BARRIER_SECONDS)
         self.failure: Failure | None = None
         self.stopped: str | None = None
         self.result: bytes = b""
@@ -119,12 +120,11 @@ class RankAgent(SimpleElasticAgent):
             )
             process, pipe = start(self._crew.start_method, setup, rank)
             self._children.append(Child(rank=rank.rank, process=process, pipe=pipe))
-        if self._rendezvous_handler.nodes > 1:
-            store: Any = worker_group.store  # None only before the rendezvous
+        if here.nodes > 1:
             self._pulse = Pulse(
-                store,
-                node=self._rendezvous_handler.node,
-                nodes=self._rendezvous_handler.nodes,
+                here.round_store(self._crew.lost_after_seconds),
+                node=here.node,
+                nodes=here.nodes,
                 workers_per_node=self._crew.local_workers,
                 lost_after_seconds=self._crew.lost_after_seconds,
             )
@@ -146,6 +146,10 @@ class RankAgent(SimpleElasticAgent):
         if any(child.alive for child in self._children):
             self._end_lingering()
             return RunResult(state=WorkerState.HEALTHY)
+        if self._pulse and not self._pulse.all_done():
+            # A node that is lost now fails the whole group. torchelastic's barrier at the end would wait for it blindly.
+            time.sleep(_POLL_SECONDS / 5)
+            return RunResult(state=WorkerState.HEALTHY)
         self._conclude()
         self._reap()
         return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks, True))
@@ -154,12 +158,12 @@ class RankAgent(SimpleElasticAgent):
         self._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 0) -> None:
-        if self._pulse:
-            self._pulse.end()
-            self._pulse = None
         for child in self._children:
             child.kill()
         self._reap()
+        if self._pulse:
+            self._pulse.end()
+            self._pulse = None
 
     # Details -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,120 @@
+"""The process group: none for one worker, gloo for several, and timeouts that say who waited."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from shardwise import errors
+from shardwise.dist.group import process_group
+from shardwise.spec.rank import SERIAL, Rank
+
+
+def in_ranks(function: Callable[[Rank], Any], restarts: tuple[int, ...] = (0,)) -> list[list[Any]]:
+    """Runs function in two forked ranks, once per number of restarts, over ONE store; results by round, then rank."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    rounds = []
+    for number in restarts:
+        pipes, processes = [], []
+        for index in range(2):
+            rank = Rank(
+                rank=index,
+                local_rank=index,
+                workers=2,
+                local_workers=2,
+                restarts=number,
+                launcher="local",
+                endpoint=f"127.0.0.1:{store.port}",
+            )
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=lambda r, p: p.send(function(r)), args=(rank, theirs))
+            process.start()
+            pipes.append(ours)
+            processes.append(process)
+        answers = []
+        for pipe, process in zip(pipes, processes, strict=True):
+            assert pipe.poll(20.0), "a rank gave no answer"
+            answers.append(pipe.recv())
+            process.kill()
+            process.join()
+        rounds.append(answers)
+    return rounds
+
+
+def test_one_worker_has_no_group() -> None:
+    with process_group(SERIAL, "cpu", 5.0):
+        assert not dist.is_initialized()
+
+
+def meet(rank: Rank) -> tuple[str, float, bool]:
+    with process_group(rank, "cpu", 15.0):
+        backend = dist.get_backend()
+        x = torch.tensor([rank.rank + 1.0])
+        dist.all_reduce(x)
+    return backend, x.item(), dist.is_initialized()
+
+
+def test_two_workers_meet_and_part() -> None:
+    assert in_ranks(meet) == [[("gloo", 3.0, False)] * 2]
+
+
+def test_a_restarted_group_does_not_meet_its_predecessor_in_the_same_store() -> None:
+    """Without keys of its own, round 1 would find the addresses of round 0, whose ranks have been killed."""
+
+    def meet_and_stay(rank: Rank) -> float:
+        group = process_group(rank, "cpu", 15.0)
+        group.__enter__()
+        x = torch.tensor([rank.rank + 1.0])
+        dist.all_reduce(x)
+        return x.item()
+
+    assert in_ranks(meet_and_stay, restarts=(0, 1, 2)) == [[3.0, 3.0]] * 3
+
+
+def test_a_rank_that_is_not_joined_says_who_waited() -> None:
+    def wait_alone(rank: Rank) -> Any:
+        try:
+            with process_group(rank, "cpu", 1.0):
+                if rank.rank == 1:
+                    time.sleep(3.0)
+                    return None
+                dist.barrier()
+        except errors.RunFailed as error:
+            return str(error), error.rank, error.details
+
+    ((answer, _),) = in_ranks(wait_alone)
+    message, rank, details = answer
+    assert message.startswith("rank 0 timed out: the other ranks did not all come to its collective within 1 s.")
+    assert rank == 0
+    assert "dist.barrier()" in details
+
+
+def test_a_rank_that_nobody_joins_at_the_start_says_who_waited() -> None:
+    def come_alone(rank: Rank) -> Any:
+        if rank.rank == 1:
+            time.sleep(3.0)
+            return None
+        with pytest.raises(errors.RunFailed, match="rank 0 timed out") as caught, process_group(rank, "cpu", 1.0):
+            pass
+        return caught.value.rank
+
+    assert in_ranks(come_alone) == [[0, None]]
+
+
+def test_other_errors_pass_unchanged() -> None:
+    def fail(rank: Rank) -> str:
+        try:
+            with process_group(rank, "cpu", 15.0):
+                raise ZeroDivisionError("boom")
+        except ZeroDivisionError as error:
+            return str(error)
+
+    assert in_ranks(fail) == [["boom", "boom"]]
