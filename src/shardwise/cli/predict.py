@@ -1,44 +1,56 @@
 """`shardwise predict`: what would each published or planned layout of a table cost."""
 
+from __future__ import annotations
+
+import json
 from pathlib import Path
 
 import click
 
-from shardwise.errors import DataError, UserError
+from shardwise.errors import DataError
 
 
 @click.command()
-@click.option("--table", "table", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV of runs in the canonical columns.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write run_id,step_seconds,memory_gib,fits here instead of to stdout.")
-@click.option("--machine", "machine_file", type=click.Path(path_type=Path, dir_okay=False), help="Machine file with measured links of the cluster.")
+@click.option(
+    "--table",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="CSV of runs in the canonical columns.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write run_id,step_seconds,memory_gib,fits here instead of to stdout.",
+)
+@click.option(
+    "--machine",
+    "machine_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Machine file with the measured links of the cluster.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document with every prediction broken down.")
 def predict(table: Path, out: Path | None, machine_file: Path | None, as_json: bool) -> None:
     """Predict step time, memory and feasibility of every run in a table.
 
     Measured columns of the table are not read. Blank cells are unknown and filled in by the rules in docs/predict.md.
     """
-    import json
-
     from shardwise.planner.predict import predict_runs, write_csv
     from shardwise.planner.runs import read_runs
     from shardwise.spec.machine import Machine
 
-    try:
-        machine = Machine.read(machine_file) if machine_file else None
-        found = list(predict_runs(read_runs(table), machine))
-        text = write_csv(found)
-        if out is not None:
-            _write(out, text)
-    except UserError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from error
+    machine = Machine.read(machine_file) if machine_file else None
+    found = list(predict_runs(read_runs(table), machine))
+    text = write_csv(found)
+    if out is not None:
+        _write(out, text)
     unknown = [item for item in found if item.estimate is None]
     for item in unknown[:10]:
         click.echo(f"no prediction for {item.run_id}: {item.reason}", err=True)
     if len(unknown) > 10:
-        click.echo(f"... and {len(unknown) - 10} more without prediction", err=True)
+        click.echo(f"... and {len(unknown) - 10} more without a prediction", err=True)
     if as_json:
-        click.echo(json.dumps({"table": str(table), "out": str(out) if out else None, "predictions": [item.record() for item in found]}))
+        records = [item.record() for item in found]
+        click.echo(json.dumps({"table": str(table), "out": str(out) if out else None, "predictions": records}))
     elif out is None:
         click.echo(text, nl=False)
     click.echo(f"{len(found) - len(unknown)} of {len(found)} runs predicted", err=True)
@@ -48,4 +60,4 @@ def _write(out: Path, text: str) -> None:
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror}; give a file in a folder that exists and can be written") from error
+        raise DataError(f"--out {out}: {error.strerror}; give a file in an existing, writable folder") from error

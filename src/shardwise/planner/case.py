@@ -50,7 +50,17 @@ class Case:
     schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "global_batch", "micro_batch", "data", "tensor", "pipeline", "virtual_stages", "context", "expert"):
+        for name in (
+            "seq_len",
+            "global_batch",
+            "micro_batch",
+            "data",
+            "tensor",
+            "pipeline",
+            "virtual_stages",
+            "context",
+            "expert",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise PlanError(f"{name}={value!r}: it must be a whole number of at least 1")

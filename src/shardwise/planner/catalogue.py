@@ -64,23 +64,90 @@ _PARTS: dict[str, _Part] = {
     "h100-80gb-pcie": _Part(756, 756, 1513, 378, 79.2, 2000, 50, 200, 8, 114, 350, 0.75, 0.33, _H100),
     "h100-94gb-nvl": _Part(835, 835, 1671, 418, 93.1, 3900, 50, 200, 8, 132, 400, 0.75, 0.33, _H100),
     "h800-80gb-sxm": _Part(989, 989, 1979, 494, 79.2, 3350, 200, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7087),
-    "h20-96gb-sxm": _Part(148, 148, 296, 74, 95.0, 4000, 450, 400, 8, 78, 500, 0.9, 0.6, "NVIDIA H20 specifications (2024)"),
+    "h20-96gb-sxm": _Part(
+        148, 148, 296, 74, 95.0, 4000, 450, 400, 8, 78, 500, 0.9, 0.6, "NVIDIA H20 specifications (2024)"
+    ),
     "h200-141gb-sxm": _Part(989, 989, 1979, 494, 139.8, 4800, 450, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7344),
-    "gh200": _Part(989, 989, 1979, 494, 94.5, 4000, 450, 400, 4, 132, 900, 0.8378, 0.35, "NVIDIA GH200 datasheet (2023)", 0.7756),
+    "gh200": _Part(
+        989, 989, 1979, 494, 94.5, 4000, 450, 400, 4, 132, 900, 0.8378, 0.35, "NVIDIA GH200 datasheet (2023)", 0.7756
+    ),
     "b200-180gb-sxm": _Part(2250, 2250, 4500, 1125, 178.3, 7700, 900, 400, 8, 148, 1000, 0.7756, 0.3, _B200, 0.7628),
     "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 7700, 900, 800, 8, 148, 1100, 0.7862, 0.3, _B200, 0.7452),
     "gb200-186gb-nvl72": _Part(
-        2500, 2500, 5000, 1250, 184.0, 8000, 900, 400, 72, 148, 1200, 0.7288, 0.3, "NVIDIA GB200 NVL72 datasheet (2024)", 0.7231
+        2500,
+        2500,
+        5000,
+        1250,
+        184.0,
+        8000,
+        900,
+        400,
+        72,
+        148,
+        1200,
+        0.7288,
+        0.3,
+        "NVIDIA GB200 NVL72 datasheet (2024)",
+        0.7231,
     ),
     "gb300-288gb-nvl72": _Part(
-        2500, 2500, 5000, 1250, 276.0, 8000, 900, 800, 72, 148, 1400, 0.7288, 0.3, "NVIDIA GB300 NVL72 datasheet (2025)", 0.7231
+        2500,
+        2500,
+        5000,
+        1250,
+        276.0,
+        8000,
+        900,
+        800,
+        72,
+        148,
+        1400,
+        0.7288,
+        0.3,
+        "NVIDIA GB300 NVL72 datasheet (2025)",
+        0.7231,
     ),
-    "mi250x-64gb": _Part(191.5, 191.5, None, 47.9, 64.0, 1638, 100, 100, 8, 110, 280, None, 0.3, "AMD Instinct MI250X data sheet (2021)"),
+    "mi250x-64gb": _Part(
+        191.5, 191.5, None, 47.9, 64.0, 1638, 100, 100, 8, 110, 280, None, 0.3, "AMD Instinct MI250X data sheet (2021)"
+    ),
     "mi300x-192gb": _Part(1307, 1307, 2615, 163, 191.5, 5300, 448, 400, 8, 304, 750, 0.5142, 0.22, _MI300),
     "mi325x-256gb": _Part(1307, 1307, 2615, 163, 255.5, 6000, 448, 400, 8, 304, 1000, 0.6038, 0.25, _MI300),
-    "mi355x-288gb": _Part(2300, 2300, 4600, 157, 287.5, 8000, 537, 400, 8, 256, 1400, 0.6804, 0.25, "AMD Instinct MI355X data sheet (2025)"),
-    "gaudi2": _Part(432, 432, 865, 54, 94.6, 2450, 262, 300, 8, 24, 600, 0.9692, 0.35, "Intel Gaudi 2 white paper (2022)", 0.9555),
-    "gaudi3": _Part(1677, 1677, 1677, 229, 126.0, 3700, 525, 300, 8, 64, 900, 0.7412, 0.25, "Intel Gaudi 3 white paper (2024)", 0.7689),
+    "mi355x-288gb": _Part(
+        2300,
+        2300,
+        4600,
+        157,
+        287.5,
+        8000,
+        537,
+        400,
+        8,
+        256,
+        1400,
+        0.6804,
+        0.25,
+        "AMD Instinct MI355X data sheet (2025)",
+    ),
+    "gaudi2": _Part(
+        432, 432, 865, 54, 94.6, 2450, 262, 300, 8, 24, 600, 0.9692, 0.35, "Intel Gaudi 2 white paper (2022)", 0.9555
+    ),
+    "gaudi3": _Part(
+        1677,
+        1677,
+        1677,
+        229,
+        126.0,
+        3700,
+        525,
+        300,
+        8,
+        64,
+        900,
+        0.7412,
+        0.25,
+        "Intel Gaudi 3 white paper (2024)",
+        0.7689,
+    ),
     "tpu-v3": _Part(61.5, 61.5, None, 15, 16.0, 450, 80, 100, 256, 1, 225, 0.9, 0.4, _TPU),
     "tpu-v4": _Part(275, 275, None, 69, 31.8, 1228, 150, 50, 4096, 4, 192, 0.9, 0.45, _TPU),
     "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 100, 50, 256, 4, 225, 0.9, 0.45, _TPU),
@@ -89,12 +156,30 @@ _PARTS: dict[str, _Part] = {
 }
 
 _ALIASES = {
-    "v100": "v100-32gb-sxm", "v100-sxm": "v100-32gb-sxm", "a100": "a100-80gb-sxm", "a100-sxm": "a100-80gb-sxm", "a100-40gb": "a100-40gb-sxm",
-    "a100-80gb": "a100-80gb-sxm", "a800": "a800-80gb-sxm", "h100": "h100-80gb-sxm", "h100-80gb": "h100-80gb-sxm",
-    "h100-sxm": "h100-80gb-sxm", "h100-96gb": "h100-96gb-sxm", "h100-64gb-sxm": "h100-80gb-sxm", "h800": "h800-80gb-sxm",
-    "h200": "h200-141gb-sxm", "b200": "b200-180gb-sxm", "gb200": "gb200-186gb-nvl72", "gb300": "gb300-288gb-nvl72", "b300": "b300-sxm",
-    "mi250x": "mi250x-64gb", "mi250": "mi250x-64gb", "mi300x": "mi300x-192gb", "mi325x": "mi325x-256gb", "mi355x": "mi355x-288gb",
-}  # fmt: skip
+    "v100": "v100-32gb-sxm",
+    "v100-sxm": "v100-32gb-sxm",
+    "a100": "a100-80gb-sxm",
+    "a100-sxm": "a100-80gb-sxm",
+    "a100-40gb": "a100-40gb-sxm",
+    "a100-80gb": "a100-80gb-sxm",
+    "a800": "a800-80gb-sxm",
+    "h100": "h100-80gb-sxm",
+    "h100-80gb": "h100-80gb-sxm",
+    "h100-sxm": "h100-80gb-sxm",
+    "h100-96gb": "h100-96gb-sxm",
+    "h100-64gb-sxm": "h100-80gb-sxm",
+    "h800": "h800-80gb-sxm",
+    "h200": "h200-141gb-sxm",
+    "b200": "b200-180gb-sxm",
+    "gb200": "gb200-186gb-nvl72",
+    "gb300": "gb300-288gb-nvl72",
+    "b300": "b300-sxm",
+    "mi250x": "mi250x-64gb",
+    "mi250": "mi250x-64gb",
+    "mi300x": "mi300x-192gb",
+    "mi325x": "mi325x-256gb",
+    "mi355x": "mi355x-288gb",
+}
 
 NAMES = tuple(_PARTS)
 
@@ -137,7 +222,11 @@ def accelerator(name: str) -> Accelerator:
         memory = 0.985 * float(size.group(1))
     peaks = {"fp16": part.fp16, "bf16": part.bf16, "fp32": part.fp32} | ({"fp8": part.fp8} if part.fp8 else {})
     half = Figure(part.matmul, "measured", MATMUL_SOURCE) if part.matmul else Figure(0.8, "nominal", MATMUL_GUESS)
-    eighth = Figure(part.matmul_fp8, "measured", MATMUL_SOURCE) if part.matmul_fp8 else Figure(0.93 * half.value, "nominal", MATMUL_GUESS)
+    eighth = (
+        Figure(part.matmul_fp8, "measured", MATMUL_SOURCE)
+        if part.matmul_fp8
+        else Figure(0.93 * half.value, "nominal", MATMUL_GUESS)
+    )
     seen = known.startswith(("a100", "h100"))
     return Accelerator(
         name=known,
@@ -145,7 +234,9 @@ def accelerator(name: str) -> Accelerator:
         memory_bytes_per_second=Figure(part.memory_gbytes * 1e9, "nominal", part.source),
         peak_flops={key: Figure(value * 1e12, "nominal", part.source) for key, value in peaks.items()},
         matmul_fraction={"fp32": half, "fp16": half, "bf16": half, "fp8": eighth},
-        attention_fraction=Figure(part.attention, "measured" if seen else "nominal", ATTENTION_SOURCE if seen else ATTENTION_GUESS),
+        attention_fraction=Figure(
+            part.attention, "measured" if seen else "nominal", ATTENTION_SOURCE if seen else ATTENTION_GUESS
+        ),
         multiprocessors=Figure(part.units, "nominal", part.source),
         power_watts=Figure(part.watts, "nominal", part.source),
     )
@@ -172,10 +263,14 @@ def machine(name: str, *, gpus_per_node: int | None = None, gbits_per_gpu: float
         gpus_per_node=gpus_per_node or part.node,
         intra=Link(
             bytes_per_second=Figure(part.link_gbytes * 1e9, "nominal", part.source),
-            latency_seconds=Figure(4e-6, "measured", "nccl-tests all-reduce of 8 bytes on 2 to 8 A100, NetX-lab Echo logs (2025)"),
+            latency_seconds=Figure(
+                4e-6, "measured", "nccl-tests all-reduce of 8 bytes on 2 to 8 A100, NetX-lab Echo logs (2025)"
+            ),
         ),
         inter=Link(
             bytes_per_second=Figure(network * 1e9 / 8, "nominal", told),
-            latency_seconds=Figure(2e-5, "measured", "nccl-tests all-reduce of 2 KiB on 16 to 128 A100, NetX-lab Echo logs (2025)"),
+            latency_seconds=Figure(
+                2e-5, "measured", "nccl-tests all-reduce of 2 KiB on 16 to 128 A100, NetX-lab Echo logs (2025)"
+            ),
         ),
     )

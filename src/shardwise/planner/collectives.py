@@ -5,6 +5,7 @@ input (reduce-scatter) or of the vector (all-reduce); n is the number of ranks. 
 (n-1)/n S/B, all-reduce twice that (Thakur et al. 2005, section 4).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -77,11 +78,13 @@ def bus_bytes(net: Network, ranks: Group) -> float:
     return min(across, net.intra_bytes) if ranks.per_node > 1 else across
 
 
-def measured_seconds(size_bytes: float, start_seconds: float, factor: float, ranks: Group, net: Network, collective: str) -> float | None:
+def measured_seconds(
+    size_bytes: float, start_seconds: float, factor: float, ranks: Group, net: Network, collective: str
+) -> float | None:
     """Seconds by the rate measured for whole nodes, None if there is none for such a group.
 
-    The measurement at one message size is split into `start_seconds`, which does not depend on the size, and the rest,
-    which grows with it; `factor` is the bytes a link carries per byte of message.
+    For smaller messages than the measured one, its time is split into `start_seconds`, which does not depend on the
+    size, and the rest, which does; larger ones keep the measured rate. `factor`: bytes a link carries per byte of message.
     """
     if ranks.per_node < net.machine.gpus_per_node:
         return None
@@ -90,6 +93,8 @@ def measured_seconds(size_bytes: float, start_seconds: float, factor: float, ran
         return None
     rate, message = found
     whole = factor * message / rate
+    if size_bytes >= message:
+        return whole * size_bytes / message
     start = min(start_seconds, 0.9 * whole)
     return start + (whole - start) * size_bytes / message
 
@@ -129,7 +134,10 @@ def reduce_scatter(size_bytes: float, ranks: Group, net: Network) -> float:
 
 
 def all_to_all(size_bytes: float, ranks: Group, net: Network) -> float:
-    """Seconds for every rank to spread its `size_bytes` over `ranks`: the part that leaves the node uses the rank's own network."""
+    """Seconds for every rank to spread its `size_bytes` over `ranks`.
+
+    The part that leaves the node uses the rank's own network, at the same time as the part that stays uses the link.
+    """
     if ranks.size <= 1 or size_bytes <= 0:
         return 0.0
     inside = (ranks.per_node - 1) / ranks.size * size_bytes / net.intra_bytes
@@ -158,7 +166,7 @@ def _measured(machine: Machine, collective: str, nodes: int) -> tuple[float, flo
     points = sorted((rate.nodes, rate.bus_bytes_per_second.value) for rate in mine if rate.message_bytes == message)
     if nodes <= points[0][0]:
         return points[0][1], message
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(points):
         if nodes <= right:
             part = (math.log2(nodes) - math.log2(left)) / (math.log2(right) - math.log2(left))
             return low * (high / low) ** part, message

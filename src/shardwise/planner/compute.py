@@ -131,11 +131,15 @@ def attention_core(case: Case, device: Device) -> tuple[Work, Work]:
         saturation = 1.0 + 512.0 / seq_len
         forward = flops * saturation / (device.attention_flops * narrow)
         moved = 4.0 * tokens * width * device.element / device.memory_bytes
-        return Work(max(forward, moved, device.kernel_seconds), 1), Work(max(2.5 * forward, 3 * moved, 2 * device.kernel_seconds), 3)
+        return Work(max(forward, moved, device.kernel_seconds), 1), Work(
+            max(2.5 * forward, 3 * moved, 2 * device.kernel_seconds), 3
+        )
     batch = case.micro_batch * heads
     rows = math.ceil(seq_len / case.context)
     scores = float(batch) * rows * seq_len
-    first = matmul_seconds(rows, seq_len, model.head_dim, device, batch) + matmul_seconds(rows, model.head_dim, seq_len, device, batch)
+    first = matmul_seconds(rows, seq_len, model.head_dim, device, batch) + matmul_seconds(
+        rows, model.head_dim, seq_len, device, batch
+    )
     soft_forward = traffic(4.0 * device.element * scores, 2, device)
     soft_backward = traffic(5.0 * device.element * scores, 2, device)
     return Work(first, 2) + soft_forward, Work(2.0 * first, 4) + soft_backward

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwise.planner.case import Case
+from shardwise.planner.schedule import rank_of
 
 CONTEXT_BYTES = 1.6 * 2**30
 """Device memory outside the allocator: driver context, library workspaces, communication buffers of a few groups."""
@@ -16,8 +17,17 @@ CONTEXT_BYTES = 1.6 * 2**30
 SLACK = 0.05
 """Allocator: reserved over allocated bytes less one, of everything that changes during the step."""
 
-LOGIT_BYTES = 12.0
-"""Bytes per logit at the peak: the product in 2, its fp32 copy 4, the softmax or its gradient 4, that in 2."""
+WORKSPACE_BYTES = 0.4 * 2**30
+"""Buffers of matrix libraries that the allocator counts."""
+
+PILED_SHARE = 0.3
+"""Share of the gathered inputs of sequence parallelism that the allocator cannot hand out again at once."""
+
+LOGIT_BYTES = 10.0
+"""Bytes per logit at the peak: the product in 2, its fp32 copy or the softmax 4, the gradient 4."""
+
+FUSED_LOGIT_BYTES = 6.0
+"""The same with a fused cross entropy that writes the gradient in 2 bytes: what the best software needs."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,11 @@ class MemoryParts:
     slack: float
 
     @property
+    def least(self) -> float:
+        """The same with a fused cross entropy and an allocator without slack."""
+        return self.total - self.slack - self.logits * (1.0 - FUSED_LOGIT_BYTES / LOGIT_BYTES)
+
+    @property
     def total(self) -> float:
         """What the framework's allocator reports at its peak; without driver context."""
         return sum(self.by_part().values())
@@ -40,9 +55,14 @@ class MemoryParts:
     def by_part(self) -> dict[str, float]:
         """Part -> bytes."""
         return {
-            "parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer, "activations": self.activations,
-            "logits": self.logits, "gathered": self.gathered, "slack": self.slack,
-        }  # fmt: skip
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "logits": self.logits,
+            "gathered": self.gathered,
+            "slack": self.slack,
+        }
 
 
 def layer_parameters(case: Case) -> tuple[float, float]:
@@ -69,7 +89,8 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
     """(parameters, gradients, optimizer) bytes of one rank for these parameters (ZeRO, arXiv:1910.02054, section 5).
 
     Mixed precision: working copy 2, gradient summed in 4, master and two Adam moments 12 bytes a parameter. With
-    everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8.
+    everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8. In a pipeline the gradients of
+    stage 2 are summed over the micro-batches before they are reduced, so they stay whole.
     """
     shards = case.data * case.context
     expert_shards = max(1, shards // case.expert)
@@ -79,9 +100,11 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
         sizes = (4.0, 4.0, 8.0) if case.zero_stage == 3 else (2.0, 4.0, 12.0)
     from_stage = (3, 2, 1)
     totals = [0.0, 0.0, 0.0]
+    whole_gradients = case.zero_stage == 2 and case.pipeline > 1 and case.micro_batches > 1
     for parameters, ways in ((dense, shards), (experts, expert_shards)):
         for index, (size, stage) in enumerate(zip(sizes, from_stage, strict=True)):
-            totals[index] += parameters * size / (ways if case.zero_stage >= stage else 1)
+            split = case.zero_stage >= stage and not (index == 1 and whole_gradients)
+            totals[index] += parameters * size / (ways if split else 1)
     return totals[0], totals[1], totals[2]
 
 
@@ -91,11 +114,14 @@ def layer_activation_bytes(case: Case) -> float:
     Outside the tensor-parallel parts, in units of h: inputs of two norms 2 each and of the two products behind them 2
     each, two dropout masks 1 each (only beside materialised attention); sequence parallelism divides them by t. Inside,
     divided by t: query, key, value, output of attention 2 each; gelu in and out 2 f each; gated: gate, up, their
-    product 2 f each, and the activated gate 2 f unless compiled. Materialised attention: 5 bytes per score.
+    product 2 f each, and the activated gate 2 f unless compiled. Materialised attention: 5 bytes per score. Not compiled,
+    RMS norms keep what their four small kernels need (2 each more).
     """
     model = case.model
     unit = case.tokens * (2.0 if case.precision == "fp32" else 1.0)
     outside = (10.0 if case.attention == "math" else 8.0) * model.hidden
+    if model.gated_ffn and not case.compile:
+        outside += 4.0 * model.hidden
     visits = max(1, model.experts_per_token)
     if model.gated_ffn:
         inner = (6.0 if case.compile else 8.0) * model.ffn_hidden
@@ -106,6 +132,17 @@ def layer_activation_bytes(case: Case) -> float:
         inside += 4.0 * model.hidden * visits * case.tensor
     kept = unit * (outside / (case.tensor if case.sequence_parallel else 1) + inside / case.tensor)
     return kept + score_bytes(case)
+
+
+def buffer_bytes(case: Case) -> float:
+    """Inputs of the split products that sequence parallelism gathers, 2 h each and not divided by t, of one layer.
+
+    They are freed after use, but the allocator may not hand them out again before the communication stream is done
+    with them, so those of one micro-batch pile up.
+    """
+    if not case.sequence_parallel or case.compile or case.classic or case.recompute == "full":
+        return 0.0
+    return PILED_SHARE * 4.0 * case.tokens * case.model.hidden
 
 
 def score_bytes(case: Case) -> float:
@@ -134,11 +171,13 @@ def gathered_bytes(case: Case) -> float:
     """Whole parameters and gradients that sharded data parallelism holds for a moment.
 
     Two blocks are gathered at a time (the one in use and the one ahead), and the gradient of one is waiting to be
-    reduced; with stage 2 of sharded data parallelism the parameters of the stage stay gathered between the passes.
+    reduced. Classic software holds one block and its gradient, 2 bytes each.
     """
     if case.zero_stage != 3 or case.data * case.context == 1:
         return 0.0
     dense, experts = layer_parameters(case)
+    if case.classic:
+        return (dense + experts) * 4.0
     block = max(dense + experts, case.model.embedding_parameters / case.tensor)
     size = 4.0 if case.precision == "fp32" else 2.0
     return block * (2.0 * size + 4.0)
@@ -147,6 +186,9 @@ def gathered_bytes(case: Case) -> float:
 def rank_memory(case: Case, in_flight: Sequence[int]) -> MemoryParts:
     """Peak of the fullest pipeline rank.
 
+    With sequence parallelism one layer at a time holds its gathered input, its output before the scatter, and their
+    gradients: 8 h a token.
+
     Args:
         in_flight: chunks in flight at the peak, one entry a pipeline rank (one chunk is one stage of the model).
     """
@@ -154,19 +196,20 @@ def rank_memory(case: Case, in_flight: Sequence[int]) -> MemoryParts:
     stages = case.pipeline * case.virtual_stages
     kept, working = kept_bytes(case)
     logits = LOGIT_BYTES * case.tokens * math.ceil(case.model.vocab / case.tensor)
-    edge = 2.0 * case.tokens * case.model.hidden
     for rank in range(case.pipeline):
-        mine = range(rank, stages, case.pipeline)
+        mine = [stage for stage in range(stages) if rank_of(stage, case.pipeline, case.schedule) == rank]
         dense = sum(stage_parameters(case, stage)[0] for stage in mine)
         experts = sum(stage_parameters(case, stage)[1] for stage in mine)
         parameters, gradients, optimizer = state_bytes(case, dense, experts)
         layers = sum(case.layers_per_stage[stage] for stage in mine) / case.virtual_stages
-        live = in_flight[rank] * (layers * kept + edge)
-        last = rank == (stages - 1) % case.pipeline
-        activations = live + (working if layers else 0.0)
+        last = rank == rank_of(stages - 1, case.pipeline, case.schedule)
         head = logits if last else 0.0
+        activations = in_flight[rank] * layers * kept + (max(0.0, working - head) if layers else 0.0)
+        activations += layers * buffer_bytes(case)
+        if case.sequence_parallel:
+            activations += 8.0 * case.tokens * case.model.hidden
         gathered = gathered_bytes(case)
-        slack = SLACK * (activations + head + gathered + gradients)
+        slack = SLACK * (activations + head + gathered + gradients) + WORKSPACE_BYTES
         found = MemoryParts(parameters, gradients, optimizer, activations, head, gathered, slack)
         if best is None or found.total > best.total:
             best = found

@@ -17,7 +17,18 @@ from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 
 GIB = 2**30
-MODEL_KEYS = ("layers", "hidden", "heads", "kv_heads", "ffn_hidden", "gated_ffn", "vocab", "tied_embeddings", "experts", "experts_per_token")
+MODEL_KEYS = (
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "ffn_hidden",
+    "gated_ffn",
+    "vocab",
+    "tied_embeddings",
+    "experts",
+    "experts_per_token",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,13 @@ class RunPrediction:
     def record(self) -> dict[str, Any]:
         """The three answers and their parts, as plain data."""
         if self.estimate is None or self.case is None:
-            return {"run_id": self.run_id, "step_seconds": None, "memory_gib": None, "fits": None, "reason": self.reason}
+            return {
+                "run_id": self.run_id,
+                "step_seconds": None,
+                "memory_gib": None,
+                "fits": None,
+                "reason": self.reason,
+            }
         return {
             "run_id": self.run_id,
             "step_seconds": self.estimate.step_seconds,
@@ -46,7 +63,9 @@ class RunPrediction:
         }
 
 
-def predict_runs(rows: Iterable[Row], machine: Machine | None = None, constants: Constants = DEFAULT) -> Iterator[RunPrediction]:
+def predict_runs(
+    rows: Iterable[Row], machine: Machine | None = None, constants: Constants = DEFAULT
+) -> Iterator[RunPrediction]:
     """Predict every row, in order.
 
     Args:
@@ -71,7 +90,9 @@ def write_csv(predictions: Iterable[RunPrediction]) -> str:
             writer.writerow((item.run_id, "", "", ""))
         else:
             found = item.estimate
-            writer.writerow((item.run_id, f"{found.step_seconds:.7g}", f"{found.memory.total / GIB:.6g}", int(found.fits)))
+            writer.writerow(
+                (item.run_id, f"{found.step_seconds:.7g}", f"{found.memory.total / GIB:.6g}", int(found.fits))
+            )
     return handle.getvalue()
 
 
@@ -167,13 +188,17 @@ def _degrees(row: Row) -> dict[str, int]:
         product *= degree
     gpus = int(row.get("gpus", product))
     if gpus % product:
-        raise PlanError(f"gpus={gpus} is no multiple of the degrees {degrees}; their product must be the number of GPUs")
+        raise PlanError(
+            f"gpus={gpus} is no multiple of the degrees {degrees}; their product must be the number of GPUs"
+        )
     for axis in ("data", "tensor", "pipeline", "context"):
         if axis not in degrees:
             degrees[axis] = gpus // product if axis == "data" else 1
             product = product * degrees[axis]
     if product != gpus:
-        raise PlanError(f"degrees {degrees} make {product} workers, but gpus={gpus}; their product must be the number of GPUs")
+        raise PlanError(
+            f"degrees {degrees} make {product} workers, but gpus={gpus}; their product must be the number of GPUs"
+        )
     return degrees
 
 

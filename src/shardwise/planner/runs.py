@@ -12,9 +12,27 @@ from pathlib import Path
 from shardwise.errors import DataError
 
 WHOLE = (
-    "gpus", "gpus_per_node", "layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "experts", "experts_per_token", "seq_len",
-    "global_batch", "micro_batch", "data", "zero_stage", "tensor", "pipeline", "virtual_stages", "context", "expert",
-)  # fmt: skip
+    "gpus",
+    "gpus_per_node",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "ffn_hidden",
+    "vocab",
+    "experts",
+    "experts_per_token",
+    "seq_len",
+    "global_batch",
+    "micro_batch",
+    "data",
+    "zero_stage",
+    "tensor",
+    "pipeline",
+    "virtual_stages",
+    "context",
+    "expert",
+)
 FLAGS = ("gated_ffn", "tied_embeddings", "sequence_parallel", "compile")
 REAL = ("internode_gbps_per_gpu",)
 WORDS = ("hardware", "recompute", "attention", "precision", "schedule")
@@ -28,12 +46,28 @@ REQUIRED = ("run_id", "hardware", "layers", "hidden", "seq_len")
 CHOICES = {
     "recompute": {"none": "none", "selective": "selective", "full": "full"},
     "attention": {"flash": "flash", "math": "math"},
-    "precision": {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "mxfp8": "fp8", "nvfp4": "fp8"},
-    "schedule": {
-        "gpipe": "gpipe", "1f1b": "1f1b", "interleaved": "interleaved1f1b", "interleaved1f1b": "interleaved1f1b", "zerobubble": "zerobubble",
-        "zb-h1": "zerobubble", "zbv": "zbv", "zb-v": "zbv", "dualpipev": "dualpipev", "dualpipe": "dualpipev",
+    "precision": {
+        "fp32": "fp32",
+        "tf32": "fp32",
+        "fp16": "fp16",
+        "bf16": "bf16",
+        "fp8": "fp8",
+        "mxfp8": "fp8",
+        "nvfp4": "fp8",
     },
-}  # fmt: skip
+    "schedule": {
+        "gpipe": "gpipe",
+        "1f1b": "1f1b",
+        "interleaved": "interleaved1f1b",
+        "interleaved1f1b": "interleaved1f1b",
+        "zerobubble": "zerobubble",
+        "zb-h1": "zerobubble",
+        "zbv": "zbv",
+        "zb-v": "zbv",
+        "dualpipev": "dualpipev",
+        "dualpipe": "dualpipev",
+    },
+}
 ZERO_ALLOWED = ("experts", "experts_per_token", "zero_stage")
 
 Row = Mapping[str, str | int | float]
@@ -84,7 +118,9 @@ def parse_runs(lines: Iterable[str], name: str) -> list[Row]:
         row = {column: value for index, column in wanted if (value := _cell(column, cells[index], where)) is not None}
         run = row.get("run_id")
         if run is None or run in seen:
-            raise DataError(f"{where}, column run_id: {'blank' if run is None else f'{run!r} is there twice'}; every run needs its own")
+            raise DataError(
+                f"{where}, column run_id: {'blank' if run is None else f'{run!r} is there twice'}; every run needs its own"
+            )
         seen.add(str(run))
         rows.append(row)
     return rows

@@ -25,7 +25,13 @@ MAX_GREEDY = 256
 
 @dataclass(frozen=True)
 class Timeline:
-    """Result of a simulation: seconds until the last rank is done, busy seconds of the busiest rank, peak of chunks in flight per rank."""
+    """Result of a simulation.
+
+    Attributes:
+        seconds: until the last rank is done.
+        busiest_seconds: work of the busiest rank.
+        in_flight: largest number of chunks in flight, one entry a rank.
+    """
 
     seconds: float
     busiest_seconds: float
@@ -101,7 +107,12 @@ def _interleaved(rank: int, ranks: int, micro_batches: int, chunks: int) -> list
 
 
 def closed_form(
-    schedule: str, micro_batches: int, forward_seconds: tuple[float, ...], backward_seconds: tuple[float, ...], send_seconds: float, ranks: int
+    schedule: str,
+    micro_batches: int,
+    forward_seconds: tuple[float, ...],
+    backward_seconds: tuple[float, ...],
+    send_seconds: float,
+    ranks: int,
 ) -> Timeline:
     """What `simulate` finds, by the formula for stages of equal time: exact for those, close for others, and fast.
 
@@ -130,7 +141,9 @@ def closed_form(
     elif schedule in V_SHAPED:
         flight = [min(2 * micro_batches, 2 * ranks)] * ranks
     elif chunks > 1:
-        flight = [min(micro_batches * chunks, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1) for rank in range(ranks)]
+        flight = [
+            min(micro_batches * chunks, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1) for rank in range(ranks)
+        ]
     else:
         flight = [min(micro_batches, ranks - rank) for rank in range(ranks)]
     return Timeline(micro_batches * busiest + ramp + sends, micro_batches * busiest, tuple(flight))
@@ -171,7 +184,9 @@ def simulate(
     return _run(schedule, micro_batches, forward_seconds, backward_seconds, send_seconds, ranks)
 
 
-def _run(schedule: str, micro_batches: int, forward: Sequence[float], backward: Sequence[float], send: float, ranks: int) -> Timeline:
+def _run(
+    schedule: str, micro_batches: int, forward: Sequence[float], backward: Sequence[float], send: float, ranks: int
+) -> Timeline:
     if schedule in V_SHAPED:
         return _greedy(schedule, micro_batches, forward, backward, send, ranks)
     stages = len(forward)
@@ -214,7 +229,9 @@ def _run(schedule: str, micro_batches: int, forward: Sequence[float], backward: 
     return Timeline(max(clock), max(busy), tuple(_peak(row) for row in rows))
 
 
-def _ready(kind: str, stage: int, index: int, stages: int, done_f: list[list[float]], done_b: list[list[float]], hop: float) -> float:
+def _ready(
+    kind: str, stage: int, index: int, stages: int, done_f: list[list[float]], done_b: list[list[float]], hop: float
+) -> float:
     """When the input of an action has arrived; negative while it has not been produced."""
     if kind == "F":
         if stage == 0:
@@ -238,7 +255,9 @@ def _peak(row: Sequence[Action]) -> int:
     return peak
 
 
-def _greedy(schedule: str, micro_batches: int, forward: Sequence[float], backward: Sequence[float], send: float, ranks: int) -> Timeline:
+def _greedy(
+    schedule: str, micro_batches: int, forward: Sequence[float], backward: Sequence[float], send: float, ranks: int
+) -> Timeline:
     """V-shaped stages without a fixed order: backward first, then forward within 2 x ranks chunks in flight, weights in gaps."""
     stages = len(forward)
     weights = [time * WEIGHT_SHARE for time in backward]
@@ -278,7 +297,15 @@ def _greedy(schedule: str, micro_batches: int, forward: Sequence[float], backwar
 
 
 def _release(
-    ready: list[list[tuple[float, str, int, int]]], kind: str, stage: int, index: int, stages: int, end: float, send: float, ranks: int, schedule: str
+    ready: list[list[tuple[float, str, int, int]]],
+    kind: str,
+    stage: int,
+    index: int,
+    stages: int,
+    end: float,
+    send: float,
+    ranks: int,
+    schedule: str,
 ) -> None:
     here = rank_of(stage, ranks, schedule)
     if kind == "F" and stage == stages - 1:

@@ -27,6 +27,9 @@ from shardwise.planner.memory import (
 )
 from shardwise.planner.schedule import Timeline, closed_form, simulate, stages_per_rank
 
+UNCERTAIN = 1.08
+"""Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
+
 GATHERS_PER_LAYER = 12
 """Tensors of a transformer layer; sharded training of the classic kind gathers each by itself."""
 
@@ -45,7 +48,10 @@ SELECTIVE_REPEAT = 0.4
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predicted step: seconds by part (they sum to the step), the pipeline's timeline, bytes by part and whether it fits."""
+    """Predicted step: seconds by part (they sum to the step), the pipeline's timeline, bytes by part and whether it fits.
+
+    `fits` asks whether the best software (fused cross entropy, no allocator slack) fits; `certain` is False in between.
+    """
 
     seconds: dict[str, float]
     memory: MemoryParts
@@ -82,14 +88,20 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False)
     seconds["gradients"] = _gradient_seconds(case, net, last_backward, constants)
     heaviest = max(range(ranks), key=lambda rank: sum(stage_parameters(case, rank)))
     dense, experts = stage_parameters(case, heaviest)
-    owned = state_bytes(case, dense * case.virtual_stages, experts * case.virtual_stages)[2] / (8.0 if case.zero_stage == 3 or case.precision == "fp32" else 12.0)
+    owned = state_bytes(case, dense * case.virtual_stages, experts * case.virtual_stages)[2] / (
+        8.0 if case.zero_stage == 3 or case.precision == "fp32" else 12.0
+    )
     seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
-    capacity = case.machine.accelerator.memory_bytes.value
-    needed = memory.total + CONTEXT_BYTES
-    return Estimate(seconds, memory, timeline, needed <= capacity, not 0.92 * capacity < needed < 1.08 * capacity)
+    room = case.machine.accelerator.memory_bytes.value - CONTEXT_BYTES
+    fits = memory.least <= room
+    return Estimate(
+        seconds, memory, timeline, fits, (UNCERTAIN * memory.total <= room) if fits else memory.least > UNCERTAIN * room
+    )
 
 
-def _passes(case: Case, device: Device, net: Network, constants: Constants) -> tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]:
+def _passes(
+    case: Case, device: Device, net: Network, constants: Constants
+) -> tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]:
     """Seconds of one layer and of both ends (embedding, output projection) for one micro-batch; shares of the layer's time."""
     work = layer_work(case, device, constants)
     repeat = Work()
@@ -109,8 +121,9 @@ def _passes(case: Case, device: Device, net: Network, constants: Constants) -> t
     if case.sequence_parallel and not case.classic:
         inner_f = max((1.0 - constants.tensor_overlap) * inner_f, inner_f - 0.5 * ahead.seconds)
         inner_b = max((1.0 - constants.tensor_overlap) * inner_b, inner_b - 0.5 * back.seconds)
-    compute_f = _device_or_host(ahead, constants, case, inner_f)
-    compute_b = _device_or_host(back, constants, case, inner_b)
+    stall = _stall_seconds(case, net)
+    compute_f = _device_or_host(ahead, constants, case, inner_f - stall)
+    compute_b = _device_or_host(back, constants, case, inner_b - rounds * stall)
     ring_f = max(0.0, _ring_seconds(case, net) - work.core_forward.seconds)
     shard_f, shard_b = _shard_seconds(case, net, sum(layer_parameters(case)))
     total_f = _hidden(compute_f + inner_f + ring_f, shard_f, case, constants)
@@ -123,7 +136,10 @@ def _passes(case: Case, device: Device, net: Network, constants: Constants) -> t
         embed_comm = all_reduce(2.0 * case.tokens * case.model.hidden, group(case, "tensor"), net)
     else:
         embed_comm = 0.0
-    embed = _Pass(_device_or_host(embed_f, constants, case) + embed_comm + end_f, _device_or_host(embed_b, constants, case) + end_b)
+    embed = _Pass(
+        _device_or_host(embed_f, constants, case) + embed_comm + end_f,
+        _device_or_host(embed_b, constants, case) + end_b,
+    )
     shared = 0.0 if case.model.tied_embeddings else 1.0
     head = _Pass(
         _hidden(_device_or_host(head_f, constants, case), shared * end_f, case, constants),
@@ -137,6 +153,18 @@ def _passes(case: Case, device: Device, net: Network, constants: Constants) -> t
         "shards": (total_f + total_b - compute_f - compute_b - inner_f - inner_b - 3 * ring_f) / whole,
     }
     return _Pass(total_f, total_b), (embed, head), parts
+
+
+def _stall_seconds(case: Case, net: Network) -> float:
+    """Host delay of the tensor collectives of one layer and pass while pipeline transfers between nodes are pending."""
+    pending = case.machine.pending_send_seconds
+    if pending is None or case.tensor == 1 or not _crosses_nodes(case):
+        return 0.0
+    return (4.0 if case.sequence_parallel else 2.0) * case.tensor * pending.value
+
+
+def _crosses_nodes(case: Case) -> bool:
+    return case.pipeline > 1 and case.workers > case.machine.gpus_per_node and group(case, "pipeline").nodes > 1
 
 
 def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float = 0.0) -> float:
@@ -216,8 +244,7 @@ def _hop_seconds(case: Case, net: Network) -> float:
     if case.pipeline == 1:
         return 0.0
     size = 2.0 * case.tokens * case.model.hidden / case.tensor
-    across = case.workers > case.machine.gpus_per_node and group(case, "pipeline").nodes > 1
-    return send(size, across, net)
+    return send(size, _crosses_nodes(case), net)
 
 
 def _gradient_seconds(case: Case, net: Network, last_backward: float, constants: Constants) -> float:
@@ -226,14 +253,23 @@ def _gradient_seconds(case: Case, net: Network, last_backward: float, constants:
     if case.zero_stage == 3 or replicas == 1:
         return 0.0
     ranks = group(case, "shard")
-    dense, experts = (sum(values) for values in zip(*(stage_parameters(case, s) for s in range(0, case.pipeline * case.virtual_stages, case.pipeline)), strict=True))
+    dense, experts = (
+        sum(values)
+        for values in zip(
+            *(stage_parameters(case, s) for s in range(0, case.pipeline * case.virtual_stages, case.pipeline)),
+            strict=True,
+        )
+    )
     count = dense + experts
     size = _gradient_bytes(case) * count
     calls = 1 if case.classic else math.ceil(count / BUCKET_VALUES)
     if case.zero_stage == 0:
         whole, after = calls * all_reduce(size / calls, ranks, net), 0.0
     else:
-        whole, after = calls * reduce_scatter(size / calls, ranks, net), calls * all_gather(2.0 * count / calls, ranks, net)
+        whole, after = (
+            calls * reduce_scatter(size / calls, ranks, net),
+            calls * all_gather(2.0 * count / calls, ranks, net),
+        )
     if case.classic:
         return whole + after
     hidden = min(constants.gradient_overlap * whole, last_backward)

@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 
 from shardwise.errors import UserError
 
-_HELP = "write gpt:layers=24,hidden=2048 and, where they differ from the default, heads, kv_heads, ffn, gated, vocab, tied, experts, experts_per_token, seq"
+_HELP = (
+    "write gpt:layers=24,hidden=2048 and, where they differ from the default, heads, kv_heads, ffn, gated, vocab, tied, "
+    "experts, experts_per_token, seq"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,8 @@ class Transformer:
         heads: query heads.
         kv_heads: key and value heads (fewer than `heads` with grouped queries).
         ffn_hidden: inner width of the feed-forward part, of one expert when there are experts.
-        gated_ffn: three matrices (gate, up, down) instead of two; stands for the llama family (RMS norms, rotary positions, no biases).
+        gated_ffn: three matrices (gate, up, down) instead of two; stands for the llama family (RMS norms, rotary
+            positions, no biases).
         vocab: rows of the embedding.
         tied_embeddings: the output projection is the embedding.
         experts: experts per layer; 0 is a dense model.
@@ -134,7 +138,9 @@ class Transformer:
     def dense_layer_parameters(self) -> int:
         """Parameters of one layer outside the experts."""
         router = self.hidden * self.experts
-        return self.attention_parameters + self.small_parameters + router + (0 if self.experts else self.expert_parameters)
+        return (
+            self.attention_parameters + self.small_parameters + router + (0 if self.experts else self.expert_parameters)
+        )
 
     @property
     def layer_parameters(self) -> int:
@@ -244,4 +250,6 @@ class ModelFacts:
                 blocks=tuple(BlockFacts(**block) for block in record["blocks"]),
             )
         except (KeyError, TypeError) as error:
-            raise UserError(f"model facts: {error}; `shardwise plan` counts them again when the file is removed") from error
+            raise UserError(
+                f"model facts: {error}; `shardwise plan` counts them again when the file is removed"
+            ) from error

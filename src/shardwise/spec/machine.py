@@ -95,6 +95,8 @@ class Machine:
         intra: link between two ranks of one node.
         inter: share of the network of one rank.
         rates: measured bus bandwidths of collectives; where present they replace the estimate from `inter`.
+        pending_send_seconds: measured delay, per rank of the group, of a tensor collective that is issued while the
+            pipeline waits for a transfer between nodes; None where nobody saw one.
     """
 
     name: str
@@ -103,10 +105,13 @@ class Machine:
     intra: Link
     inter: Link
     rates: tuple[CollectiveRate, ...] = field(default=())
+    pending_send_seconds: Figure | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.gpus_per_node, int) or self.gpus_per_node < 1:
-            raise UserError(f"machine {self.name}: gpus_per_node is {self.gpus_per_node!r}: give a whole number of at least 1")
+            raise UserError(
+                f"machine {self.name}: gpus_per_node is {self.gpus_per_node!r}: give a whole number of at least 1"
+            )
 
     def with_network(self, gbits_per_second: float, source: str) -> "Machine":
         """The same nodes joined by a network of so many Gbit/s per rank."""
@@ -115,7 +120,8 @@ class Machine:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for TOML and JSON; `from_dict` reads it back."""
-        return _without_none(asdict(self))
+        record: dict[str, Any] = _without_none(asdict(self))
+        return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Machine":
@@ -139,9 +145,14 @@ class Machine:
                 intra=_link(record["intra"]),
                 inter=_link(record["inter"]),
                 rates=tuple(_rate(rate) for rate in record.get("rates", ())),
+                pending_send_seconds=_figure(record["pending_send_seconds"])
+                if "pending_send_seconds" in record
+                else None,
             )
         except KeyError as error:
-            raise UserError(f"machine: {error.args[0]!r} is missing; `shardwise probe` writes complete machine files") from error
+            raise UserError(
+                f"machine: {error.args[0]!r} is missing; `shardwise probe` writes complete machine files"
+            ) from error
         except (TypeError, AttributeError) as error:
             raise UserError(f"machine: {error}; `shardwise probe` writes machine files of the right form") from error
 
@@ -157,7 +168,8 @@ class Machine:
     def __str__(self) -> str:
         gbytes = self.intra.bytes_per_second.value / 1e9
         gbits = self.inter.bytes_per_second.value * 8 / 1e9
-        return f"{self.name}: {self.gpus_per_node} x {self.accelerator.name} per node, {gbytes:g} GB/s inside, {gbits:g} Gbit/s per rank outside"
+        node = f"{self.gpus_per_node} x {self.accelerator.name} per node"
+        return f"{self.name}: {node}, {gbytes:g} GB/s inside, {gbits:g} Gbit/s per rank outside"
 
 
 def read_toml(path: Path, kind: str) -> dict[str, Any]:
@@ -175,7 +187,9 @@ def _figure(value: Any) -> Figure:
 
 
 def _link(record: Mapping[str, Any]) -> Link:
-    return Link(bytes_per_second=_figure(record["bytes_per_second"]), latency_seconds=_figure(record["latency_seconds"]))
+    return Link(
+        bytes_per_second=_figure(record["bytes_per_second"]), latency_seconds=_figure(record["latency_seconds"])
+    )
 
 
 def _rate(record: Mapping[str, Any]) -> CollectiveRate:
