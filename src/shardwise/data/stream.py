@@ -102,12 +102,14 @@ class Stream(Source):
     def _slices(self, samples: "_Puller", reading: Reading) -> Iterator[Batch]:
         """Every rank reads the whole global batch and keeps its slice."""
         size, step = reading.batch_size, reading.start
-        seen = skipped = len(samples.send((size * step, True)))
-        ended = skipped < size * step
+        seen = len(samples.send((size * step, True)))
+        ended = seen < size * step
+        self._check_length(seen, ended)
         while not ended and (reading.stop is None or step < reading.stop):
             group = samples.send((size, False))
             seen += len(group)
             ended = len(group) < size
+            self._check_length(seen, ended)
             if not group:
                 break
             start, stop, largest = reading.bounds(len(group))
@@ -123,7 +125,6 @@ class Stream(Source):
                 largest=largest,
             )
             step += 1
-        self._check_length(seen, ended)
 
     def _parts(self, samples: "_Puller", reading: Reading) -> Iterator[Batch]:
         """Each rank reads its own part; one that ran out repeats a sample it knows as phantoms, without end."""

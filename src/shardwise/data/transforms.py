@@ -54,9 +54,11 @@ def _positional(function: Transform) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     named = [parameter for parameter in parameters if parameter.kind in kinds]
     required = [parameter for parameter in named if parameter.default is inspect.Parameter.empty]
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
-        return max(1, len(required))  # (*args), as torch modules have
-    return len(required) if len(required) > 1 or len(named) > 3 else max(1, min(2, len(named)))
+    count = len(required)
+    if count < len(named) and named[count].name == "random":
+        count += 1  # (inputs, random=None)
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    return max(1, count) if named or takes_any else 0
 
 
 @final

@@ -35,6 +35,7 @@ CIFAR100 = Remote(
         "http://www.cs.utoronto.ca/~kriz/cifar-100-python.tar.gz",
     ),
 )
+_IMAGE_BYTES = 3 * 32 * 32
 _TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 
 
@@ -89,10 +90,16 @@ def _arrays(
         f"Expected in {folder} or in {name}/ inside it: {', '.join(files)}, the python version of the data set from "
         "https://www.cs.toronto.edu/~kriz/cifar.html (download=True fetches it)."
     )
-    parts = [_read(place / file, layout, key, classes) for file in wanted]
-    images = np.concatenate([part[0] for part in parts]) if len(parts) > 1 else parts[0][0]
-    labels = np.concatenate([part[1] for part in parts])
-    return Arrays((images.reshape(-1, 3, 32, 32), labels), transform or Normalize(0.5, 0.5))
+    paths = [place / file for file in wanted]
+    # one array for all batches, filled as they are read; rows that no batch fills are never touched and take no memory
+    most = sum(path.stat().st_size for path in paths if path.exists()) // _IMAGE_BYTES
+    images, labels, rows = np.empty((most, _IMAGE_BYTES), np.uint8), [], 0
+    for path in paths:
+        part, part_labels = _read(path, layout, key, classes)
+        images[rows : rows + len(part)] = part
+        labels.append(part_labels)
+        rows += len(part)
+    return Arrays((images[:rows].reshape(-1, 3, 32, 32), np.concatenate(labels)), transform or Normalize(0.5, 0.5))
 
 
 def _read(path: Path, layout: str, key: bytes, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -100,7 +107,7 @@ def _read(path: Path, layout: str, key: bytes, classes: int) -> tuple[NDArray[np
     if not isinstance(content, dict) or not isinstance(content.get(b"data"), np.ndarray) or key not in content:
         raise DataError(f"{path} is no CIFAR batch: expected a dict with data and {key.decode()}.\n{layout}")
     images = content[b"data"]
-    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _IMAGE_BYTES:
         raise DataError(f"{path}: data is {images.dtype} of shape {images.shape}, expected uint8 (N, 3072)")
     try:
         labels = np.asarray(content[key], dtype=np.int64)
