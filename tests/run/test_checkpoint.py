@@ -315,11 +315,23 @@ def test_a_tied_tensor_is_stored_once_and_stays_tied(folder: RunFolder) -> None:
 
 
 def test_options_that_choose_how_stay_those_of_the_resuming_run(folder: RunFolder) -> None:
-    path = keep(folder, build(lambda p: torch.optim.Adam(p, lr=0.5, foreach=True)))
+    path = keep(folder, build(lambda p: torch.optim.Adam(p, lr=0.5, betas=(0.5, 0.6), foreach=True)))
     resumed = build(lambda p: torch.optim.Adam(p, lr=0.1, foreach=False))
     bring_back(path, resumed)
     assert resumed.optimizer.param_groups[0]["foreach"] is False
     assert resumed.optimizer.param_groups[0]["lr"] == 0.5
+    assert resumed.optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+
+
+def test_state_of_another_dtype_than_its_parameter(folder: RunFolder) -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer, resumed = (torch.optim.SGD(side.parameters(), lr=0.1, momentum=0.9) for side in (model, other))
+    optimizer.state[model.weight]["momentum_buffer"] = torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    load(save(folder, step=1, model=model, optimizer=optimizer, progress={}), model=other, optimizer=resumed)
+    buffer = resumed.state[other.weight]["momentum_buffer"]
+    assert buffer.dtype is torch.float64
+    assert bool((buffer == 1 / 3).all())
+    assert other.bias not in resumed.state
 
 
 # What does not fit

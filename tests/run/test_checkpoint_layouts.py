@@ -13,7 +13,7 @@ import torch.distributed as c10d
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
@@ -156,6 +156,26 @@ def test_state_of_another_shape_than_its_parameter(ranks: Ranks, tmp_path: Path)
             assert torch.equal(tensor, resumed.state[two][key]), key
             row_sums += key == "row_var"
     assert row_sums == 3
+
+
+def save_unfinished_sum(path: Path) -> None:
+    mesh = init_device_mesh("cpu", (c10d.get_world_size(),))
+    model = nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    part = DTensor.from_local(torch.full((2, 2), 1.0 + rank()), mesh, [Partial()])
+    optimizer.state[model.weight]["momentum_buffer"] = part
+    save(RunFolder(path), step=1, model=model, optimizer=optimizer, progress={})
+
+
+def test_sums_left_to_do_are_done(ranks: Ranks, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "test")
+    ranks(3, save_unfinished_sum, folder.path)
+    model = nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    at = latest(folder)
+    assert at is not None
+    load(at, model=model, optimizer=optimizer)
+    assert bool((optimizer.state[model.weight]["momentum_buffer"] == 6).all())
 
 
 def save_after_evaluation(path: Path) -> bool:
