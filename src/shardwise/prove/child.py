@@ -1,0 +1,51 @@
+"""One function in a process of its own, as if it were the only rank of a run; the calling process stays as it was."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from shardwise.errors import RunFailed
+from shardwise.run.child import Child
+from shardwise.run.failure import Failure, from_exit_code
+from shardwise.run.process import Setup, default_start_method, start
+from shardwise.spec.rank import SERIAL, Rank
+
+T = TypeVar("T")
+
+
+def call_in_child(function: Callable[[Rank], T], *, threads: int, device: str) -> T:
+    """Call `function(SERIAL)` in a new process and return its picklable result.
+
+    Call it from a thread that runs no tensor operations and lives until it returns: a forked child builds its own pool of
+    compute threads only if the thread it was forked from had none, and it ends with that thread.
+
+    Raises:
+        UserError: the function raised one.
+        RunFailed: it raised anything else, or the process died; `details` holds its traceback.
+    """
+    setup = Setup(
+        worker=function, threads=threads, environment={}, launcher_pid=os.getpid(), wants_result=True
+    )  # fmt: skip
+    process, pipe = start(default_start_method(device), setup, SERIAL)
+    child = Child(rank=0, process=process, pipe=pipe)
+    try:
+        outcome = pipe.recv()
+    except EOFError:
+        raise _died(from_exit_code(child.exit_code(), 0)) from None
+    finally:
+        child.kill()
+        child.exit_code()
+        pipe.close()
+    if outcome.failure is not None:
+        raise outcome.failure.error()
+    if outcome.result is None:
+        raise RunFailed(f"the serial run was stopped: {outcome.stopped}")
+    result: Any = pickle.loads(outcome.result)
+    return result  # type: ignore[no-any-return]
+
+
+def _died(failure: Failure) -> RunFailed:
+    return RunFailed(f"the process of a serial run {failure.summary}", details=failure.details)

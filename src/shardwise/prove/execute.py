@@ -1,0 +1,167 @@
+"""Starts the runs of a proof: serial ones in processes of their own, the candidate through the launcher."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from shardwise.data.source import Splits
+from shardwise.errors import JobError, PlanError, RunFailed
+from shardwise.prove.child import call_in_child
+from shardwise.prove.compare import Yardstick, norm
+from shardwise.prove.record import Record, read_record
+from shardwise.prove.runs import Fault, Task, run_rank
+from shardwise.run.assemble import check_job
+from shardwise.run.launch import launch
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+
+ORDERS = (11, 12, 13)
+"""Seeds of the orders of samples within each batch in which further float32 serial runs are made."""
+
+SAME = 1e-3
+"""Serial float32 runs that differ by more than this part are not the same computation in another order of sums."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all runs of a proof have in common.
+
+    Attributes:
+        folder: of this proof, for the records of its runs.
+        cores: serial runs at the same time.
+        seed: in place of the job's own.
+    """
+
+    job: Job
+    splits: Splits
+    reference: Callable[[], Job] | None
+    steps: int
+    device: str
+    folder: Path
+    cores: int
+    timeout_seconds: float
+    report: Callable[[str], None]
+    fault: Fault | None = None
+    seed: int | None = None
+
+    def task(self, name: str, plan: Plan, **changes: Any) -> Task:
+        """A run of the job under a plan, which leaves its record in a folder of that name."""
+        place = self.folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        whole = Task(
+            job=self.job,
+            splits=self.splits,
+            reference=self.reference,
+            plan=plan,
+            steps=self.steps,
+            device=self.device,
+            folder=str(place),
+            seed=self.seed,
+            timeout_seconds=self.timeout_seconds,
+        )
+        return replace(whole if self.device == "cpu" else whole.for_new_process(), **changes)
+
+
+def serial_tasks(setting: Setting, plan: Plan) -> list[Task]:
+    """The reference in float64 first, then float32 as it is, then float32 with sums in other orders.
+
+    The last of these takes each batch in pieces, where that is the same computation.
+    """
+    threads = plan.threads or 1
+    serial = Plan(threads=threads)
+    tasks = [setting.task("float64", serial, double=True), setting.task("float32", serial)]
+    tasks += [setting.task(f"order{order}", serial, order=order) for order in ORDERS]
+    share = -(-setting.job.batch_size // max(2, plan.layout.replicas))
+    pieces = replace(serial, micro_batch=share)
+    try:
+        check_job(setting.job, pieces)
+    except PlanError:
+        return tasks
+    tasks[-1] = setting.task("pieces", pieces, order=ORDERS[-1])
+    return tasks
+
+
+def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:
+    """Make the serial runs.
+
+    Returns:
+        The yardstick, and what was left out of it and why.
+
+    Raises:
+        JobError: the job does not run in float64, or not at all.
+    """
+    tasks = serial_tasks(setting, plan)
+    _import_once()
+    with ThreadPoolExecutor(max_workers=max(1, setting.cores)) as pool:
+        futures = [pool.submit(_serial, task) for task in tasks]
+        exact = _in_double(futures[0])
+        first = futures[1].result()
+        others = [(Path(task.folder).name, future.result()) for task, future in zip(tasks[2:], futures[2:], strict=True)]
+    kept, left_out = [first], []
+    for name, record in others:
+        if same_run(record, first):
+            kept.append(record)
+        else:
+            left_out.append(name)
+    notes = []
+    if any(name.startswith("order") for name in left_out):
+        notes.append("the job's result depends on the order of the samples within a batch: rounding was measured in one order")
+    elif left_out:
+        notes.append("the job in micro-batches is another computation (the loss or a layer couples samples)")
+    return Yardstick(exact, kept), notes
+
+
+def same_run(record: Record, first: Record) -> bool:
+    """Whether a run is the other one up to rounding: the losses agree to 3 digits and the first gradients as well."""
+    if any(abs(a - b) > SAME * abs(b) for a, b in zip(record.losses[:1], first.losses[:1], strict=True)):
+        return False
+    square = total = 0.0
+    for name, values in first.starting_with("gradient/"):
+        other = record.first(f"gradient/{name}")
+        square += (norm(values[0] - other) if other is not None else norm(values[0])) ** 2
+        total += norm(values[0]) ** 2
+    return square <= SAME**2 * total
+
+
+def run_candidate(setting: Setting, plan: Plan, name: str = "candidate") -> Record:
+    """Run the plan on its workers.
+
+    Raises:
+        RunFailed: a worker failed.
+    """
+    task = setting.task(name, plan, fault=setting.fault)
+    worker = functools.partial(run_rank, task=task)
+    workers, threads = plan.layout.workers, plan.threads or 1
+    if workers == 1:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            reports = pool.submit(call_in_child, worker, threads=threads, device=setting.device).result()
+    else:
+        reports = launch(worker, workers=workers, threads=threads, device=setting.device, report=setting.report)
+    return read_record(Path(task.folder), reports)
+
+
+def _import_once() -> None:
+    """torch's optimizers import its compiler when the first one is made, which takes seconds: not in every forked process."""
+    importlib.import_module("torch._dynamo")
+
+
+def _serial(task: Task) -> Record:
+    reports = call_in_child(functools.partial(run_rank, task=task), threads=task.plan.threads or 1, device=task.device)
+    return read_record(Path(task.folder), reports)
+
+
+def _in_double(future: Future[Record]) -> Record:
+    try:
+        return future.result()
+    except RunFailed as error:
+        raise JobError(
+            "the float64 reference run of this job failed, and a proof needs it: let the model and the loss follow the dtype "
+            f"of their parameters and inputs. Its own words:\n{error.details or error}"
+        ) from error

@@ -1,0 +1,204 @@
+"""The runs of a proof: the same steps as a training, in float64, in float32 and under the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.data.batch import Batch, tree_map
+from shardwise.data.loader import steps_per_epoch
+from shardwise.data.source import Splits, as_splits
+from shardwise.dist.collectives import Group
+from shardwise.dist.group import process_group
+from shardwise.dist.mesh import Mesh
+from shardwise.errors import DataError, PlanError
+from shardwise.prove.quiet import Quiet, in_double, silence
+from shardwise.prove.record import RankReport, Recorder
+from shardwise.run.assemble import Assembly, assemble
+from shardwise.run.loop import next_batch, open_epoch, total_steps
+from shardwise.run.step import take_step
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+from shardwise.spec.rank import Rank
+
+Fault = Callable[[Assembly], None]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One run. Picklable when `job` and `splits` are None and `reference` builds the job again.
+
+    Attributes:
+        plan: already settled; precision and compilation are those of the proof.
+        steps: optimizer steps.
+        double: compute in float64 from the float32 initial weights.
+        order: the samples of each batch change places, by this seed; None leaves them. Serial runs only.
+        seed: in place of the job's own; None keeps it.
+        fault: changes the assembled run, for tests of the proof itself.
+    """
+
+    job: Job | None
+    splits: Splits | None
+    reference: Callable[[], Job] | None
+    plan: Plan
+    steps: int
+    device: str
+    folder: str
+    double: bool = False
+    order: int | None = None
+    seed: int | None = None
+    timeout_seconds: float = 600.0
+    fault: Fault | None = None
+
+    def for_new_process(self) -> Task:
+        """The same without what cannot be sent to a process that inherits nothing."""
+        return replace(self, job=None, splits=None) if self.reference is not None else self
+
+
+def run_rank(rank: Rank, task: Task) -> list[RankReport]:
+    """Take the steps as one rank, and leave its record in the task's folder. Collective.
+
+    Returns:
+        The reports of all ranks.
+    """
+    job, splits = open_job(task)
+    with process_group(rank, task.device, task.timeout_seconds):
+        device = torch.device(task.device, rank.local_rank) if task.device != "cpu" else torch.device("cpu")
+        silenced: list[str] = []
+        a = prepare(task, job, splits, device, silenced)
+        if task.fault is not None:
+            task.fault(a)
+        mesh = Mesh(task.plan.layout, a.world.rank, device.type)
+        axes = [axis for axis, degree in task.plan.layout.degrees.items() if degree > 1]
+        report = RankReport(a.world.rank, coordinates={axis: mesh.coordinate(axis) for axis in axes})
+        report.modules, report.remarks = silenced, a.composed.remarks
+        recorder = Recorder(report)
+        recorder.take_size(a.model)
+        recorder.take_state("initial", a)
+        _walk(a, task, splits, recorder)
+        recorder.take_state("final", a)
+        return recorder.write(Path(task.folder), a.world)
+
+
+def open_job(task: Task) -> tuple[Job, Splits]:
+    """The job, here built again if it could not be inherited, and its data."""
+    job, splits = task.job, task.splits
+    if job is None:
+        if task.reference is None:
+            raise PlanError("this worker inherited no job and was given no way to build it again")
+        job = task.reference()
+    if task.seed is not None:
+        job = replace(job, seed=task.seed)
+    return job, splits if splits is not None else as_splits(job.data)
+
+
+def prepare(task: Task, job: Job, splits: Splits, device: torch.device, silenced: list[str]) -> Assembly:
+    """Assemble as a training would, with random layers switched off and, for the reference, in float64."""
+    total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
+    build = job.model
+
+    def model() -> nn.Module:
+        made = build()
+        silenced[:] = silence(made)
+        return _doubled(made) if task.double else made
+
+    a = assemble(replace(job, model=model), task.plan, Group.world(), device, total_steps=total)
+    if task.double:
+        torch.set_default_dtype(torch.float64)  # this process ends with the run
+    return a
+
+
+def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
+    """Take the steps; note gradients of the first and the loss of each."""
+    report = recorder.report
+    quiet = Quiet(double=task.double)
+    hook = a.optimizer.register_step_pre_hook(lambda *_: recorder.take_gradients("applied", a.model))
+    taken = 0
+    for batch in walk_batches(a, splits, task.steps):
+        recorder.take_samples(batch)
+        first = taken == 0
+        with quiet:
+            result = take_step(
+                a,
+                altered(batch, task),
+                on_gradients=(lambda: recorder.take_gradients("gradient", a.model)) if first else None,
+            )
+        hook.remove()
+        mean = a.world.sum_(result.loss_sum.detach().double() / result.weight)
+        report.losses.append(float(mean))
+        report.reported_norms.append(None if result.gradient_norm is None else _number(result.gradient_norm))
+        taken += 1
+    if taken == 0:
+        raise DataError("the training split gave no batch: the data is empty")
+    report.silenced, report.random = quiet.silenced, quiet.random
+
+
+def walk_batches(a: Assembly, splits: Splits, steps: int) -> Iterator[Batch]:
+    """This rank's parts of `steps` global batches: the first ones, and as the last one the short batch that ends an epoch.
+
+    The short batch is taken only where the training would come to it.
+    """
+    left = steps
+    each = steps_per_epoch(splits.train, a.job.batch_size)
+    reaches = a.job.epochs is not None or (each is not None and (a.job.steps or 0) >= each)
+    length = splits.train.length
+    short = length is not None and each is not None and length % a.job.batch_size > 0
+    if short and reaches and each is not None and 1 < steps < each:
+        yield from _from_epoch(a, splits, 0, 0, steps - 1)
+        yield from _from_epoch(a, splits, 0, each - 1, 1)
+        return
+    epoch = 0
+    while left > 0:
+        before = left
+        for batch in _from_epoch(a, splits, epoch, 0, left):
+            left -= 1
+            yield batch
+        if left == before:
+            return
+        epoch += 1
+
+
+def _from_epoch(a: Assembly, splits: Splits, epoch: int, start: int, count: int) -> Iterator[Batch]:
+    with closing(open_epoch(a, splits, epoch=epoch, start=start)) as stream:
+        for _ in range(count):
+            batch = next_batch(stream, a.world, a.device)
+            if batch is None:
+                return
+            yield batch
+
+
+def altered(batch: Batch, task: Task) -> Batch:
+    """The batch in the order and dtype of the run."""
+    if task.order is not None and batch.count > 1:
+        generator = torch.Generator().manual_seed(task.order)
+        places = torch.randperm(batch.count, generator=generator)
+
+        def move(leaf: Tensor) -> Tensor:
+            return leaf[places] if leaf.dim() else leaf
+
+        targets = None if batch.targets is None else tree_map(move, batch.targets)
+        batch = replace(batch, inputs=tree_map(move, batch.inputs), targets=targets, indices=None)
+    if task.double:
+        batch = replace(batch, inputs=in_double(batch.inputs), targets=in_double(batch.targets))
+    return batch
+
+
+def _doubled(model: nn.Module) -> nn.Module:
+    """The module in float64, with the tensors that it keeps as plain attributes."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.double())
+    return model.double()
+
+
+def _number(value: Tensor) -> float:
+    full = value.full_tensor() if type(value).__name__ == "DTensor" else value  # type: ignore[attr-defined]
+    return float(full)
