@@ -1,6 +1,7 @@
 """Data sets, readers, transforms: the names that users write as `shardwise.data.NAME`, each loaded when it is used."""
 
 from importlib import import_module
+from typing import Any
 
 _WHERE = {
     "source": ("Arrays", "Samples", "Source", "Splits", "Stream", "as_splits"),
@@ -16,8 +17,7 @@ _WHERE = {
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"shardwise.data has no {name!r}: it has {', '.join(sorted(_MODULE))}")
-    value: object = getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
-    return value
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
