@@ -40,7 +40,11 @@ _STEP = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
 
 
 def warm_up() -> threading.Thread:
-    """Import what checkpoints need in the background, so that the first one need not wait about a second for it."""
+    """Import what checkpoints need in the background, so that the first one need not wait for it.
+
+    It pays where nothing has loaded `torch._dynamo` yet (then the import takes about a second, and steps meanwhile are
+    slower); the first optimizer that a process makes usually has, and then the import takes 0.1 s.
+    """
 
     def work() -> None:
         import shardwise.run.dcp  # noqa: F401

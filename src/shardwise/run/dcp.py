@@ -1,4 +1,4 @@
-"""How `torch.distributed.checkpoint` (DCP) writes a checkpoint that is complete or absent. Takes a second to import.
+"""How `torch.distributed.checkpoint` (DCP) writes a checkpoint that is complete or absent. Slow to import.
 
 DCP runs its steps on every rank, gathers at rank 0, and hands the first error to all ranks. Everything that decides
 over a checkpoint hooks into those steps, so that it needs no further collective and fails on all ranks alike: clearing
