@@ -27,6 +27,7 @@ class Case:
         micro_batch: sequences per rank and forward pass.
         sequence_parallel: activations outside the matrix products are split over the tensor ranks too.
         attention: `flash` never writes the score matrix, `math` does.
+        compile: the model runs through a compiler that fuses its element-wise kernels; None is unknown.
         schedule: `gpipe`, `1f1b`, `interleaved1f1b`, `zerobubble`, `zbv` or `dualpipev`.
     """
 
@@ -46,7 +47,7 @@ class Case:
     recompute: str = "none"
     attention: str = "flash"
     precision: str = "bf16"
-    compile: bool = False
+    compile: bool | None = False
     schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
@@ -94,6 +95,16 @@ class Case:
         once and ahead of time, or balance the output projection against the layers of a pipeline.
         """
         return self.attention == "math"
+
+    @property
+    def fusion(self) -> float:
+        """How much of the element-wise work runs in fused kernels: 1 compiled or classic, 0 eager, half where unknown.
+
+        Classic stacks brought fused kernels of their own for exactly these parts.
+        """
+        if self.classic:
+            return 1.0
+        return 0.5 if self.compile is None else float(self.compile)
 
     @property
     def layers_per_stage(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ GIB = 1024**3
 MATMUL_SOURCE = "best shape of a search, Stas Bekman, ML Engineering, accelerator benchmarks, read 2026"
 MATMUL_GUESS = "mean of the measured parts of the same vendor; no measurement of this part"
 ATTENTION_SOURCE = "FlashAttention-2 (arXiv:2307.08691) figure 4 and 7, forward and backward, causal, head width 128"
-ATTENTION_GUESS = "scaled from the nearest measured part"
+ATTENTION_GUESS = "assumed from kernels of the same generation (FlashAttention-3, arXiv:2407.08608, from 2024 on)"
 USABLE_SOURCE = "memory reported by the driver: datasheet capacity less what the driver keeps"
 
 
@@ -67,12 +67,12 @@ _PARTS: dict[str, _Part] = {
     "h20-96gb-sxm": _Part(
         148, 148, 296, 74, 95.0, 4000, 450, 400, 8, 78, 500, 0.9, 0.6, "NVIDIA H20 specifications (2024)"
     ),
-    "h200-141gb-sxm": _Part(989, 989, 1979, 494, 139.8, 4800, 450, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7344),
+    "h200-141gb-sxm": _Part(989, 989, 1979, 494, 139.8, 4800, 450, 400, 8, 132, 700, 0.8033, 0.45, _H100, 0.7344),
     "gh200": _Part(
-        989, 989, 1979, 494, 94.5, 4000, 450, 400, 4, 132, 900, 0.8378, 0.35, "NVIDIA GH200 datasheet (2023)", 0.7756
+        989, 989, 1979, 494, 94.5, 4000, 450, 400, 4, 132, 900, 0.8378, 0.42, "NVIDIA GH200 datasheet (2023)", 0.7756
     ),
-    "b200-180gb-sxm": _Part(2250, 2250, 4500, 1125, 178.3, 7700, 900, 400, 8, 148, 1000, 0.7756, 0.3, _B200, 0.7628),
-    "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 7700, 900, 800, 8, 148, 1100, 0.7862, 0.3, _B200, 0.7452),
+    "b200-180gb-sxm": _Part(2250, 2250, 4500, 1125, 178.3, 7700, 900, 400, 8, 148, 1000, 0.7756, 0.42, _B200, 0.7628),
+    "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 7700, 900, 800, 8, 148, 1100, 0.7862, 0.42, _B200, 0.7452),
     "gb200-186gb-nvl72": _Part(
         2500,
         2500,
@@ -86,7 +86,7 @@ _PARTS: dict[str, _Part] = {
         148,
         1200,
         0.7288,
-        0.3,
+        0.42,
         "NVIDIA GB200 NVL72 datasheet (2024)",
         0.7231,
     ),
@@ -103,7 +103,7 @@ _PARTS: dict[str, _Part] = {
         148,
         1400,
         0.7288,
-        0.3,
+        0.42,
         "NVIDIA GB300 NVL72 datasheet (2025)",
         0.7231,
     ),
@@ -148,11 +148,11 @@ _PARTS: dict[str, _Part] = {
         "Intel Gaudi 3 white paper (2024)",
         0.7689,
     ),
-    "tpu-v3": _Part(61.5, 61.5, None, 15, 16.0, 450, 80, 100, 256, 1, 225, 0.9, 0.4, _TPU),
-    "tpu-v4": _Part(275, 275, None, 69, 31.8, 1228, 150, 50, 4096, 4, 192, 0.9, 0.45, _TPU),
-    "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 100, 50, 256, 4, 225, 0.9, 0.45, _TPU),
-    "tpu-v5p": _Part(459, 459, None, 115, 95.0, 2765, 300, 50, 8960, 8, 450, 0.9, 0.45, _TPU),
-    "tpu-v6e": _Part(918, 918, None, 230, 31.2, 1640, 224, 50, 256, 2, 300, 0.85, 0.4, _TPU),
+    "tpu-v3": _Part(61.5, 61.5, None, 15, 16.0, 450, 80, 100, 256, 1, 225, 0.9, 0.8, _TPU),
+    "tpu-v4": _Part(275, 275, None, 69, 31.8, 1228, 150, 50, 4096, 4, 192, 0.9, 0.8, _TPU),
+    "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 100, 50, 256, 4, 225, 0.9, 0.8, _TPU),
+    "tpu-v5p": _Part(459, 459, None, 115, 95.0, 2765, 300, 50, 8960, 8, 450, 0.9, 0.8, _TPU),
+    "tpu-v6e": _Part(918, 918, None, 230, 31.2, 1640, 224, 50, 256, 2, 300, 0.85, 0.8, _TPU),
 }
 
 _ALIASES = {

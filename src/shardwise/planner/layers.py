@@ -68,7 +68,6 @@ def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Wor
 
     In units of one activation of width hidden: two norms read and write 2 each, two residual sums 3 each; the part
     between the products is split over tensor ranks: activation 2 (gated: 3) of the inner width, rotary 2 of query and key.
-    Classic stacks brought fused kernels of their own for exactly these parts; so does a compiled model.
     """
     model = case.model
     outside = 10.0 * model.hidden / (case.tensor if case.sequence_parallel else 1)
@@ -77,8 +76,7 @@ def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Wor
     if model.gated_ffn:
         inside += 2.0 * (model.hidden + model.kv_hidden)
     moved = case.tokens * device.element * (outside + inside / case.tensor)
-    if not case.compile and not case.classic:
-        moved *= constants.eager_traffic
+    moved *= constants.eager_traffic ** (1.0 - case.fusion)
     return traffic(moved, FUSED_KERNELS, device), traffic(2.0 * moved, 2.0 * FUSED_KERNELS, device)
 
 

@@ -149,8 +149,9 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
     model = Transformer.from_values({key: int(row[key]) for key in MODEL_KEYS if key in row})
     place = _machine(row, machine)
     degrees = _degrees(row)
-    attention = str(row.get("attention", "math" if place.accelerator.name.startswith(("v100", "t4")) else "flash"))
-    precision = str(row.get("precision", "bf16" if "bf16" in place.accelerator.peak_flops else "fp16"))
+    old = place.accelerator.peak_flops["bf16"].value < place.accelerator.peak_flops["fp16"].value
+    attention = str(row.get("attention", "math" if old else "flash"))
+    precision = str(row.get("precision", "fp16" if old else "bf16"))
     schedule = str(row.get("schedule", "1f1b"))
     virtual = int(row.get("virtual_stages", 2 if schedule == "interleaved1f1b" else 1))
     if schedule in V_SHAPED:
@@ -174,10 +175,17 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
         recompute=str(row.get("recompute", "none")),
         attention=attention,
         precision=precision,
-        compile=bool(row.get("compile", 0)),
+        compile=_compiled(row, place),
         schedule=schedule,
         **degrees,
     )
+
+
+def _compiled(row: Row, place: Machine) -> bool | None:
+    """Whether the model is compiled; always on a TPU, unknown where the row does not say."""
+    if place.accelerator.name.startswith("tpu"):
+        return True
+    return bool(row["compile"]) if "compile" in row else None
 
 
 def _degrees(row: Row) -> dict[str, int]:

@@ -1,0 +1,125 @@
+"""Bytes per rank against the formulas of the papers, computed by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from shardwise.planner import catalogue
+from shardwise.planner.case import Case
+from shardwise.planner.memory import (
+    kept_bytes,
+    layer_activation_bytes,
+    rank_memory,
+    stage_parameters,
+    state_bytes,
+)
+from shardwise.planner.schedule import simulate
+from shardwise.spec.facts import Transformer
+
+GPT = Transformer(layers=8, hidden=1024, heads=16, kv_heads=16, ffn_hidden=4096, vocab=1000)
+LLAMA = replace(GPT, gated_ffn=True, kv_heads=4, tied_embeddings=False)
+
+
+def case(**changes: object) -> Case:
+    base = Case(
+        model=GPT,
+        machine=catalogue.machine("a100-80gb-sxm"),
+        seq_len=2048,
+        global_batch=32,
+        micro_batch=4,
+        attention="math",
+        precision="fp16",
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_states_by_zero_stage() -> None:
+    # ZeRO, arXiv:1910.02054, figure 1, with gradients summed in 4 bytes: 2 + 4 + 12 bytes, each part over 8 ranks in turn
+    million = 1e6
+    found = {stage: state_bytes(case(data=8, zero_stage=stage), million, 0.0) for stage in (0, 1, 2, 3)}
+    assert found[0] == (2e6, 4e6, 12e6)
+    assert found[1] == (2e6, 4e6, 1.5e6)
+    assert found[2] == (2e6, 0.5e6, 1.5e6)
+    assert found[3] == (0.5e6, 0.5e6, 1e6)  # the fp32 shard is the parameter: 4 + 4 + 8 over 8 ranks
+    assert state_bytes(case(precision="fp32"), million, 0.0) == (4e6, 4e6, 8e6)
+
+
+def test_experts_are_sharded_over_the_ranks_that_hold_the_same_ones() -> None:
+    # 8 data ranks, experts over 4 of them: expert states have 2 copies to share, dense ones 8
+    assert state_bytes(case(data=8, expert=4, zero_stage=1), 0.0, 1e6) == (2e6, 4e6, 6e6)
+
+
+def test_gradients_of_a_pipeline_stay_whole_until_the_last_micro_batch() -> None:
+    layout = case(data=8, zero_stage=2, pipeline=2, global_batch=64, micro_batch=4)
+    assert layout.micro_batches == 2
+    assert state_bytes(layout, 1e6, 0.0) == (2e6, 4e6, 1.5e6)
+    assert state_bytes(replace(layout, micro_batch=8), 1e6, 0.0) == (2e6, 0.5e6, 1.5e6)
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_activations_of_a_layer_follow_korthikanti(tensor: int) -> None:
+    # arXiv:2205.05198 equation 2: s b h (10 + 24 / t + 5 a s / (h t)); equation 4 with sequence parallelism: all over t
+    s, b, h, a = 2048, 4, 1024, 16
+    plain = s * b * h * (10 + 24 / tensor + 5 * a * s / (h * tensor))
+    assert layer_activation_bytes(case(tensor=tensor)) == pytest.approx(plain)
+    split = s * b * h / tensor * (34 + 5 * a * s / h)
+    assert layer_activation_bytes(case(tensor=tensor, sequence_parallel=tensor > 1)) == pytest.approx(split)
+
+
+def test_recomputation_keeps_what_the_paper_says() -> None:
+    s, b, h = 2048, 4, 1024
+    # selective: equation 6 without the scores, 34 s b h; full: the input of the layer, 2 s b h
+    assert kept_bytes(case(recompute="selective"))[0] == pytest.approx(34 * s * b * h)
+    assert kept_bytes(case(recompute="full"))[0] == pytest.approx(2 * s * b * h)
+    assert kept_bytes(case(recompute="none"))[1] == 0.0
+
+
+def test_fused_attention_keeps_no_scores() -> None:
+    # gpt without dropout: 8 h outside, 24 h inside
+    assert layer_activation_bytes(case(attention="flash")) == pytest.approx(2048 * 4 * 1024 * 32)
+
+
+def test_grouped_keys_and_gated_layers() -> None:
+    # compiled llama: 8 h outside; query and output 4 h, key and value 4 x 256, gate, up and product 6 x 4096
+    found = layer_activation_bytes(case(model=LLAMA, attention="flash", precision="bf16", compile=True))
+    assert found == pytest.approx(2048 * 4 * (8 * 1024 + 4 * 1024 + 4 * 256 + 6 * 4096))
+
+
+def test_embedding_and_projection_live_at_the_ends() -> None:
+    whole = stage_parameters(case(), 0)[0]
+    assert whole == GPT.parameters
+    split = case(pipeline=2)
+    ends = [stage_parameters(split, stage)[0] for stage in (0, 1)]
+    assert sum(ends) == GPT.parameters + GPT.embedding_parameters  # a tied matrix is held at both ends
+
+
+def test_the_first_rank_of_an_interleaved_pipeline_is_the_fullest() -> None:
+    # Korthikanti section 4.2.3: activations of L (1 + (p - 1) / (p v)) layers
+    model = replace(GPT, layers=16)
+    layout = case(model=model, pipeline=4, virtual_stages=2, schedule="interleaved1f1b", micro_batch=1)
+    timeline = simulate("interleaved1f1b", layout.micro_batches, (1.0,) * 8, (2.0,) * 8, 0.0, 4)
+    found = rank_memory(layout, timeline.in_flight)
+    layers = 16 * (1 + 3 / (4 * 2))
+    assert found.activations == pytest.approx(layers * layer_activation_bytes(layout))
+
+
+def test_memory_falls_with_every_kind_of_sharding_and_rises_with_the_micro_batch() -> None:
+    def total(**changes: object) -> float:
+        layout = case(attention="flash", precision="bf16", **changes)
+        return rank_memory(layout, (1,) * layout.pipeline).total
+
+    alone = total()
+    assert total(tensor=2) < alone
+    assert total(tensor=2, sequence_parallel=True) < total(tensor=2)
+    assert total(pipeline=2) < alone
+    assert total(context=2) < alone
+    assert total(data=8, zero_stage=3) < total(data=8, zero_stage=2) < total(data=8, zero_stage=1) < total(data=8)
+    assert total(micro_batch=8) > alone
+    assert total(recompute="full") < total(recompute="selective") < alone
+
+
+def test_the_least_estimate_is_never_above_the_usual_one() -> None:
+    for stage in (0, 1, 2, 3):
+        found = rank_memory(case(data=8, zero_stage=stage), (1,))
+        assert 0 < found.least < found.total
+        assert found.total == pytest.approx(sum(found.by_part().values()))

@@ -1,0 +1,244 @@
+"""Predictions from tables: blanks, malformed cells, every column, and nothing measured."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from shardwise.cli.predict import predict as predict_command
+from shardwise.errors import DataError, UserError
+from shardwise.planner import catalogue
+from shardwise.planner.constants import DEFAULT
+from shardwise.planner.predict import base_case, predict_runs, resolve, write_csv
+from shardwise.planner.runs import INPUTS, MEASURED, Row, parse_runs
+from shardwise.planner.step import estimate
+from shardwise.spec.machine import Figure
+
+BASE: Row = {
+    "run_id": "r1", "hardware": "a100-80gb-sxm", "gpus": 64, "gpus_per_node": 8, "internode_gbps_per_gpu": 200.0, "layers": 32,
+    "hidden": 4096, "heads": 32, "kv_heads": 32, "ffn_hidden": 16384, "gated_ffn": 0, "vocab": 51200, "tied_embeddings": 1,
+    "seq_len": 2048, "global_batch": 256, "micro_batch": 2, "data": 8, "zero_stage": 1, "tensor": 4, "pipeline": 2,
+    "virtual_stages": 1, "context": 1, "sequence_parallel": 0, "recompute": "none", "attention": "flash", "precision": "bf16",
+    "compile": 0, "schedule": "1f1b",
+}  # fmt: skip
+CHANGES: dict[str, dict[str, str | int | float]] = {
+    "hardware": {"hardware": "h100-80gb-sxm"},
+    "gpus": {"gpus": 128, "data": 16},
+    "gpus_per_node": {"gpus_per_node": 2},
+    "internode_gbps_per_gpu": {"internode_gbps_per_gpu": 25.0},
+    "layers": {"layers": 16},
+    "hidden": {"hidden": 2048},
+    "heads": {"heads": 128},
+    "kv_heads": {"kv_heads": 8},
+    "ffn_hidden": {"ffn_hidden": 8192},
+    "gated_ffn": {"gated_ffn": 1},
+    "vocab": {"vocab": 256000},
+    "tied_embeddings": {"tied_embeddings": 0, "pipeline": 1, "data": 16},
+    "experts": {"experts": 8, "experts_per_token": 2},
+    "experts_per_token": {"experts": 8, "experts_per_token": 4},
+    "seq_len": {"seq_len": 8192},
+    "global_batch": {"global_batch": 512},
+    "micro_batch": {"micro_batch": 4},
+    "data": {"data": 4, "tensor": 8},
+    "zero_stage": {"zero_stage": 3},
+    "tensor": {"tensor": 2, "data": 16},
+    "pipeline": {"pipeline": 4, "data": 4},
+    "virtual_stages": {"virtual_stages": 2},
+    "context": {"context": 2, "data": 4},
+    "expert": {"experts": 8, "experts_per_token": 2, "expert": 4},
+    "sequence_parallel": {"sequence_parallel": 1},
+    "recompute": {"recompute": "full"},
+    "attention": {"attention": "math"},
+    "precision": {"precision": "fp32"},
+    "compile": {"compile": 1},
+    "schedule": {"schedule": "gpipe"},
+}
+
+
+def answer(row: Row) -> tuple[float, float]:
+    _, found = resolve(row)
+    return found.step_seconds, found.memory.total
+
+
+@pytest.mark.parametrize("column", [name for name in INPUTS if name != "run_id"])
+def test_every_column_counts(column: str) -> None:
+    changed = {**BASE, **CHANGES[column]}
+    before = {**BASE, **{key: value for key, value in CHANGES[column].items() if key != column}}
+    if column == "gpus":
+        before = dict(BASE)
+    if column in ("data", "tensor", "pipeline", "context", "tied_embeddings"):
+        before = dict(BASE)
+    if column == "experts":
+        before = {**BASE}
+    if column == "experts_per_token":
+        before = {**BASE, "experts": 8, "experts_per_token": 2}
+    assert answer(changed) != answer(before)
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    handle = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(handle, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return handle.getvalue()
+
+
+def test_measured_columns_and_notes_are_never_read() -> None:
+    plain = parse_runs(io.StringIO(table([dict(BASE)])), "plain")
+    told = {**BASE, "source": "x", "group": "y", "status": "oom", "step_seconds": "nonsense", "tokens_per_s_per_gpu": 1}
+    told.update({"memory_gib": 3, "tflops_per_gpu": 4, "note": "shard_group=8; mp_mode PURE"})
+    whole = parse_runs(io.StringIO(table([told])), "told")
+    assert plain == whole
+    assert not {*MEASURED, "source", "group"} & set(whole[0])
+    assert write_csv(predict_runs(plain)) == write_csv(predict_runs(whole))
+
+
+def test_comments_and_blank_lines_are_skipped() -> None:
+    text = "# source: x\n" + table([dict(BASE)]).replace("\n", "\n\n", 1) + "# end\n"
+    assert parse_runs(io.StringIO(text), "t") == [BASE]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": "many"}, "line 2, column layers: 'many' is not a number"),
+        ({"layers": 1.5}, "line 2, column layers: '1.5' must be a whole number"),
+        ({"micro_batch": -1}, "line 2, column micro_batch: '-1' must be a whole number from 1"),
+        ({"zero_stage": 4}, "line 2, column zero_stage: '4' must be a whole number from 0 to 3"),
+        ({"compile": 2}, "line 2, column compile: '2' must be a whole number from 0 to 1"),
+        ({"internode_gbps_per_gpu": "nan"}, "column internode_gbps_per_gpu: 'nan' is not a number"),
+        ({"recompute": "some"}, "column recompute: 'some' is not one of none, selective, full"),
+        ({"precision": "int3"}, "column precision: 'int3' is not one of"),
+        ({"run_id": ""}, "column run_id: blank"),
+    ],
+)
+def test_a_malformed_cell_is_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message.replace("(", r"\(")):
+        parse_runs(io.StringIO(table([{**BASE, **change}])), "runs.csv")
+
+
+def test_a_malformed_table_is_named() -> None:
+    with pytest.raises(DataError, match=r"runs\.csv is empty"):
+        parse_runs(io.StringIO("# only a comment\n"), "runs.csv")
+    with pytest.raises(DataError, match="column 'seq_len' is missing"):
+        parse_runs(io.StringIO("run_id,hardware,layers,hidden\n"), "runs.csv")
+    with pytest.raises(DataError, match="line 3, column run_id: 'r1' is there twice"):
+        parse_runs(io.StringIO(table([dict(BASE), dict(BASE)])), "runs.csv")
+    with pytest.raises(DataError, match="line 2: 2 cells for 5 columns"):
+        parse_runs(io.StringIO("run_id,hardware,layers,hidden,seq_len\na,b\n"), "runs.csv")
+
+
+def test_blanks_are_filled_by_the_stated_rules() -> None:
+    row: Row = {
+        "run_id": "x",
+        "hardware": "h100",
+        "layers": 24,
+        "hidden": 2048,
+        "seq_len": 4096,
+        "gpus": 16,
+        "global_batch": 64,
+    }
+    case, found = resolve(row)
+    assert (case.data, case.tensor, case.pipeline, case.context) == (16, 1, 1, 1)
+    assert case.model.heads == 16 and case.model.ffn_hidden == 8192
+    assert case.machine.gpus_per_node == 8
+    assert case.machine.inter.bytes_per_second.value == pytest.approx(50e9)
+    assert case.attention == "flash" and case.precision == "bf16"
+    assert found.fits
+    old = resolve({**row, "hardware": "v100-32gb-sxm"})[0]
+    assert old.attention == "math" and old.precision == "fp16"
+
+
+def test_an_open_recomputation_is_chosen_so_that_it_fits() -> None:
+    roomy = {key: value for key, value in BASE.items() if key != "recompute"}
+    assert resolve(roomy)[0].recompute == "none"
+    tight = {**roomy, "micro_batch": 32, "global_batch": 1024, "hardware": "a100-40gb-sxm"}
+    case, found = resolve(tight)
+    assert case.recompute == "full" and found.fits
+    assert not resolve({**tight, "recompute": "none"})[1].fits
+
+
+def test_a_row_that_contradicts_itself_gets_no_prediction_and_a_reason() -> None:
+    rows = [BASE, {**BASE, "run_id": "r2", "gpus": 63}, {**BASE, "run_id": "r3", "hardware": "abacus"}]
+    found = list(predict_runs(rows))
+    assert [item.run_id for item in found] == ["r1", "r2", "r3"]
+    assert found[0].estimate is not None and found[1].estimate is None and found[2].estimate is None
+    assert "gpus=63" in found[1].reason and "abacus" in found[2].reason
+    lines = write_csv(found).splitlines()
+    assert lines[0] == "run_id,step_seconds,memory_gib,fits"
+    assert lines[2:] == ["r2,,,", "r3,,,"]
+
+
+def test_the_parts_sum_to_the_step_and_none_is_negative() -> None:
+    for changes in ({}, {"zero_stage": 3}, {"virtual_stages": 2}, {"context": 2, "data": 4}, {"recompute": "full"}):
+        _, found = resolve({**BASE, **changes})
+        assert sum(found.seconds.values()) == pytest.approx(found.step_seconds)
+        assert all(value > -1e-9 for value in found.seconds.values()), found.seconds
+
+
+def test_slower_hardware_is_never_faster() -> None:
+    case = base_case({**BASE, "zero_stage": 3, "tensor": 1, "data": 32})
+    device = case.machine.accelerator
+    times = []
+    for gbits in (400.0, 100.0, 25.0, 1.0):
+        times.append(estimate(replace(case, machine=case.machine.with_network(gbits, "test")), DEFAULT).step_seconds)
+    assert times == sorted(times) and times[0] < times[-1]
+    slow = replace(device, memory_bytes_per_second=Figure(device.memory_bytes_per_second.value / 4, "nominal", "test"))
+    slower = replace(case, machine=replace(case.machine, accelerator=slow))
+    assert estimate(slower).step_seconds > estimate(case).step_seconds
+
+
+def test_more_work_takes_longer() -> None:
+    for column, values in {
+        "global_batch": (64, 128, 512),
+        "seq_len": (1024, 2048, 4096),
+        "layers": (8, 16, 32),
+    }.items():
+        times = [answer({**BASE, column: value})[0] for value in values]
+        assert times == sorted(times) and times[0] < times[-1]
+
+
+def test_small_micro_batches_wait_for_the_host() -> None:
+    # the same samples in eight times as many launches: a layer this small is bound by the host, not by its FLOPs
+    small = {**BASE, "hidden": 512, "heads": 8, "ffn_hidden": 2048, "kv_heads": 8, "pipeline": 1, "data": 16}
+    many, few = answer({**small, "micro_batch": 1})[0], answer({**small, "micro_batch": 8})[0]
+    assert many > 3 * few
+
+
+def test_command_line_writes_a_table_and_one_json_document(tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs.csv", tmp_path / "predictions.csv"
+    runs.write_text(table([dict(BASE), {**BASE, "run_id": "r2", "tensor": 8, "data": 4}]))
+    result = CliRunner().invoke(predict_command, ["--table", str(runs), "--out", str(out), "--json"])
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    written = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert [row["run_id"] for row in written] == ["r1", "r2"]
+    for row, item in zip(written, document["predictions"], strict=True):
+        assert float(row["step_seconds"]) == pytest.approx(item["step_seconds"], rel=1e-5)
+        assert float(row["memory_gib"]) == pytest.approx(item["memory_gib"], rel=1e-5)
+        assert bool(int(row["fits"])) is item["fits"]
+        assert sum(item["seconds_by_part"].values()) == pytest.approx(item["step_seconds"])
+    assert CliRunner().invoke(predict_command, ["--table", str(runs)]).stdout == out.read_text()
+
+
+def test_command_line_refuses_what_is_not_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(predict_command, ["--table", str(tmp_path / "none.csv")])
+    assert isinstance(result.exception, UserError) and "none.csv" in str(result.exception)
+    runs = tmp_path / "runs.csv"
+    runs.write_text(table([dict(BASE)]))
+    result = CliRunner().invoke(predict_command, ["--table", str(runs), "--out", str(tmp_path / "no" / "x.csv")])
+    assert isinstance(result.exception, UserError) and "--out" in str(result.exception)
+
+
+def test_a_machine_file_changes_only_rows_without_a_network(tmp_path: Path) -> None:
+    machine = catalogue.machine("a100-80gb-sxm", gbits_per_gpu=10)
+    open_row = {key: value for key, value in BASE.items() if key != "internode_gbps_per_gpu"}
+    assert resolve(open_row, machine)[1].step_seconds > resolve(open_row)[1].step_seconds
+    assert resolve(BASE, machine)[1] == resolve(BASE)[1]
+    assert resolve({**open_row, "hardware": "h100"}, machine)[1] == resolve({**open_row, "hardware": "h100"})[1]
