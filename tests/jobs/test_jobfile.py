@@ -83,6 +83,13 @@ def test_a_file_with_one_job_function(tmp_path: Path) -> None:
     assert loaded.origin == "mine.py:first"
 
 
+def test_a_job_without_a_name_gets_its_functions(tmp_path: Path) -> None:
+    body = "def first() -> Job: return make()\ndef second() -> Job: return make(name='own')\n"
+    text = write(tmp_path, body)
+    assert load_job(text + ":first", {}).job.name == "first"
+    assert load_job(text + ":second", {}).job.name == "own"
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [

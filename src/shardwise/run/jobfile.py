@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, final
@@ -26,6 +26,7 @@ from shardwise.spec.job import Job
 
 _BUILT_IN = "shardwise.jobs"
 _MARK = "__shardwise_job_file__"
+_UNNAMED = next(field.default for field in fields(Job) if field.name == "name")
 _FORMS = "give a built-in name, file.py, file.py:function or package.module:function"
 
 
@@ -79,6 +80,8 @@ class JobFunction:
             job = self.function(**{name: value for name, (value, _) in chosen.items()})
         if not isinstance(job, Job):
             raise JobError(f"job {self.origin} returned {_shown(job)}: a job function returns a shardwise.Job")
+        if job.name == _UNNAMED:
+            job = replace(job, name=self.function.__name__)
         folders = () if self.place.startswith(_BUILT_IN) or _is_file(self.place) else (str(Path.cwd()),)
         reference = Reference(self.place, self.function.__name__, tuple(settings.items()), folders)
         return LoadedJob(job=job, origin=self.origin, hyper_parameters=chosen, reference=reference)
@@ -104,7 +107,7 @@ class LoadedJob:
 def load_job(text: str, settings: Mapping[str, str]) -> LoadedJob:
     """The job that `text` names, with the hyper-parameters of `settings` as text, such as `{"lr": "0.1"}`.
 
-    A file is imported as a module under its own name, never run as `__main__`, and its folder stays importable.
+    A job without a name of its own gets its function's. A file is imported as a module under its own name, never run as `__main__`, and its folder stays importable.
 
     Raises:
         JobError: there is no such job, or its file or function fails; the message holds the user's part of the traceback.
