@@ -107,7 +107,8 @@ class LoadedJob:
 def load_job(text: str, settings: Mapping[str, str]) -> LoadedJob:
     """The job that `text` names, with the hyper-parameters of `settings` as text, such as `{"lr": "0.1"}`.
 
-    A job without a name of its own gets its function's. A file is imported as a module under its own name, never run as `__main__`, and its folder stays importable.
+    A job without a name of its own gets its function's. A file is imported as a module under its own name, never run as
+    `__main__`, and its folder stays importable.
 
     Raises:
         JobError: there is no such job, or its file or function fails; the message holds the user's part of the traceback.
