@@ -59,8 +59,12 @@ def settle_plan(job: Job, plan: Plan) -> Plan:
     return Plan(**{**vars(plan), **values})
 
 
-def build_model(job: Job, device: torch.device) -> nn.Module:
+def build_model(job: Job, device: torch.device | None) -> nn.Module:
     """The job's module with its initial weights, which depend on the job's seed alone.
+
+    Args:
+        job: whose module.
+        device: where to put it; None leaves it where the job built it.
 
     Raises:
         JobError: the job's function fails or returns no module with parameters.
@@ -71,7 +75,7 @@ def build_model(job: Job, device: torch.device) -> nn.Module:
         raise JobError(f"Job.model returned a {type(model).__name__}: it must return a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise JobError("the model has no parameter with requires_grad=True: there is nothing to train")
-    return model.to(device)
+    return model if device is None else model.to(device)
 
 
 def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
@@ -95,11 +99,11 @@ def check_job(job: Job, plan: Plan) -> None:
     """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts."""
     try:
         with torch.device("meta"):
-            model = build_model(job, torch.device("meta"))
+            model = build_model(job, None)
     except (JobError, PlanError):
         raise
     except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
-        model = build_model(job, torch.device("cpu"))
+        model = build_model(job, None)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
 
 

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from shardwise.errors import UserError
 from shardwise.run.choose import choose_device
-from shardwise.run.jobfile import LoadedJob, load_job
+from shardwise.run.jobfile import JobFunction, LoadedJob, Reference, find_job
 from shardwise.run.launch import current_rank
 from shardwise.run.options import TrainOptions, make_options, read_plan, resolve_plan
 from shardwise.run.result import Run
@@ -18,6 +18,12 @@ from shardwise.run.train import job_identity, train
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 from shardwise.spec.settings import COMMAND_LINE, DEFAULT, JOB, PLAN_FILE, Settings
+
+_PLAIN_FIELDS = (
+    *("name", "batch_size", "epochs", "steps", "micro_batch", "eval_batch_size", "clip_norm", "batch_norm"),
+    *("seed", "shuffle", "precision", "compile"),
+)
+"""Fields of a job that are values and not functions."""
 
 
 @final
@@ -42,31 +48,57 @@ class TrainCommand:
 
 def train_command(command: TrainCommand) -> Run | None:
     """Train as the command line says; None on ranks and nodes that have nothing to report."""
-    hyper_parameters = parse_settings(command.settings)
-    loaded = load_job(command.job, hyper_parameters)
-    job = change_job(loaded.job, command.changes)
+    found = find_job(command.job)
+    hyper_parameters, changes = divide_changes(parse_settings(command.settings), command.changes, found)
+    loaded = found.call(hyper_parameters)
+    job = change_job(loaded.job, changes)
     options = make_options(None, command.options)
     rank = current_rank()
     is_first = (rank is None or rank.rank == 0) and options.nodes.node_rank == 0
     device = choose_device(options.device)
     plan = resolve_plan(job, options, device=device, world=rank.workers if rank is not None else None)
-    settings = resolve_settings(command, loaded, job, plan, options)
-    if is_first and options.progress:
-        print(f"{job.name}: plan {plan} on {device}", file=sys.stderr)  # noqa: T201
-        for reason in plan.reasons:
-            print(f"  because {reason}", file=sys.stderr)  # noqa: T201
-        print(_indented(str(settings)), file=sys.stderr)  # noqa: T201
-    reference = functools.partial(_load_again, command.job, dict(hyper_parameters), dict(command.changes))
-    values = {name: value for name, (value, _) in loaded.hyper_parameters.items()}
-    identity = {**job_identity(job), "job": loaded.origin, **{f"set.{name}": value for name, value in values.items()}}
+    settings = resolve_settings(command, changes, loaded, job, plan, options)
+
+    def announce() -> None:
+        if is_first and options.progress:
+            print("\n".join(opening_lines(job, plan, device, settings)), file=sys.stderr)  # noqa: T201
+
+    values = {f"set.{name}": value for name, (value, _) in loaded.hyper_parameters.items()}
     run = train(
         job,
         options=replace(options, plan=plan, workers=None, threads=None),
         settings=settings,
-        reference=reference,
-        identity=identity,
+        reference=functools.partial(_load_again, loaded.reference, changes),
+        identity=run_identity(job, loaded.origin, values),
+        announce=announce,
     )
     return run if is_first else None
+
+
+def divide_changes(
+    settings: Mapping[str, str], changes: Mapping[str, Any], found: JobFunction
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Hyper-parameters and changed fields: `--batch-size 64` is the job's own `batch_size` argument where it has one,
+    so that what the job derives from it follows.
+
+    Raises:
+        UserError: the same thing is given in both ways.
+    """
+    as_arguments = {name: str(value) for name, value in changes.items() if name in found.parameters}
+    for name in as_arguments:
+        if name in settings:
+            raise UserError(f"--set {name}= and --{name.replace('_', '-')} are both given: give one of them")
+    rest = {name: value for name, value in changes.items() if name not in as_arguments}
+    if {"epochs", "steps"} <= {*as_arguments, *rest}:
+        raise UserError("--epochs and --steps are both given: give one of them")
+    return {**settings, **as_arguments}, rest
+
+
+def run_identity(job: Job, origin: str, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to be resumed. A run may be resumed for longer: its length is not part of it."""
+    length = ("set.epochs", "set.steps")
+    kept = {name: value for name, value in hyper_parameters.items() if name not in length}
+    return {**job_identity(job), "job": origin, **kept}
 
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:
@@ -88,25 +120,30 @@ def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:
 
 def change_job(job: Job, changes: Mapping[str, Any]) -> Job:
     """The job with some fields overruled; giving epochs takes the place of steps and the other way round."""
-    if "epochs" in changes and "steps" in changes:
-        raise UserError("--epochs and --steps are both given: give one of them")
     values = dict(changes)
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
-        if one in values:
+        if one in changes:
             values[other] = None
     return replace(job, **values)
 
 
-def resolve_settings(command: TrainCommand, loaded: LoadedJob, job: Job, plan: Plan, options: TrainOptions) -> Settings:
+def resolve_settings(
+    command: TrainCommand,
+    changes: Mapping[str, Any],
+    loaded: LoadedJob,
+    job: Job,
+    plan: Plan,
+    options: TrainOptions,
+) -> Settings:
     """Every setting of the run with its source: command line, then plan or job file, then default."""
-    simple = [item for item in fields(job) if isinstance(getattr(job, item.name), int | float | str | bool | None)]
+    simple = [item for item in fields(job) if item.name in _PLAIN_FIELDS]
     defaults = {item.name: None if item.default is MISSING else item.default for item in simple}
     in_job = {
         item.name: getattr(job, item.name)
         for item in simple
-        if item.name not in command.changes and getattr(job, item.name) != item.default
+        if item.name not in changes and getattr(job, item.name) != item.default
     }
-    settings = Settings.resolve([(COMMAND_LINE, dict(command.changes)), (JOB, in_job), (DEFAULT, defaults)])
+    settings = Settings.resolve([(COMMAND_LINE, dict(changes)), (JOB, in_job), (DEFAULT, defaults)])
     for name, (value, source) in loaded.hyper_parameters.items():
         settings = settings.with_value(f"set.{name}", value, source)
     from_file = str(options.plan).endswith(".toml") and read_plan(options.plan or "serial").to_dict()
@@ -130,9 +167,17 @@ def resolve_settings(command: TrainCommand, loaded: LoadedJob, job: Job, plan: P
     return settings
 
 
-def _load_again(text: str, hyper_parameters: Mapping[str, str], changes: Mapping[str, Any]) -> Job:
-    return change_job(load_job(text, hyper_parameters).job, changes)
+def opening_lines(job: Job, plan: Plan, device: str, settings: Settings) -> list[str]:
+    """What will be run and why, and the settings by source; the run folder keeps them one by one."""
+    lines = [f"{job.name}: plan {plan} on {device}", *(f"  because {reason}" for reason in plan.reasons)]
+    by_source: dict[str, list[str]] = {}
+    for name, item in settings.entries.items():
+        if item.value is not None:
+            by_source.setdefault(item.source, []).append(f"{name}={item.value}")
+    for source, texts in by_source.items():
+        lines.append(f"  {source}: {', '.join(texts)}")
+    return lines
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+def _load_again(reference: Reference, changes: Mapping[str, Any]) -> Job:
+    return change_job(reference(), changes)

@@ -23,6 +23,9 @@ VERSION = 1
 DEFAULT_PARENT = Path("runs")
 """Where runs go that are given no place, relative to the working directory."""
 
+ORPHAN_SECONDS = 10.0
+"""How long to wait for the workers of a killed run to end, before its folder counts as in use."""
+
 _MARKER = "run.json"
 _LOCK = ".lock"
 
@@ -182,18 +185,38 @@ def _some(names: list[str]) -> str:
 
 
 def _take(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise FolderError(
+                    f"run folder {folder} cannot be locked ({error.strerror}): its file system has no flock, so two runs "
+                    "could write it at once; put --out on another file system, or mount this one with locks"
+                ) from error
+            # Workers of a holder that was killed have the lock until they have ended as well, which takes a moment.
+            if _holder_is_dead(descriptor) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise FolderError(
                 f"run folder {folder} is in use by {_holder(descriptor)}: one run writes one folder; "
                 "wait for that run, stop it, or give another --out"
             ) from None
-        raise FolderError(
-            f"run folder {folder} cannot be locked ({error.strerror}): its file system has no flock, so two runs could "
-            "write it at once; put --out on another file system, or mount this one with locks"
-        ) from error
+        return
+
+
+def _holder_is_dead(descriptor: int) -> bool:
+    try:
+        record = json.loads(os.pread(descriptor, 4096, 0))
+        if record["host"] != socket.gethostname():
+            return False
+        os.kill(int(record["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return False
 
 
 def _holder(descriptor: int) -> str:

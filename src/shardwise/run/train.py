@@ -31,6 +31,7 @@ def train(
     settings: Settings | None = None,
     reference: Callable[[], Job] | None = None,
     identity: Mapping[str, Any] | None = None,
+    announce: Callable[[], None] | None = None,
     **given: Any,
 ) -> Run:
     """Train a job and return the finished run.
@@ -43,6 +44,7 @@ def train(
         settings: resolved settings with their origins, kept with the run; made from the job when not given.
         reference: picklable function that builds the same job again, for workers that cannot inherit it.
         identity: what must be equal for a run to be resumed; made from the job when not given.
+        announce: called when everything was checked and the workers are about to start.
 
     Raises:
         UserError: the job, data, plan or folder is wrong; nothing was started.
@@ -72,6 +74,8 @@ def train(
         identity=dict(identity) if identity is not None else job_identity(job),
         began=began,
     )
+    if announce is not None:
+        announce()
     summary = _start_workers(work, chosen, is_rank=rank is not None)
     summary["wall_seconds"] = time.time() - began
     if summary["stopped"]:

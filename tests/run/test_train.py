@@ -1,0 +1,313 @@
+"""`train` from start to end: the same run under every plan, resumed or not, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+import shardwise
+from shardwise.data.gather import Arrays
+from shardwise.data.source import Splits
+from shardwise.data.stream import Stream
+from shardwise.errors import FolderError, JobError, PlanError, RunFailed, Stopped, UserError
+from shardwise.spec.events import EvaluationEvent, RestartEvent, RunEvent, SummaryEvent, read_events
+from shardwise.spec.job import Job
+
+
+def _accuracy(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) == target).double().mean()
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Linear(9, 15, bias=False), nn.BatchNorm1d(15), nn.ReLU(), nn.Dropout(0.0), nn.Linear(15, 4))
+
+
+def _rows(samples: int, seed: int) -> Arrays:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(samples, 9, generator=generator)
+    return Arrays((inputs, inputs[:, :4].argmax(1)))
+
+
+def _job(**changes: Any) -> Job:
+    settings: dict[str, Any] = {
+        "name": "rows",
+        "model": _net,
+        "data": Splits(_rows(101, 1), _rows(37, 2)),
+        "loss": nn.functional.cross_entropy,
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=0.02),
+        "batch_size": 12,
+        "epochs": 3,
+        "metrics": {"accuracy": _accuracy},
+        "clip_norm": 1.0,
+        **changes,
+    }
+    return Job(**settings)
+
+
+def _train(job: Job, out: Path, plan: str = "data=2", **options: Any) -> shardwise.Run:
+    return shardwise.train(job, plan=plan, out=out, progress=False, **options)
+
+
+def test_same_run_under_every_plan(tmp_path: Path) -> None:
+    serial = _train(_job(), tmp_path / "serial", "serial")
+    assert len(serial.history) == 27 == serial.summary["steps"]
+    assert serial.history[-1] < 0.8 * serial.history[0]
+    for plan in ("data=2", "data=3"):
+        run = _train(_job(), tmp_path / plan, plan)
+        torch.testing.assert_close(run.history, serial.history, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run.model.state_dict(), serial.model.state_dict(), rtol=1e-3, atol=1e-4)
+        assert run.metrics["accuracy"] == pytest.approx(serial.metrics["accuracy"], abs=1e-9)
+        assert run.summary["workers"] == int(plan[-1])
+
+
+def test_run_folder_holds_everything(tmp_path: Path) -> None:
+    run = _train(_job(), tmp_path / "run")
+    names = {path.name for path in run.folder.path.iterdir()}
+    assert {"events.jsonl", "plan.json", "settings.json", "summary.json", "model.safetensors", "checkpoints"} <= names
+    events = read_events(run.folder.events_path)
+    assert isinstance(events[0], RunEvent) and events[0].ranks == 2
+    assert isinstance(events[-1], SummaryEvent)
+    assert [event.step for event in events if isinstance(event, EvaluationEvent)] == [9, 18, 27]
+    for event in events:
+        if isinstance(event, EvaluationEvent):
+            assert event.samples == 37
+    bare = _net()
+    load_model(bare, run.folder.weights_path)
+    torch.testing.assert_close(bare.state_dict(), run.model.state_dict(), rtol=0, atol=0)
+    summary = json.loads((run.folder.path / "summary.json").read_text())
+    for key in ("run", "plan", "layout", "workers", "steps", "loss", "metrics", "samples_per_second", "wall_seconds"):
+        assert key in summary
+    assert json.loads(run.folder.settings_path.read_text())["batch_size"] == {"value": 12, "source": "job"}
+
+
+def test_predict_gives_outputs_in_order(tmp_path: Path) -> None:
+    run = _train(_job(), tmp_path / "run", "serial")
+    inputs = torch.randn(29, 9)
+    outputs = shardwise.predict(run, inputs, batch_size=8)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs, run.model(inputs))
+    from_source = shardwise.predict(run, _rows(37, 2))
+    assert from_source.shape == (37, 4)
+    with pytest.raises(JobError, match="no samples"):
+        shardwise.predict(run, torch.zeros(0, 9))
+
+
+def _in_child(action: Callable[[], Any]) -> int:
+    """Run in a process group of its own, as a terminal would, and return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setsid()
+            action()
+            code = 0
+        except Stopped:
+            code = 3
+        finally:
+            os._exit(code)
+    return pid
+
+
+def _wait_for_checkpoint(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(path.name >= f"step-{step:08d}" for path in folder.glob("checkpoints/step-*")):
+            return
+        time.sleep(0.005)
+    raise AssertionError("no checkpoint appeared in time")
+
+
+def _slow_net() -> nn.Module:
+    model = _net()
+    model.register_forward_pre_hook(lambda module, inputs: time.sleep(0.002))
+    return model
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("plan", ["serial", "data=2"])
+def test_killed_run_resumes_bit_for_bit(how: signal.Signals, plan: str, tmp_path: Path) -> None:
+    job = _job(model=_slow_net, epochs=None, steps=120, schedule=_decay)
+    whole = _train(job, tmp_path / "whole", plan, threads=1)
+    folder = tmp_path / "killed"
+    pid = _in_child(lambda: _train(job, folder, plan, checkpoint_every="7", threads=1))
+    _wait_for_checkpoint(folder, 28)
+    os.kill(pid, how)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 3)
+    again = _train(job, folder, plan, resume=True, threads=1)
+    assert 28 <= again.summary["first_step"] < 120
+    assert again.history == whole.history
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def _decay(optimizer: torch.optim.Optimizer, total_steps: int | None) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps or 1)
+
+
+def test_resumes_on_another_number_of_workers(tmp_path: Path) -> None:
+    whole = _train(_job(), tmp_path / "whole", "serial")
+    folder = tmp_path / "moved"
+    _train(_job(epochs=None, steps=13), folder, "data=3")
+    run = _train(_job(), folder, "data=2", resume=True)
+    assert run.summary["first_step"] == 13
+    torch.testing.assert_close(run.history, whole.history, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.model.state_dict(), whole.model.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+class _Fails(nn.Module):
+    """Fails once, at a given step, on rank 1, in the way asked for."""
+
+    def __init__(self, marker: Path, how: str) -> None:
+        super().__init__()
+        self.net = _net()
+        self.marker, self.how, self.calls = marker, how, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 15 and torch.distributed.get_rank() == 1 and not self.marker.exists():
+            self.marker.touch()
+            if self.how == "raise":
+                raise ValueError("the planted failure")
+            os.kill(os.getpid(), signal.SIGKILL)
+        out: Tensor = self.net(x)
+        return out
+
+
+@pytest.mark.parametrize(("how", "words"), [("raise", "the planted failure"), ("kill", "SIGKILL")])
+def test_dead_worker_is_named(how: str, words: str, tmp_path: Path) -> None:
+    job = _job(model=lambda: _Fails(tmp_path / "marker", how))
+    with pytest.raises(RunFailed) as caught:
+        _train(job, tmp_path / "run")
+    assert caught.value.rank == 1
+    assert words in f"{caught.value} {caught.value.details}"
+    assert read_events(tmp_path / "run" / "events.jsonl")[-1].kind == "failure"
+
+
+def test_restart_heals_the_run(tmp_path: Path) -> None:
+    whole = _train(_job(model=lambda: _Fails(tmp_path, "raise")), tmp_path / "whole")
+    job = _job(model=lambda: _Fails(tmp_path / "marker", "kill"))
+    run = _train(job, tmp_path / "run", max_restarts=1, checkpoint_every="4")
+    assert (tmp_path / "marker").exists()
+    assert run.summary["restarts"] == 1
+    assert [e.step for e in read_events(run.folder.events_path) if isinstance(e, RestartEvent)] == [12]
+    assert run.history == whole.history
+
+
+class _CountsSamples(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _net()
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.sum()
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_buffer_that_drifts_apart_is_an_error(tmp_path: Path) -> None:
+    job = _job(model=_CountsSamples)
+    with pytest.raises(RunFailed, match="after step 1 the workers' copies of seen are no longer equal"):
+        _train(job, tmp_path / "run")
+    assert _train(job, tmp_path / "serial", "serial").summary["steps"] == 27
+
+
+def _uneven(rank: int, ranks: int) -> Any:
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(30 if rank == 0 else 11):
+        row = torch.randn(9, generator=generator)
+        yield row, row[:4].argmax()
+
+
+def test_streams_that_run_out_at_different_times(tmp_path: Path) -> None:
+    job = _job(data=Splits(Stream(_uneven, sharded=True)), model=lambda: nn.Linear(9, 4), metrics={})
+    run = _train(job, tmp_path / "run")
+    samples = sum(event.samples for event in read_events(run.folder.events_path) if event.kind == "steps")  # type: ignore[attr-defined]
+    assert samples == 3 * 41
+    assert all(loss > 0 for loss in run.history)
+
+
+def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
+    arrays = _rows(41, 1)
+    rows = list(zip(arrays.inputs, arrays.targets, strict=True))
+    job = _job(data=Splits(Stream(lambda: iter(rows)), _rows(20, 2)))
+    serial = _train(job, tmp_path / "serial", "serial")
+    run = _train(job, tmp_path / "run", "data=2")
+    assert run.summary["steps"] == 3 * 4 and run.summary["total_steps"] is None
+    torch.testing.assert_close(run.history, serial.history, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "kind", "words"),
+    [
+        ({}, {"plan": "data=13"}, PlanError, "1 of 13 workers would have no sample"),
+        ({}, {"plan": "tensor=2"}, PlanError, "cannot split over tensor"),
+        ({"micro_batch": 2}, {}, PlanError, "BatchNorm layer '1' needs statistics of the whole global batch"),
+        ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {"plan": "serial"}, JobError, "LBFGS"),
+        ({"optimizer": lambda p: "sgd"}, {"plan": "serial"}, JobError, "must return a torch.optim.Optimizer"),
+        ({"model": lambda: "net"}, {}, JobError, "must return a torch.nn.Module"),
+        ({"model": lambda: nn.LazyLinear(4)}, {}, PlanError, "has no shape yet"),
+        ({"loss": lambda o, t: o}, {"plan": "serial"}, JobError, "must be a scalar tensor"),
+        ({}, {"checkpoint_every": "0"}, UserError, "at least 1 step"),
+        ({}, {"checkpoint_every": "often"}, UserError, "not a duration"),
+        ({}, {"keep_last": 0}, UserError, "at least 1 checkpoint"),
+        ({}, {"workers": 3}, PlanError, "plan data=2 is for 2 workers, but 3 were given"),
+        ({}, {"resume": True}, FolderError, "does not exist"),
+        ({}, {"plans": "data=2"}, UserError, "no option 'plans'"),
+    ],
+)
+def test_refusals(
+    changes: dict[str, Any], options: dict[str, Any], kind: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=words):
+        shardwise.train(_job(**changes), **{"plan": "data=2", "out": tmp_path / "run", "progress": False, **options})
+
+
+def test_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    _train(_job(epochs=1), tmp_path / "run", "serial")
+    with pytest.raises(FolderError, match="already holds a run"):
+        _train(_job(), tmp_path / "run", "serial")
+    with pytest.raises(FolderError, match="batch_size was 12 and is now 6"):
+        _train(_job(batch_size=6), tmp_path / "run", "serial", resume=True)
+
+
+def test_remarks_say_what_differs(tmp_path: Path) -> None:
+    job = _job(model=lambda: nn.Sequential(nn.Linear(9, 4), nn.Dropout(0.1)), epochs=1)
+    run = _train(job, tmp_path / "run")
+    warnings = [event.message for event in read_events(run.folder.events_path) if event.kind == "warning"]  # type: ignore[attr-defined]
+    assert warnings == ["dropout (1) draws other masks than a serial run: equal in distribution, not in value"]
+
+
+def test_own_loop_equals_train(tmp_path: Path) -> None:
+    run = _train(_job(), tmp_path / "run", "serial")
+    with shardwise.start(_job()) as live:
+        losses = [live.step(batch) for batch in live.batches()]
+        metrics = live.evaluate()
+    torch.testing.assert_close(losses, run.history, rtol=1e-6, atol=1e-7)
+    assert metrics["accuracy"] == run.metrics["accuracy"]
+
+
+def test_start_takes_the_fields_of_a_job() -> None:
+    fields = {item.name: getattr(_job(), item.name) for item in dataclasses.fields(Job)}
+    model = _net()
+    values = {name: fields[name] for name in ("optimizer", "loss", "data", "batch_size")}
+    before = next(model.parameters()).detach().clone()
+    with shardwise.start(model=model, **values) as live:
+        steps = [live.step(batch) for batch in live.batches()]
+    assert len(steps) == 9
+    assert live.model is model and not torch.equal(next(model.parameters()), before)
+    with pytest.raises(JobError, match="no argument 'batchsize'"):
+        shardwise.start(batchsize=3)
