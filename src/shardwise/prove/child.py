@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from shardwise.errors import RunFailed
-from shardwise.run.child import Child
 from shardwise.run.failure import Failure, from_exit_code
 from shardwise.run.process import Setup, default_start_method, start
 from shardwise.spec.rank import SERIAL, Rank
 
 T = TypeVar("T")
+
+_STARTING = threading.Lock()
+"""One fork at a time: starting a process changes the warning filters and reaps what has ended, for all threads."""
 
 
 def call_in_child(function: Callable[[Rank], T], *, threads: int, device: str) -> T:
@@ -26,25 +31,30 @@ def call_in_child(function: Callable[[Rank], T], *, threads: int, device: str) -
         UserError: the function raised one.
         RunFailed: it raised anything else, or the process died; `details` holds its traceback.
     """
-    setup = Setup(
-        worker=function, threads=threads, environment={}, launcher_pid=os.getpid(), wants_result=True
-    )  # fmt: skip
-    process, pipe = start(default_start_method(device), setup, SERIAL)
-    child = Child(rank=0, process=process, pipe=pipe)
+    setup = Setup(worker=function, threads=threads, environment={}, launcher_pid=os.getpid(), wants_result=True)
+    with _STARTING:
+        process, pipe = start(default_start_method(device), setup, SERIAL)
     try:
         outcome = pipe.recv()
     except EOFError:
-        raise _died(from_exit_code(child.exit_code(), 0)) from None
+        raise _died(from_exit_code(_exit_code(process), 0)) from None
     finally:
-        child.kill()
-        child.exit_code()
         pipe.close()
+    process.join()
     if outcome.failure is not None:
         raise outcome.failure.error()
     if outcome.result is None:
         raise RunFailed(f"the serial run was stopped: {outcome.stopped}")
     result: Any = pickle.loads(outcome.result)
     return result  # type: ignore[no-any-return]
+
+
+def _exit_code(process: BaseProcess) -> int:
+    """Of a process that is ending. Another thread that starts one may be just about to reap it and note the code."""
+    process.join()
+    while (code := process.exitcode) is None:
+        time.sleep(0.01)
+    return code
 
 
 def _died(failure: Failure) -> RunFailed:

@@ -14,7 +14,7 @@ from shardwise.data.source import Splits
 from shardwise.errors import JobError, PlanError, RunFailed
 from shardwise.prove.child import call_in_child
 from shardwise.prove.compare import Yardstick, norm
-from shardwise.prove.record import Record, read_record
+from shardwise.prove.record import RankReport, Record, read_record
 from shardwise.prove.runs import Fault, Task, run_rank
 from shardwise.run.assemble import check_job
 from shardwise.run.launch import launch
@@ -101,9 +101,9 @@ def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:
     _import_once()
     with ThreadPoolExecutor(max_workers=max(1, setting.cores)) as pool:
         futures = [pool.submit(_serial, task) for task in tasks]
-        exact = _in_double(futures[0])
-        first = futures[1].result()
-        others = [(Path(task.folder).name, future.result()) for task, future in zip(tasks[2:], futures[2:], strict=True)]
+        reports = [_in_double(futures[0]), *(future.result() for future in futures[1:])]
+    exact, first, *rest = (read_record(Path(task.folder), own) for task, own in zip(tasks, reports, strict=True))
+    others = [(Path(task.folder).name, record) for task, record in zip(tasks[2:], rest, strict=True)]
     kept, left_out = [first], []
     for name, record in others:
         if same_run(record, first):
@@ -152,12 +152,11 @@ def _import_once() -> None:
     importlib.import_module("torch._dynamo")
 
 
-def _serial(task: Task) -> Record:
-    reports = call_in_child(functools.partial(run_rank, task=task), threads=task.plan.threads or 1, device=task.device)
-    return read_record(Path(task.folder), reports)
+def _serial(task: Task) -> list[RankReport]:
+    return call_in_child(functools.partial(run_rank, task=task), threads=task.plan.threads or 1, device=task.device)
 
 
-def _in_double(future: Future[Record]) -> Record:
+def _in_double(future: Future[list[RankReport]]) -> list[RankReport]:
     try:
         return future.result()
     except RunFailed as error:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shardwise.data.batch import Batch, tree_leaves
 from shardwise.dist.collectives import Group
 from shardwise.run.assemble import Assembly
-from shardwise.run.names import is_dtensor, named_tensors, own_model
+from shardwise.run.names import is_dtensor, named_tensors, own_model, own_name
 from shardwise.run.state import collect, settled
 
 
@@ -37,13 +37,14 @@ class RankReport:
         samples: digest of each sample this rank trained on, a tuple for each step.
         local_elements: parameter elements this rank stores.
         whole_elements: parameter elements of the modules this rank holds, before any was split.
+        owners: name of a parameter -> class of the module that holds it.
         aliases: further names of tied tensors, each with the first name.
         buffers: names that are buffers.
         digests: key -> digest of this rank's value.
         silenced: dropout functions that were switched off.
         modules: modules whose randomness was switched off.
         random: random functions that were called all the same.
-        remarks: what the composition says will not equal a serial run.
+        has_batch_norm: the model has a BatchNorm layer.
     """
 
     rank: int
@@ -54,13 +55,14 @@ class RankReport:
     samples: list[tuple[bytes, ...]] = field(default_factory=list)
     local_elements: int = 0
     whole_elements: int = 0
+    owners: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     digests: dict[str, bytes] = field(default_factory=dict)
     silenced: set[str] = field(default_factory=set)
     modules: list[str] = field(default_factory=list)
     random: set[str] = field(default_factory=set)
-    remarks: tuple[str, ...] = ()
+    has_batch_norm: bool = False
 
 
 @final
@@ -92,7 +94,10 @@ class Recorder:
                 self.tensors[f"{moment}/{name}"] = whole(tensor.grad)
 
     def take_size(self, model: nn.Module) -> None:
-        """Note how much of the parameters this rank stores."""
+        """Note how much of the parameters this rank stores, and in what kinds of modules they are."""
+        for prefix, module in own_model(model).named_modules():
+            for name, _ in module.named_parameters(prefix=prefix, recurse=False):
+                self.report.owners.setdefault(own_name(name), type(module).__name__.removeprefix("FSDP"))
         tensors, _, buffers = named_tensors(own_model(model))
         for name, tensor in tensors.items():
             if name not in buffers:
@@ -145,6 +150,23 @@ class Record:
     @property
     def buffers(self) -> set[str]:
         return set().union(*(report.buffers for report in self.reports))
+
+    @property
+    def owners(self) -> dict[str, str]:
+        merged: dict[str, str] = {}
+        for report in self.reports:
+            merged.update(report.owners)
+        return merged
+
+    def at(self, key: str, rank: int) -> Tensor | None:
+        """The value on one rank; None where it holds none."""
+        wanted = self.reports[rank].digests.get(key)
+        if wanted is None:
+            return None
+        for holder, value in self.tensors.get(key, {}).items():
+            if self.reports[holder].digests[key] == wanted:
+                return value
+        raise AssertionError(f"no rank wrote {key} of rank {rank}")
 
     def first(self, key: str) -> Tensor | None:
         """The value of the lowest rank that holds it."""

@@ -18,6 +18,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.dist.mesh import Mesh
 from shardwise.errors import DataError, PlanError
+from shardwise.parallel.norm import batch_norms
 from shardwise.prove.quiet import Quiet, in_double, silence
 from shardwise.prove.record import RankReport, Recorder
 from shardwise.run.assemble import Assembly, assemble
@@ -78,7 +79,7 @@ def run_rank(rank: Rank, task: Task) -> list[RankReport]:
         mesh = Mesh(task.plan.layout, a.world.rank, device.type)
         axes = [axis for axis, degree in task.plan.layout.degrees.items() if degree > 1]
         report = RankReport(a.world.rank, coordinates={axis: mesh.coordinate(axis) for axis in axes})
-        report.modules, report.remarks = silenced, a.composed.remarks
+        report.modules, report.has_batch_norm = silenced, bool(batch_norms(a.model))
         recorder = Recorder(report)
         recorder.take_size(a.model)
         recorder.take_state("initial", a)

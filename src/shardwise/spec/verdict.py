@@ -195,7 +195,7 @@ class Verdict:
             lines.append(f"  {self.failed_count} of {sum(self.compared.values())} comparisons are beyond rounding:")
             lines += [f"    {item}" for item in shown]
         elif self.worst:
-            counts = ", ".join(f"{count} {kind}{_plural(count)}" for kind, count in self.compared.items())
+            counts = ", ".join(_counted(count, kind) for kind, count in self.compared.items())
             lines.append(f"  compared with a float64 serial run: {counts}")
             lines.append(
                 f"  allowed: {self.multiple:g} x the distance of serial float32 ({self.serial_runs} runs); nearest to it:"
@@ -287,5 +287,6 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _plural(count: int) -> str:
-    return "" if count == 1 else "s"
+def _counted(count: int, kind: str) -> str:
+    plural = "" if count == 1 else "es" if kind.endswith("s") else "s"
+    return f"{count} {kind}{plural}"

@@ -1,0 +1,351 @@
+"""`prove`: is a plan's run the serial run? The serial runs, the candidate, the comparison, the culprit."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from shardwise.data.source import Splits, as_splits
+from shardwise.errors import PlanError, RunFailed, ShardwiseError, UserError
+from shardwise.prove.child import call_in_child
+from shardwise.prove.compare import MULTIPLE, Yardstick, compare, initial_differences, norm, worst_of_each_kind
+from shardwise.prove.diagnose import Evidence, diagnose, listed
+from shardwise.prove.execute import Setting, measure, run_candidate
+from shardwise.prove.guards import check_guards, sample_faults
+from shardwise.prove.pieces import Pieces, read_pieces, write_pieces
+from shardwise.prove.record import Record
+from shardwise.prove.runs import Fault
+from shardwise.run.assemble import check_job
+from shardwise.run.choose import choose_device, usable_cores
+from shardwise.run.launch import current_rank, print_report
+from shardwise.run.options import TrainOptions, resolve_plan
+from shardwise.spec.job import Job
+from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
+from shardwise.spec.verdict import Comparison, Finding, Guard, Verdict
+
+SMALL = 1e-3
+"""Differences below this part of a tensor's size may come from a ReLU or a maximum that rounding tipped over; they refute
+only if they come back from other weights on other samples. Mistakes in sums, shares and factors are far larger."""
+
+_MOST_FAILED = 50
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The candidate of a plan against the yardstick."""
+
+    candidate: Record
+    comparisons: Sequence[Comparison]
+    initial: Sequence[tuple[int, str]]
+    sample_faults: Sequence[str]
+    guards: Sequence[Guard]
+
+    @property
+    def failed(self) -> list[Comparison]:
+        return sorted((item for item in self.comparisons if not item.passed), key=lambda item: -item.excess)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed and not self.initial and all(guard.passed for guard in self.guards)
+
+    @property
+    def small(self) -> bool:
+        """Refuted by differences that a tipped ReLU can make, and by nothing else."""
+        structural = self.initial or not all(guard.passed for guard in self.guards)
+        return not self.passed and not structural and all(item.distance <= SMALL * item.size for item in self.failed)
+
+
+def prove(
+    job: Job,
+    plan: Plan | str | Path | None = None,
+    *,
+    steps: int = 3,
+    device: str = "cpu",
+    threads: int | None = None,
+    reference: Callable[[], Job] | None = None,
+    timeout_seconds: float = 600.0,
+    report: Callable[[str], None] = print_report,
+    fault: Fault | None = None,
+) -> Verdict:
+    """Run the job serially in float64 and float32, and under the plan, and compare.
+
+    Args:
+        job: what to train; random layers are switched off for the proof.
+        plan: a `Plan`, a layout in text form, the path of a plan file, or None for the plan that training would take.
+        steps: optimizer steps of each run; where the data allow it, the last one is on the short batch that ends an epoch.
+        device: `cpu`, or the name of an accelerator or `auto`.
+        threads: compute threads per worker.
+        reference: picklable function that builds the job again, for workers that cannot inherit it (on accelerators).
+        timeout_seconds: how long a collective may wait for a missing rank.
+        report: receives messages for people, such as the traceback of a worker.
+        fault: changes each worker's assembled run; only to see the proof fail.
+
+    Raises:
+        UserError: the job or plan is wrong, or does not run in float64; nothing is said about the result.
+        RunFailed: a worker failed.
+    """
+    began = time.perf_counter()
+    settled = settle(job, plan, device=device, threads=threads)
+    check_job(job, settled)
+    with tempfile.TemporaryDirectory(prefix="shardwise-proof-") as folder:
+        setting = make_setting(
+            job,
+            Path(folder),
+            steps=steps,
+            device=device,
+            reference=reference,
+            timeout_seconds=timeout_seconds,
+            report=report,
+            fault=fault,
+        )
+        yardstick, notes = measure(setting, settled)
+        verdict = judge(setting, settled, yardstick, notes)
+    return replace(verdict, seconds=time.perf_counter() - began)
+
+
+def prove_before_training(job: Job, plan: Plan | str | Path | None, **options: Any) -> Verdict:
+    """As `prove`, for `train --prove`: nothing is trained under a plan that is not proved.
+
+    Raises:
+        RunFailed: the verdict is another one; the message is the verdict.
+    """
+    verdict = prove(job, plan, **options)
+    if not verdict.proved:
+        raise RunFailed(f"nothing was trained, because the plan was not proved:\n{verdict}")
+    return verdict
+
+
+def settle(job: Job, plan: Plan | str | Path | None, *, device: str, threads: int | None) -> Plan:
+    """The plan as training would take it.
+
+    Raises:
+        PlanError: it is malformed or does not fit the machine.
+        UserError: this process is already a rank.
+    """
+    if current_rank() is not None:
+        raise UserError("prove starts its workers itself: run it once, in a plain process, without torchrun")
+    options = TrainOptions(plan=plan, threads=threads)
+    return resolve_plan(job, options, device=choose_device(device), world=None)
+
+
+def make_setting(
+    job: Job,
+    folder: Path,
+    *,
+    steps: int,
+    device: str = "cpu",
+    reference: Callable[[], Job] | None = None,
+    timeout_seconds: float = 600.0,
+    report: Callable[[str], None] = print_report,
+    fault: Fault | None = None,
+) -> Setting:
+    """What all runs of a proof have in common.
+
+    Raises:
+        UserError: a number makes no sense.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps}: a proof compares at least 1 optimizer step")
+    splits: Splits = as_splits(job.data)
+    return Setting(
+        job=job,
+        splits=splits,
+        reference=reference,
+        steps=steps,
+        device=choose_device(device),
+        folder=folder,
+        cores=usable_cores(),
+        timeout_seconds=timeout_seconds,
+        report=report,
+        fault=fault,
+    )
+
+
+def judge(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequence[str]) -> Verdict:
+    """The verdict on one plan, given the serial runs."""
+    began = time.perf_counter()
+    compared = replace(plan, precision="fp32", compile=False)
+    trial = run_trial(setting, compared, yardstick)
+    notes = list(notes)
+    reason = _not_comparable(setting.job, plan, trial, yardstick)
+    findings: list[Finding] = []
+    if reason is None and trial.small:
+        again = _repeats(setting, compared)
+        if again is None:
+            notes.append(
+                f"at first {listed([f'{item.kind} {item.name}' for item in trial.failed], 2)} was off by "
+                f"{trial.failed[0].distance / trial.failed[0].size:.1e} of its size; from two other seeds nothing was: rounding "
+                "had tipped a ReLU or a maximum"
+            )
+            trial = replace(trial, comparisons=[item for item in trial.comparisons if item.passed])
+        else:
+            notes.append("the difference is small, and came back from another seed")
+    if reason is not None:
+        findings.append(Finding(pattern="not comparable", message=reason))
+    elif not trial.passed:
+        findings += _culprits(setting, compared, trial, yardstick)
+    outcome = "not comparable" if reason is not None else ("proved" if trial.passed else "refuted")
+    counts: dict[str, int] = {}
+    for item in trial.comparisons:
+        counts[item.kind] = counts.get(item.kind, 0) + 1
+    samples = tuple(len(step) for step in yardstick.exact.reports[0].samples)
+    return Verdict(
+        outcome=outcome,  # type: ignore[arg-type]
+        job=setting.job.name,
+        plan=str(plan),
+        layout=str(plan.layout),
+        workers=plan.layout.workers,
+        steps=len(samples),
+        samples=samples,
+        compared={"initial weight": _count_initial(trial.candidate), **counts},
+        worst=worst_of_each_kind(trial.comparisons),
+        failed=tuple(trial.failed[:_MOST_FAILED]),
+        failed_count=len(trial.failed),
+        multiple=MULTIPLE,
+        serial_runs=len(yardstick.serial),
+        findings=tuple(findings),
+        guards=tuple(trial.guards),
+        not_covered=tuple(_not_covered(plan, setting, trial.candidate, yardstick)),
+        notes=tuple(notes),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def run_trial(setting: Setting, plan: Plan, yardstick: Yardstick) -> Trial:
+    """Run a plan and compare it."""
+    candidate = run_candidate(setting, plan, f"candidate {plan.layout} {setting.seed}")
+    aliases = yardstick.exact.aliases
+    faults = sample_faults(candidate, yardstick.serial[0], plan.layout)
+    return Trial(
+        candidate=candidate,
+        comparisons=compare(candidate, yardstick),
+        initial=initial_differences(candidate, yardstick.serial[0], aliases),
+        sample_faults=faults,
+        guards=check_guards(candidate, yardstick, plan.layout, faults),
+    )
+
+
+def _repeats(setting: Setting, plan: Plan) -> Trial | None:
+    """A trial from another seed that fails as well; None if two do not."""
+    for further in (1, 2):
+        other = replace(setting, seed=setting.job.seed + further, folder=setting.folder / f"seed{further}")
+        yardstick, _ = measure(other, plan)
+        trial = run_trial(other, plan, yardstick)
+        if not trial.passed:
+            return trial
+    return None
+
+
+def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) -> list[Finding]:
+    evidence = Evidence(
+        layout=plan.layout,
+        candidate=trial.candidate,
+        yardstick=yardstick,
+        failed=trial.failed,
+        pieces=_pieces(setting, plan),
+        clip_norm=setting.job.clip_norm,
+        initial=trial.initial,
+        sample_faults=trial.sample_faults,
+        aliases=yardstick.exact.aliases,
+    )
+    findings = diagnose(evidence)
+    axes, text = blame_axes(setting, plan, yardstick)
+    named = [replace(finding, axes=finding.axes or axes) for finding in findings]
+    if text:
+        named.append(Finding(pattern="axis", message=text, axes=axes))
+    return named
+
+
+def blame_axes(setting: Setting, plan: Plan, yardstick: Yardstick) -> tuple[tuple[str, ...], str]:
+    """The smallest part of the layout that fails as well, found by running the plan without some of its axes."""
+    degrees = {axis: degree for axis, degree in plan.layout.degrees.items() if degree > 1}
+    smaller = [Layout(), *(Layout(**{axis: degree}) for axis, degree in degrees.items())] if degrees else []
+    if len(degrees) > 2:
+        smaller += [Layout(**{k: v for k, v in degrees.items() if k != axis}) for axis in degrees]
+    for layout in smaller:
+        if layout == plan.layout:
+            continue
+        part = plan.with_layout(layout)
+        try:
+            check_job(setting.job, part)
+            passed = run_trial(setting, part, yardstick).passed
+        except ShardwiseError:
+            continue
+        if not passed and layout.workers == 1:
+            return (), "the same plan on one worker fails as well: no axis is to blame, but its other settings (micro_batch)"
+        if not passed:
+            axes = tuple(axis for axis, degree in layout.degrees.items() if degree > 1)
+            return axes, f"layout {layout} alone fails as well: {' and '.join(axes)} is to blame"
+    names = tuple(degrees)
+    if len(names) < 2:
+        text = f"one worker alone passes: {names[0]} is to blame" if names else ""
+        return names, text
+    return names, f"each part of the layout alone passes: the combination of {' and '.join(names)} is to blame"
+
+
+def _pieces(setting: Setting, plan: Plan) -> Pieces | None:
+    task = setting.task("pieces of the batch", Plan(threads=plan.threads), double=True)
+    worker = functools.partial(
+        write_pieces, task=task, replicas=max(1, plan.layout.replicas), micro_batch=plan.micro_batch
+    )
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pool.submit(call_in_child, worker, threads=plan.threads or 1, device=setting.device).result()
+    except (RunFailed, PlanError):
+        return None  # a job that cannot be run in parts gets a verdict without this clue
+    return read_pieces(Path(task.folder))
+
+
+def _not_comparable(job: Job, plan: Plan, trial: Trial, yardstick: Yardstick) -> str | None:
+    """Why the plan cannot equal a serial run, or the runs cannot be compared at all."""
+    report = trial.candidate.reports[0]
+    split = plan.layout.replicas > 1 or plan.micro_batch is not None
+    if job.batch_norm == "local" and report.has_batch_norm and split:
+        return "Job.batch_norm='local' normalises over each worker's own samples: by design not the serial run"
+    serial, exact = yardstick.serial[0], yardstick.exact
+    square = total = 0.0
+    for name, values in exact.starting_with("gradient/"):
+        other = serial.first(f"gradient/{name}")
+        square += norm(values[0] if other is None else values[0] - other.double()) ** 2
+        total += norm(values[0]) ** 2
+    if square > 1e-4 * total:
+        why = f"; the forward pass draws random numbers ({listed(sorted(report.random))})" if report.random else ""
+        return (
+            f"serial float32 is {(square / total) ** 0.5:.1e} of the gradient away from serial float64: two serial runs do not "
+            f"agree, so that no parallel run can{why}"
+        )
+    return None
+
+
+def _not_covered(plan: Plan, setting: Setting, candidate: Record, yardstick: Yardstick) -> list[str]:
+    report = yardstick.serial[0].reports[0]
+    found = []
+    silenced = [*report.modules, *sorted(report.silenced)]
+    if silenced:
+        found.append(f"random layers, which were switched off ({listed(silenced)})")
+    if report.random:
+        found.append(f"random numbers that the forward pass draws ({listed(sorted(report.random))})")
+    if plan.precision == "bf16":
+        found.append("bf16: the plan was run in float32")
+    if plan.compile:
+        found.append("torch.compile: the plan was run without it")
+    if setting.device == "cpu":
+        found.append("kernels and collectives of accelerators: all runs were on the CPU")
+    noise = sorted(yardstick.noise_only)
+    if noise:
+        found.append(
+            f"digits of {listed(noise)}, whose gradients are zero but for rounding: compared up to how far rounding moves them"
+        )
+    return found
+
+
+def _count_initial(candidate: Record) -> int:
+    return sum(1 for _ in candidate.starting_with("initial/model/"))
