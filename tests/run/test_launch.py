@@ -257,3 +257,5 @@ def test_a_hang_names_the_rank_that_waited(children: None) -> None:
         launch(hang_on_rank_1, workers=2, threads=1)
     assert time.monotonic() - began < SECONDS
     assert "dist.barrier()" in caught.value.details
+    tail = caught.value.details.partition("Meanwhile rank 1 was here (innermost call first):")[2]
+    assert "in hang_on_rank_1" in tail and tail.count("File") == 1

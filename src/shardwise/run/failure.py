@@ -34,8 +34,8 @@ _CONNECTION_TEXTS = (
     "ncclremoteerror",
 )
 _TIMEOUT_TEXTS = (
+    "timed out: the other ranks",  # dist/group.py
     "timed out waiting",
-    "timeout waiting",
     "wait timeout",
     "watchdog caught collective operation timeout",
 )
@@ -43,7 +43,7 @@ _TIMEOUT_TEXTS = (
 _SIGNAL_HINTS = {
     signal.SIGKILL: "Most often the machine is out of memory (see `dmesg`): use a smaller micro-batch or fewer workers.",
     signal.SIGBUS: "Most often shared memory (/dev/shm) is full: make it larger or use fewer data-loading workers.",
-    signal.SIGSEGV: "Native code crashed: run again with PYTHONFAULTHANDLER=1 to see where.",
+    signal.SIGSEGV: "Native code crashed; the Python lines that led there are further up in the output.",
     signal.SIGABRT: "Native code gave up: its own message is further up in the output.",
     signal.SIGTERM: "Somebody outside the run ended this worker.",
 }

@@ -13,6 +13,7 @@ start-up), the job's closures, and the arrays already loaded, as shared pages. T
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,6 +38,8 @@ from shardwise.run.signals import STOP_SIGNALS
 from shardwise.spec.rank import Rank
 
 StartMethod = Literal["fork", "spawn"]
+
+STACK_SIGNAL = signal.SIGUSR2
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -50,6 +54,7 @@ class Setup:
         environment: variables to set before the function runs.
         launcher_pid: the process whose end ends the worker.
         wants_result: whether the launcher will use this worker's result.
+        stack_file: where the worker writes the lines it is in when it gets STACK_SIGNAL; "" for nowhere.
     """
 
     worker: Callable[[Rank], Any]
@@ -57,6 +62,7 @@ class Setup:
     environment: dict[str, str]
     launcher_pid: int
     wants_result: bool
+    stack_file: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,7 @@ def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _show_stacks(setup.stack_file)
     os.environ.update(setup.environment)
     # What was inherited stays shared with the launcher, and its garbage is not ours to collect.
     gc.freeze()
@@ -146,6 +153,14 @@ def _run(setup: Setup, rank: Rank) -> Outcome:
     except Exception as error:  # noqa: BLE001 - pickling runs the result's own code
         what = f"returned a {type(result).__name__} that cannot be sent to the launcher: {error}"
         return Outcome(failure=Failure(rank=rank.rank, kind="error", summary=what))
+
+
+def _show_stacks(stack_file: str) -> None:
+    """A crash in native code shows the Python lines that led there; so does STACK_SIGNAL, even inside a collective."""
+    faulthandler.enable(file=2, all_threads=False)
+    if stack_file:
+        stream = Path(stack_file).open("w")  # noqa: SIM115 - stays open as long as the process
+        faulthandler.register(STACK_SIGNAL, file=stream, all_threads=False, chain=False)
 
 
 def _end_with_launcher(launcher_pid: int) -> None:

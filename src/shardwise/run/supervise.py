@@ -14,7 +14,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any, final
 
@@ -26,9 +26,9 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 
-from shardwise.run.child import Child
+from shardwise.run.child import Child, start_child
 from shardwise.run.failure import Failure, first_cause, from_exit_code, is_echo
-from shardwise.run.process import Outcome, Setup, StartMethod, start
+from shardwise.run.process import Outcome, Setup, StartMethod
 from shardwise.run.pulse import Pulse
 from shardwise.run.rendezvous import FixedRendezvous
 from shardwise.spec.rank import Rank
@@ -118,8 +118,7 @@ class RankAgent(SimpleElasticAgent):
                 launcher_pid=os.getpid(),
                 wants_result=rank.local_rank == 0,
             )
-            process, pipe = start(self._crew.start_method, setup, rank)
-            self._children.append(Child(rank=rank.rank, process=process, pipe=pipe))
+            self._children.append(start_child(self._crew.start_method, setup, rank))
         if here.nodes > 1:
             self._pulse = Pulse(
                 here.round_store(self._crew.lost_after_seconds),
@@ -208,7 +207,17 @@ class RankAgent(SimpleElasticAgent):
         if elsewhere is not None:
             return elsewhere
         cause = first_cause(failures)
+        if cause.kind == "timeout":
+            cause = replace(cause, details=cause.details.rstrip() + self._where_others_are())
         return self._pulse.publish(cause) if self._pulse else cause
+
+    def _where_others_are(self) -> str:
+        """Of a hang, the rank that timed out is the victim; the ranks that did not come to it are the cause."""
+        text = ""
+        for child in self._children:
+            if child.outcome is None and (stack := child.stack()):
+                text += f"\n\nMeanwhile rank {child.rank} was here (innermost call first):\n{stack}"
+        return text
 
     def _failed(self, failure: Failure) -> RunResult:
         if not failure.restartable or self._crew.signals:
@@ -262,8 +271,7 @@ class RankAgent(SimpleElasticAgent):
 
     def _reap(self) -> None:
         for child in self._children:
-            child.process.join()
-            child.pipe.close()
+            child.close()
         self._children = []
 
     def _conclude(self) -> None:
