@@ -10,7 +10,7 @@ from shardwise.planner.memory import (
     kept_bytes,
     layer_activation_bytes,
     rank_memory,
-    stage_parameters,
+    rank_shares,
     state_bytes,
 )
 from shardwise.planner.schedule import simulate
@@ -86,10 +86,10 @@ def test_grouped_keys_and_gated_layers() -> None:
 
 
 def test_embedding_and_projection_live_at_the_ends() -> None:
-    whole = stage_parameters(case(), 0)[0]
+    whole = rank_shares(case())[0].dense
     assert whole == GPT.parameters
     split = case(pipeline=2)
-    ends = [stage_parameters(split, stage)[0] for stage in (0, 1)]
+    ends = [share.dense for share in rank_shares(split)]
     assert sum(ends) == GPT.parameters + GPT.embedding_parameters  # a tied matrix is held at both ends
 
 
@@ -98,7 +98,7 @@ def test_the_first_rank_of_an_interleaved_pipeline_is_the_fullest() -> None:
     model = replace(GPT, layers=16)
     layout = case(model=model, pipeline=4, virtual_stages=2, schedule="interleaved1f1b", micro_batch=1)
     timeline = simulate("interleaved1f1b", layout.micro_batches, (1.0,) * 8, (2.0,) * 8, 0.0, 4)
-    found = rank_memory(layout, timeline.in_flight)
+    found = rank_memory(layout, timeline.in_flight, rank_shares(layout))
     layers = 16 * (1 + 3 / (4 * 2))
     assert found.activations == pytest.approx(layers * layer_activation_bytes(layout))
 
@@ -106,7 +106,7 @@ def test_the_first_rank_of_an_interleaved_pipeline_is_the_fullest() -> None:
 def test_memory_falls_with_every_kind_of_sharding_and_rises_with_the_micro_batch() -> None:
     def total(**changes: object) -> float:
         layout = case(attention="flash", precision="bf16", **changes)
-        return rank_memory(layout, (1,) * layout.pipeline).total
+        return rank_memory(layout, (1,) * layout.pipeline, rank_shares(layout)).total
 
     alone = total()
     assert total(tensor=2) < alone
@@ -120,6 +120,6 @@ def test_memory_falls_with_every_kind_of_sharding_and_rises_with_the_micro_batch
 
 def test_the_least_estimate_is_never_above_the_usual_one() -> None:
     for stage in (0, 1, 2, 3):
-        found = rank_memory(case(data=8, zero_stage=stage), (1,))
+        found = rank_memory(case(data=8, zero_stage=stage), (1,), rank_shares(case()))
         assert 0 < found.least < found.total
         assert found.total == pytest.approx(sum(found.by_part().values()))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from shardwise.errors import PlanError
 from shardwise.spec.facts import Transformer
@@ -106,13 +107,14 @@ class Case:
             return 1.0
         return 0.5 if self.compile is None else float(self.compile)
 
-    @property
+    @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:
         """Layers of every stage, in model order; `pipeline * virtual_stages` entries."""
         stages = self.pipeline * self.virtual_stages
         layers = self.model.layers
         if self.classic or stages == 1:
-            return tuple(layers // stages + (1 if index < layers % stages else 0) for index in range(stages))
+            more = layers % stages
+            return (layers // stages + 1,) * more + (layers // stages,) * (stages - more)
         return balanced(layers, stages, self.head_in_layers)
 
     @property

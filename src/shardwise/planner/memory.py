@@ -6,10 +6,10 @@ whose forward pass ran and whose backward pass did not.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.planner.case import Case
-from shardwise.planner.schedule import rank_of
+from shardwise.planner.schedule import V_SHAPED, rank_of
 
 CONTEXT_BYTES = 1.6 * 2**30
 """Device memory outside the allocator: driver context, library workspaces, communication buffers of a few groups."""
@@ -76,15 +76,35 @@ def layer_parameters(case: Case) -> tuple[float, float]:
     return dense, experts
 
 
-def stage_parameters(case: Case, stage: int) -> tuple[float, float]:
-    """(dense, expert) parameters of one stage on one rank, with embedding and output projection where they live."""
+@dataclass(frozen=True)
+class RankShare:
+    """What one pipeline rank holds: layers over all its chunks, dense and expert parameters."""
+
+    layers: int
+    dense: float
+    experts: float
+
+
+def rank_shares(case: Case) -> tuple[RankShare, ...]:
+    """The share of every pipeline rank."""
     dense, experts = layer_parameters(case)
-    layers = case.layers_per_stage[stage]
+    matrix = case.model.embedding_parameters / case.tensor
     last = case.pipeline * case.virtual_stages - 1
-    ends = (1 if stage == 0 else 0) + (1 if stage == last else 0)
-    if last == 0 and case.model.tied_embeddings:
-        ends = 1
-    return layers * dense + ends * case.model.embedding_parameters / case.tensor, layers * experts
+    if case.pipeline == 1:
+        layers = [case.model.layers]
+    elif case.schedule in V_SHAPED:
+        counts = case.layers_per_stage
+        layers = [counts[rank] + counts[last - rank] for rank in range(case.pipeline)]
+    else:
+        layers = [sum(case.layers_per_stage[rank :: case.pipeline]) for rank in range(case.pipeline)]
+    shares = [RankShare(own, own * dense, own * experts) for own in layers]
+    ends = {0: 1}
+    if last or not case.model.tied_embeddings:
+        holder = rank_of(last, case.pipeline, case.schedule)
+        ends[holder] = ends.get(holder, 0) + 1
+    for rank, number in ends.items():
+        shares[rank] = replace(shares[rank], dense=shares[rank].dense + number * matrix)
+    return tuple(shares)
 
 
 def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float, float]:
@@ -185,7 +205,7 @@ def gathered_bytes(case: Case) -> float:
     return block * (2.0 * size + 4.0)
 
 
-def rank_memory(case: Case, in_flight: Sequence[int]) -> MemoryParts:
+def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
     """Peak of the fullest pipeline rank.
 
     With sequence parallelism one layer at a time holds its gathered input, its output before the scatter, and their
@@ -193,24 +213,24 @@ def rank_memory(case: Case, in_flight: Sequence[int]) -> MemoryParts:
 
     Args:
         in_flight: chunks in flight at the peak, one entry a pipeline rank (one chunk is one stage of the model).
+        shares: what every rank holds, from `rank_shares`.
     """
     best: MemoryParts | None = None
-    stages = case.pipeline * case.virtual_stages
     kept, working = kept_bytes(case)
     logits = LOGIT_BYTES * case.tokens * math.ceil(case.model.vocab / case.tensor)
-    for rank in range(case.pipeline):
-        mine = [stage for stage in range(stages) if rank_of(stage, case.pipeline, case.schedule) == rank]
-        dense = sum(stage_parameters(case, stage)[0] for stage in mine)
-        experts = sum(stage_parameters(case, stage)[1] for stage in mine)
-        parameters, gradients, optimizer = state_bytes(case, dense, experts)
-        layers = sum(case.layers_per_stage[stage] for stage in mine) / case.virtual_stages
-        last = rank == rank_of(stages - 1, case.pipeline, case.schedule)
-        head = logits if last else 0.0
-        activations = in_flight[rank] * layers * kept + (max(0.0, working - head) if layers else 0.0)
-        activations += layers * buffer_bytes(case)
-        if case.sequence_parallel:
-            activations += 8.0 * case.tokens * case.model.hidden
-        gathered = gathered_bytes(case)
+    gathered, piled = gathered_bytes(case), buffer_bytes(case)
+    whole = 8.0 * case.tokens * case.model.hidden if case.sequence_parallel else 0.0
+    end = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
+    most = -1
+    for rank, share in enumerate(shares):
+        if rank not in (0, end) and share.layers <= most and in_flight[rank] <= in_flight[rank - 1]:
+            continue  # an earlier rank holds as many layers and as many micro-batches
+        most = max(most, share.layers)
+        parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
+        layers = share.layers / case.virtual_stages
+        head = logits if rank == end else 0.0
+        activations = in_flight[rank] * layers * kept + layers * piled + whole
+        activations += max(0.0, working - head) if layers else 0.0
         slack = SLACK * (activations + head + gathered + gradients) + WORKSPACE_BYTES
         spare = 0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0
         found = MemoryParts(parameters, gradients, optimizer, activations, head, gathered, slack, spare)

@@ -20,9 +20,10 @@ from shardwise.planner.layers import embedding_work, head_work, layer_work
 from shardwise.planner.memory import (
     CONTEXT_BYTES,
     MemoryParts,
+    RankShare,
     layer_parameters,
     rank_memory,
-    stage_parameters,
+    rank_shares,
     state_bytes,
 )
 from shardwise.planner.schedule import Timeline, closed_form, simulate, stages_per_rank
@@ -50,13 +51,15 @@ SELECTIVE_REPEAT = 0.4
 class Estimate:
     """Predicted step: seconds by part (they sum to the step), the pipeline's timeline, bytes by part and whether it fits.
 
-    `fits` asks whether the best software (fused cross entropy, no allocator slack) fits; `certain` is False in between.
+    `fits` asks whether the best software (fused cross entropy, no allocator slack) fits, `comfortable` whether the usual
+    software does; `certain` is False near the limit.
     """
 
     seconds: dict[str, float]
     memory: MemoryParts
     timeline: Timeline
     fits: bool
+    comfortable: bool
     certain: bool
 
     @property
@@ -82,21 +85,19 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False)
     hop = _hop_seconds(case, net)
     ranks = case.pipeline
     timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, hop, ranks)
-    memory = rank_memory(case, timeline.in_flight)
+    shares = rank_shares(case)
+    memory = rank_memory(case, timeline.in_flight, shares)
     seconds = _split(parts, timeline)
     last_backward = max(backward[rank] for rank in range(ranks))
-    seconds["gradients"] = _gradient_seconds(case, net, last_backward, constants)
-    heaviest = max(range(ranks), key=lambda rank: sum(stage_parameters(case, rank)))
-    dense, experts = stage_parameters(case, heaviest)
-    owned = state_bytes(case, dense * case.virtual_stages, experts * case.virtual_stages)[2] / (
-        8.0 if case.zero_stage == 3 or case.precision == "fp32" else 12.0
-    )
+    seconds["gradients"] = _gradient_seconds(case, shares[0], net, last_backward, constants)
+    heaviest = max(shares, key=lambda share: share.dense + share.experts)
+    per_value = 8.0 if case.zero_stage == 3 or case.precision == "fp32" else 12.0
+    owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / per_value
     seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
     room = case.machine.accelerator.memory_bytes.value - CONTEXT_BYTES
     fits = memory.least <= room
-    return Estimate(
-        seconds, memory, timeline, fits, (UNCERTAIN * memory.total <= room) if fits else memory.least > UNCERTAIN * room
-    )
+    sure = UNCERTAIN * memory.total <= room if fits else memory.least > UNCERTAIN * room
+    return Estimate(seconds, memory, timeline, fits, memory.total <= room, sure)
 
 
 def _passes(
@@ -247,20 +248,16 @@ def _hop_seconds(case: Case, net: Network) -> float:
     return send(size, _crosses_nodes(case), net)
 
 
-def _gradient_seconds(case: Case, net: Network, last_backward: float, constants: Constants) -> float:
-    """Exposed reduction of gradients over replicas, and the gather of updated parameters with sharded optimizer states."""
+def _gradient_seconds(case: Case, share: RankShare, net: Network, last_backward: float, constants: Constants) -> float:
+    """Exposed reduction of gradients over replicas, and the gather of updated parameters with sharded optimizer states.
+
+    Experts are reduced over fewer ranks; their bytes are charged at the rate of the whole group, which is close.
+    """
     replicas = case.data * case.context
     if case.zero_stage == 3 or replicas == 1:
         return 0.0
     ranks = group(case, "shard")
-    dense, experts = (
-        sum(values)
-        for values in zip(
-            *(stage_parameters(case, s) for s in range(0, case.pipeline * case.virtual_stages, case.pipeline)),
-            strict=True,
-        )
-    )
-    count = dense + experts
+    count = share.dense + (share.experts if case.expert < replicas else 0.0)
     size = _gradient_bytes(case) * count
     calls = 1 if case.classic else math.ceil(count / BUCKET_VALUES)
     if case.zero_stage == 0:
