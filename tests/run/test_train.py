@@ -242,7 +242,8 @@ def test_streams_that_run_out_at_different_times(tmp_path: Path) -> None:
 
 def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
     arrays = _rows(41, 1)
-    rows = list(zip(arrays.inputs, arrays.targets, strict=True))
+    assert arrays.targets is not None
+    rows = [(arrays.inputs[i], arrays.targets[i]) for i in range(41)]
     job = _job(data=Splits(Stream(lambda: iter(rows)), _rows(20, 2)))
     serial = _train(job, tmp_path / "serial", "serial")
     run = _train(job, tmp_path / "run", "data=2")

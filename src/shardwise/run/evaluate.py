@@ -29,7 +29,8 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         JobError: a metric returns something else than a scalar or a (sum, count) pair.
     """
     a = assembly
-    was_training = a.model.training
+    # Restored one by one: a module that the user keeps in evaluation mode (frozen statistics) stays there.
+    modes = [(module, module.training) for module in a.model.modules()]
     a.model.eval()
     names = [LOSS, *a.job.metrics]
     # One (sum, count) row a name, and the number of samples in a last row.
@@ -39,6 +40,7 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         batch_size=a.job.eval_batch_size or a.job.batch_size,
         rank=a.world.rank,
         ranks=a.world.size,
+        prefetch=0 if a.device.type == "cpu" else 2,
     )
     for batch in batches:
         a.composed.state.phantom = batch.phantom
@@ -61,7 +63,8 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
         totals[-1, 0] += batch.count
     a.world.sum_(totals)
-    a.model.train(was_training)
+    for module, training in modes:
+        module.training = training
     values = {
         name: (float(row[0] / row[1]) if row[1] else float("nan"))
         for name, row in zip(names, totals.cpu(), strict=False)

@@ -24,7 +24,7 @@ from shardwise.run.choose import choose_device
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.launch import current_rank
-from shardwise.run.loop import next_batch, total_steps
+from shardwise.run.loop import next_batch, prefetch_depth, total_steps
 from shardwise.run.options import TrainOptions, resolve_plan
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
@@ -134,6 +134,7 @@ class LiveRun:
             rank=world.rank,
             ranks=world.size,
             shuffle=self.job.shuffle,
+            prefetch=prefetch_depth(self._assembly.device),
         )
         with closing(stream):
             while (batch := next_batch(stream, world, self._assembly.device)) is not None:

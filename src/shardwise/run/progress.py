@@ -61,7 +61,8 @@ class Lines(Display):
             return
         self._last = now
         per_step = (now - self._began) / max(1, step - self._first)
-        left = f", {format_seconds(per_step * (self._total - step))} left" if self._total is not None else ""
+        to_go = self._total - step if self._total is not None else 0
+        left = f", {format_seconds(per_step * to_go)} left" if to_go else ""
         of_steps = f"/{self._total}" if self._total is not None else ""
         of_epochs = f"/{self._epochs}" if self._epochs is not None else ""
         self.say(

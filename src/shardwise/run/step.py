@@ -22,6 +22,9 @@ from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.run.assemble import Assembly
 
 
+CPU = torch.device("cpu")
+
+
 @final
 @dataclass(frozen=True)
 class StepResult:
@@ -51,8 +54,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
     a, clock, model = assembly, assembly.clock, assembly.model
-    seed_step(a.job.seed, a.step, a.world.rank)
-    model.train()
+    seed_step(a.job.seed, a.step, a.world.rank, a.device)
     a.optimizer.zero_grad(set_to_none=True)
     parts = _micro_batches(a, batch)
     if a.job.objective is None:
@@ -72,10 +74,16 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
     return StepResult(loss_sum, weight, batch.global_count, norm)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set torch's generators from (seed, step, rank), so that resuming needs no saved generator state."""
+def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU) -> None:
+    """Set torch's generators from (seed, step, rank), so that resuming needs no saved generator state.
+
+    `torch.manual_seed` does the same for every kind of device there might be, and takes a quarter of a millisecond.
+    """
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    number = int.from_bytes(digest, "little") >> 1
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -105,7 +113,7 @@ def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor,
     loss_function = a.job.loss
     assert loss_function is not None
     weights, total = _weigh(a, batch, parts)
-    loss_sum = torch.zeros((), device=a.device)
+    loss_sum: Tensor | None = None
     for index, part in enumerate(parts):
         a.clock.mark("other")
         a.composed.state.phantom = part.phantom
@@ -116,14 +124,15 @@ def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor,
                 objective = _zero_of(output)
             else:
                 loss = _scalar(loss_function(output, part.targets), "loss")
-                objective = loss * (weights[index] / total)
-                loss_sum = loss_sum + _at_least_float32(loss.detach()) * weights[index]
+                objective = loss if weights[index] == total else loss * (weights[index] / total)
+                part_sum = _at_least_float32(loss.detach()) * weights[index]
+                loss_sum = part_sum if loss_sum is None else loss_sum + part_sum
         a.clock.mark("forward")
         _backward(a, objective, last=index == len(parts) - 1)
     if not parts:
         a.composed.gradients.expect()
     a.composed.gradients.finish()
-    return loss_sum, total
+    return torch.zeros((), device=a.device) if loss_sum is None else loss_sum, total
 
 
 def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:

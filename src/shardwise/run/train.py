@@ -58,6 +58,9 @@ def train(
     plan = resolve_plan(job, chosen, device=device, world=rank.workers if rank is not None else None)
     check_job(job, plan)
     splits = as_splits(job.data)
+    if rank is None and chosen.nodes.count == 1:
+        # Read here, once: workers inherit the pages, and what is wrong with a file shows before any worker starts.
+        _ = splits.train, splits.test
     work = Work(
         job=job,
         splits=splits,
