@@ -31,7 +31,10 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"spec", "dist"},
     "run": {"spec", "dist", "parallel", "data"},
     "tasks": {"spec", "run"},
-    "prove": {"spec", "run"},
+    # A proof walks over the same batches, meshes and composed models as a training, and looks into all of them.
+    "prove": {"spec", "dist", "parallel", "data", "run"},
+    # Public and a single file, but on top of a room: what users' own tests call.
+    "testing": {"spec", "prove"},
     "bench": {"spec", "run", "monitor"},
     "jobs": {"spec", "data"},
     "cli": {

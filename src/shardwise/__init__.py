@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardwise import data, metrics
+    from shardwise import data, metrics, testing
     from shardwise.errors import ShardwiseError
     from shardwise.run.live import LiveRun, start
     from shardwise.run.result import Run, predict
@@ -29,7 +29,7 @@ _WHERE = {
     "Run": "run.result",
     "predict": "run.result",
 }
-_ROOMS = ("data", "metrics")
+_ROOMS = ("data", "metrics", "testing")
 
 __all__ = [
     "Job",
@@ -43,6 +43,7 @@ __all__ = [
     "metrics",
     "predict",
     "start",
+    "testing",
     "train",
 ]
 

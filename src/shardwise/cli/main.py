@@ -17,6 +17,7 @@ from shardwise.errors import ShardwiseError, UserError
 
 VERBS = {
     "train": "Train a model on real data, on one worker or on many.",
+    "prove": "Prove that a plan's parallel run is the serial run, or name what makes it another.",
     "predict": "Predict what published training layouts cost; no torch needed.",
 }
 """Verb -> its line in the help; each lives in `shardwise.cli.<verb>` and is loaded only when it is used."""

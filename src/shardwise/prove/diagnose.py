@@ -222,7 +222,9 @@ def _sum_of_parts(e: Evidence) -> list[Finding]:
         shown = listed([f"{part.index} of worker {part.share}" if several else str(part.share) for part in lost])
         text = f"dropped: the gradient lacks {what} {shown} (samples {_spans(lost)} of the global batch)"
         return [
-            Finding(pattern="dropped micro-batch" if several else "dropped samples", message=text, parameters=tuple(pairs))
+            Finding(
+                pattern="dropped micro-batch" if several else "dropped samples", message=text, parameters=tuple(pairs)
+            )
         ]
     text = "the gradient is not the sum of its parts; they count " + ", ".join(
         f"{weight:.3g} x samples {_spans([part])}" for part, weight in list(zip(parts, weights, strict=True))[:8]
@@ -273,7 +275,9 @@ def _ranks_disagree(e: Evidence) -> list[Finding]:
     names = e.names("gradient")
     if not ranks or 0 in ranks:
         return []
-    text = f"rank {listed([str(rank) for rank in ranks])} holds another gradient than rank 0, for {_described(e, names)}"
+    text = (
+        f"rank {listed([str(rank) for rank in ranks])} holds another gradient than rank 0, for {_described(e, names)}"
+    )
     return [Finding(pattern="ranks disagree", message=text, parameters=tuple(names))]
 
 
@@ -288,7 +292,9 @@ def _clipping(e: Evidence) -> list[Finding]:
     if len(groups) == 1 and len(factors) == len(e.gradient_pairs("applied/")):
         factor = next(iter(groups))
         own = whole / factor if whole > e.clip_norm else whole
-        text = f"clipped by a wrong norm: all gradients are x{_number(factor)} of what the global norm {whole:.4g} gives"
+        text = (
+            f"clipped by a wrong norm: all gradients are x{_number(factor)} of what the global norm {whole:.4g} gives"
+        )
         text += f", as if it were {own:.4g}"
         return [Finding(pattern="clipped by a wrong norm", message=text, parameters=tuple(names), factor=factor)]
     shown = "; ".join(f"x{_number(factor)} on {_described(e, members)}" for factor, members in list(groups.items())[:4])
@@ -323,7 +329,9 @@ def _update(e: Evidence) -> list[Finding]:
         text += f" and at what happens from {later[0]} on" if later else ""
         return [Finding(pattern="wrong update", message=text, parameters=names)]
     if e.names("loss") or e.names("gradient norm"):
-        return [Finding(pattern="wrong report", message="weights are right, but the reported loss or gradient norm is not")]
+        return [
+            Finding(pattern="wrong report", message="weights are right, but the reported loss or gradient norm is not")
+        ]
     return []
 
 

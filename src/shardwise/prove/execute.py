@@ -112,7 +112,9 @@ def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:
             left_out.append(name)
     notes = []
     if any(name.startswith("order") for name in left_out):
-        notes.append("the job's result depends on the order of the samples within a batch: rounding was measured in one order")
+        notes.append(
+            "the job's result depends on the order of the samples within a batch: rounding was measured in one order"
+        )
     elif left_out:
         notes.append("the job in micro-batches is another computation (the loss or a layer couples samples)")
     return Yardstick(exact, kept), notes

@@ -121,7 +121,7 @@ def _piece(a: Assembly, batch: Batch, place: tuple[int, int, int, int], total: f
         for name, tensor in tensors.items()
         if name not in buffers and tensor.grad is not None
     }
-    return Piece(share, index, start, stop, float(loss), gradient)
+    return Piece(share, index, start, stop, float(loss.detach()), gradient)
 
 
 def _coupling(a: Assembly, batch: Batch, bounds: list[tuple[int, int]]) -> tuple[float, float] | None:

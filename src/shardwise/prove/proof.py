@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 from shardwise.data.source import Splits, as_splits
-from shardwise.errors import PlanError, RunFailed, ShardwiseError, UserError
+from shardwise.errors import RunFailed, ShardwiseError, UserError
 from shardwise.prove.child import call_in_child
 from shardwise.prove.compare import MULTIPLE, Yardstick, compare, initial_differences, norm, worst_of_each_kind
 from shardwise.prove.diagnose import Evidence, diagnose, listed
@@ -245,12 +245,13 @@ def _repeats(setting: Setting, plan: Plan) -> Trial | None:
 
 
 def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) -> list[Finding]:
+    pieces, failure = _pieces(setting, plan)
     evidence = Evidence(
         layout=plan.layout,
         candidate=trial.candidate,
         yardstick=yardstick,
         failed=trial.failed,
-        pieces=_pieces(setting, plan),
+        pieces=pieces,
         clip_norm=setting.job.clip_norm,
         initial=trial.initial,
         sample_faults=trial.sample_faults,
@@ -261,6 +262,8 @@ def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) 
     named = [replace(finding, axes=finding.axes or axes) for finding in findings]
     if text:
         named.append(Finding(pattern="axis", message=text, axes=axes))
+    if failure:
+        named.append(Finding(pattern="no parts", message=failure))
     return named
 
 
@@ -280,7 +283,10 @@ def blame_axes(setting: Setting, plan: Plan, yardstick: Yardstick) -> tuple[tupl
         except ShardwiseError:
             continue
         if not passed and layout.workers == 1:
-            return (), "the same plan on one worker fails as well: no axis is to blame, but its other settings (micro_batch)"
+            return (
+                (),
+                "the same plan on one worker fails as well: no axis is to blame, but its other settings (micro_batch)",
+            )
         if not passed:
             axes = tuple(axis for axis, degree in layout.degrees.items() if degree > 1)
             return axes, f"layout {layout} alone fails as well: {' and '.join(axes)} is to blame"
@@ -291,7 +297,8 @@ def blame_axes(setting: Setting, plan: Plan, yardstick: Yardstick) -> tuple[tupl
     return names, f"each part of the layout alone passes: the combination of {' and '.join(names)} is to blame"
 
 
-def _pieces(setting: Setting, plan: Plan) -> Pieces | None:
+def _pieces(setting: Setting, plan: Plan) -> tuple[Pieces | None, str]:
+    """The parts of the first batch; or why the job cannot be run in parts, which takes a clue away and nothing else."""
     task = setting.task("pieces of the batch", Plan(threads=plan.threads), double=True)
     worker = functools.partial(
         write_pieces, task=task, replicas=max(1, plan.layout.replicas), micro_batch=plan.micro_batch
@@ -299,9 +306,9 @@ def _pieces(setting: Setting, plan: Plan) -> Pieces | None:
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
             pool.submit(call_in_child, worker, threads=plan.threads or 1, device=setting.device).result()
-    except (RunFailed, PlanError):
-        return None  # a job that cannot be run in parts gets a verdict without this clue
-    return read_pieces(Path(task.folder))
+    except ShardwiseError as error:
+        return None, f"parts of the batch could not be looked at by themselves ({error})"
+    return read_pieces(Path(task.folder)), ""
 
 
 def _not_comparable(job: Job, plan: Plan, trial: Trial, yardstick: Yardstick) -> str | None:

@@ -33,7 +33,15 @@ _DROPOUTS = frozenset(
 
 _RANDOM = frozenset(
     {
-        *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like),
+        *(
+            torch.rand,
+            torch.randn,
+            torch.randint,
+            torch.randperm,
+            torch.rand_like,
+            torch.randn_like,
+            torch.randint_like,
+        ),
         *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.native_dropout, F.gumbel_softmax),
         *(Tensor.bernoulli, Tensor.bernoulli_, Tensor.multinomial, Tensor.normal_, Tensor.uniform_, Tensor.random_),
         *(Tensor.exponential_, Tensor.geometric_, Tensor.log_normal_, Tensor.cauchy_),

@@ -251,7 +251,9 @@ class Matrix:
         for cell in self.cells:
             counts[cell.result] = counts.get(cell.result, 0) + 1
         totals = ", ".join(f"{count} {result}" for result, count in counts.items())
-        lines = [f"{self.job}: {len(self.cells)} layouts of up to {self.workers} workers: {totals} ({self.seconds:.1f} s)"]
+        lines = [
+            f"{self.job}: {len(self.cells)} layouts of up to {self.workers} workers: {totals} ({self.seconds:.1f} s)"
+        ]
         width = max((len(cell.layout) for cell in self.cells), default=0)
         for cell in self.cells:
             detail = cell.reason

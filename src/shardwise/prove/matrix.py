@@ -1,0 +1,106 @@
+"""Every layout of up to a number of workers, proved, refused with its reason, or refuted."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+from shardwise.errors import RunFailed, UserError
+from shardwise.prove.compare import Yardstick
+from shardwise.prove.execute import Setting, measure
+from shardwise.prove.proof import judge, make_setting, settle
+from shardwise.run.assemble import check_job
+from shardwise.run.choose import with_threads
+from shardwise.run.launch import print_report
+from shardwise.spec.job import Job
+from shardwise.spec.layout import AXES, Layout
+from shardwise.spec.plan import Plan
+from shardwise.spec.verdict import Cell, Matrix
+
+
+def layouts(workers: int) -> list[Layout]:
+    """All layouts of 1 to `workers` workers, fewest workers first, then fewest axes."""
+    found: list[dict[str, int]] = [{}]
+    for axis in AXES:
+        found += [
+            {**degrees, axis: degree}
+            for degrees in found
+            for degree in range(2, workers // prod(degrees.values()) + 1)
+        ]  # fmt: skip
+    made = [Layout(**degrees) for degrees in found]
+    return sorted(made, key=lambda layout: (layout.workers, sum(d > 1 for d in layout.degrees.values())))
+
+
+def prove_all(
+    job: Job,
+    workers: int,
+    *,
+    plan: Plan | None = None,
+    steps: int = 3,
+    device: str = "cpu",
+    threads: int | None = None,
+    reference: Callable[[], Job] | None = None,
+    timeout_seconds: float = 600.0,
+    report: Callable[[str], None] = print_report,
+    on_cell: Callable[[Cell], None] = lambda cell: None,
+) -> Matrix:
+    """Prove every layout of up to `workers` workers; arguments as of `prove`.
+
+    Args:
+        plan: everything but the layout (micro-batch, recompute, ...); None for the defaults.
+        on_cell: called as each layout is done.
+
+    Raises:
+        UserError: the job cannot be proved under any plan, or a number makes no sense.
+    """
+    began = time.perf_counter()
+    if workers < 1:
+        raise UserError(f"workers={workers}: at least 1 is needed")
+    serial = settle(job, (plan or Plan()).with_layout(Layout()), device=device, threads=threads)
+    cells: list[Cell] = []
+    with tempfile.TemporaryDirectory(prefix="shardwise-proof-") as folder:
+        setting = make_setting(
+            job,
+            Path(folder),
+            steps=steps,
+            device=device,
+            reference=reference,
+            timeout_seconds=timeout_seconds,
+            report=report,
+        )
+        measured: tuple[Yardstick, list[str]] | None = None
+        for layout in layouts(workers):
+            candidate = with_threads(replace(serial.with_layout(layout), threads=threads))
+            cell = _refused(job, candidate)
+            if cell is None:
+                if measured is None:
+                    measured = measure(setting, serial)
+                cell = _proved(setting, candidate, *measured)
+            cells.append(cell)
+            on_cell(cell)
+    return Matrix(job=job.name, workers=workers, cells=tuple(cells), seconds=time.perf_counter() - began)
+
+
+def _refused(job: Job, plan: Plan) -> Cell | None:
+    """The cell of a plan that is refused before anything starts."""
+    try:
+        check_job(job, plan)
+    except UserError as error:
+        return Cell(layout=str(plan.layout), result="refused", reason=str(error))
+    return None
+
+
+def _proved(setting: Setting, plan: Plan, yardstick: Yardstick, notes: list[str]) -> Cell:
+    try:
+        verdict = judge(setting, plan, yardstick, notes)
+    except UserError as error:
+        # Contract 5: what a plan cannot do is known before any worker starts.
+        return Cell(layout=str(plan.layout), result="failed", reason=f"refused after its workers had started: {error}")
+    except RunFailed as error:
+        return Cell(layout=str(plan.layout), result="failed", reason=str(error).splitlines()[0])
+    reason = "; ".join(finding.message for finding in verdict.findings)
+    return Cell(layout=str(plan.layout), result=verdict.outcome, reason=reason, verdict=verdict)

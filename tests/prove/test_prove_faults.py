@@ -1,0 +1,232 @@
+"""Every planted fault is refuted, and the right culprit named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardwise.data.batch import Batch
+from shardwise.dist.collectives import Group
+from shardwise.parallel import data as parallel_data
+from shardwise.parallel import norm as parallel_norm
+from shardwise.parallel.clip import clip_by_global_norm
+from shardwise.prove.proof import prove
+from shardwise.run import loop, step
+from shardwise.run.assemble import Assembly
+from shardwise.spec.job import Job
+from shardwise.spec.verdict import Finding, Verdict
+
+Jobs = Callable[..., Job]
+
+
+def _after_sum(change: Callable[[Assembly], None]) -> Callable[[Assembly], None]:
+    """A fault that changes the gradients once they are summed."""
+
+    def plant(a: Assembly) -> None:
+        finish = a.composed.gradients.finish
+
+        def finished(**options: Any) -> None:
+            finish(**options)
+            change(a)
+
+        a.composed.gradients.finish = finished  # type: ignore[method-assign]
+
+    return plant
+
+
+def _before_sum(change: Callable[[Assembly], None]) -> Callable[[Assembly], None]:
+    """A fault that changes each rank's own gradients."""
+
+    def plant(a: Assembly) -> None:
+        finish = a.composed.gradients.finish
+
+        def finished(**options: Any) -> None:
+            change(a)
+            finish(**options)
+
+        a.composed.gradients.finish = finished  # type: ignore[method-assign]
+
+    return plant
+
+
+def no_reduction(a: Assembly) -> None:
+    a.composed.gradients._group = Group()
+
+
+def _scale(factor: Callable[[Assembly], float], only: str = "") -> Callable[[Assembly], None]:
+    def change(a: Assembly) -> None:
+        for name, parameter in a.model.named_parameters():
+            if parameter.grad is not None and only in name:
+                parameter.grad.mul_(factor(a))
+
+    return _after_sum(change)
+
+
+def _clip_own(a: Assembly) -> None:
+    clip_by_global_norm(a.model.parameters(), a.job.clip_norm or 1.0)
+
+
+def clip_per_part(a: Assembly) -> None:
+    """As pipeline stages would that do not tell each other their norms."""
+
+    def clip(parameters: Any, clip_norm: float) -> Tensor:
+        every = list(parameters)
+        clip_by_global_norm(every[:2], clip_norm)
+        return clip_by_global_norm(every[2:], clip_norm)
+
+    step.clip_by_global_norm = clip  # type: ignore[attr-defined]
+
+
+def untie(a: Assembly) -> None:
+    model: Any = a.model
+    model.head.weight = nn.Parameter(model.tokens.weight.detach().clone())
+    a.optimizer.add_param_group({"params": [model.head.weight]})
+    a.composed.gradients = parallel_data.GradientSum(model.named_parameters(), a.world)
+
+
+def drop_micro_batch(a: Assembly) -> None:
+    """Rank 1 forgets the last piece of each of its batches."""
+    if a.world.rank == 1:
+        split = Batch.split
+        patched: Any = Batch
+        patched.split = lambda batch, micro_batch: split(batch, micro_batch)[:-1]
+
+
+def wrong_slice(a: Assembly) -> None:
+    """Every rank reads the share of rank 0."""
+    module = vars(loop)
+    batches = module["batches"]
+    module["batches"] = lambda *arguments, **options: batches(*arguments, **{**options, "rank": 0})
+
+
+def local_batch_norm(a: Assembly) -> None:
+    for _, module in parallel_norm.batch_norms(a.model):
+        del module.forward
+
+
+def stale_buffer(a: Assembly) -> None:
+    parallel_norm._update_running = lambda *_: None
+
+
+def other_start(a: Assembly) -> None:
+    if a.world.rank == 1:
+        with torch.no_grad():
+            next(a.model.parameters()).mul_(1 + 1e-6)
+
+
+def wrong_learning_rate(a: Assembly) -> None:
+    a.optimizer.param_groups[0]["lr"] *= a.world.size
+
+
+def _refuted(verdict: Verdict, pattern: str) -> Finding:
+    assert verdict.outcome == "refuted", verdict
+    patterns = [finding.pattern for finding in verdict.findings]
+    assert pattern in patterns, verdict
+    return verdict.findings[patterns.index(pattern)]
+
+
+def test_no_reduction(job: Jobs) -> None:
+    verdict = prove(job("mlp"), "data=3", fault=no_reduction)
+    found = _refuted(verdict, "missing reduction")
+    assert found.axes == ("data",)
+    assert "all parameters" in found.message
+    assert "inner.weight" in found.parameters
+    assert "missing reduction over data" in str(verdict)
+
+
+def test_no_reduction_with_batch_norm(job: Jobs) -> None:
+    assert _refuted(prove(job("conv"), "data=2", fault=no_reduction), "missing reduction").axes == ("data",)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "gpt"])
+def test_sum_for_mean(job: Jobs, kind: str) -> None:
+    found = _refuted(prove(job(kind), "data=3", fault=_scale(lambda a: float(a.world.size))), "scaled gradients")
+    assert found.factor == pytest.approx(3)
+    assert "x3 on all parameters: the degree of data" in found.message
+
+
+def test_mean_for_sum(job: Jobs) -> None:
+    found = _refuted(prove(job("mlp"), "data=2", fault=_scale(lambda a: 1 / a.world.size)), "scaled gradients")
+    assert found.factor == pytest.approx(0.5)
+    assert "one over the degree of data" in found.message
+
+
+def test_factor_on_some_modules(job: Jobs) -> None:
+    """What expert gradients summed once too often look like."""
+    found = _refuted(prove(job("mlp"), "data=2", fault=_scale(lambda a: 2.0, only="norm")), "scaled gradients")
+    assert set(found.parameters) == {"norm.weight", "norm.bias"}
+    assert "all parameters of LayerNorm" in found.message
+
+
+def test_clipped_per_rank(job: Jobs) -> None:
+    found = _refuted(prove(job("mlp", clip_norm=0.1), "data=2", fault=_before_sum(_clip_own)), "clipped per rank")
+    assert "each worker's own gradient" in found.message
+
+
+def test_clipped_per_part(job: Jobs) -> None:
+    found = _refuted(prove(job("mlp", clip_norm=0.1), "data=2", fault=clip_per_part), "clipped per part")
+    assert "not by the global norm" in found.message
+
+
+def test_tied_weight_untied(job: Jobs) -> None:
+    found = _refuted(prove(job("gpt"), "data=2", fault=untie), "tied weight untied")
+    assert set(found.parameters) == {"tokens.weight", "head.weight"}
+    assert "add up to the right one" in found.message
+
+
+def test_dropped_micro_batch(job: Jobs) -> None:
+    found = _refuted(prove(job("mlp", micro_batch=3), "data=2", fault=drop_micro_batch), "dropped micro-batch")
+    assert "micro-batch 1 of worker 1" in found.message
+    assert "samples 10 to 12" in found.message
+
+
+def test_wrong_slice(job: Jobs) -> None:
+    verdict = prove(job("mlp"), "data=2", fault=wrong_slice)
+    assert "rank 1" in _refuted(verdict, "wrong samples").message
+    assert [guard.name for guard in verdict.guards if not guard.passed] == ["samples"]
+
+
+def test_local_batch_norm(job: Jobs) -> None:
+    found = _refuted(prove(job("conv"), "data=2", fault=local_batch_norm), "local BatchNorm statistics")
+    assert found.axes == ("data",)
+
+
+def test_stale_buffer(job: Jobs) -> None:
+    verdict = prove(job("conv"), "data=2", fault=stale_buffer)
+    found = _refuted(verdict, "stale buffer")
+    kinds = ("running_mean", "running_var", "num_batches_tracked")
+    assert set(found.parameters) == {f"norm{number}.{kind}" for number in (1, 2) for kind in kinds}
+
+
+def test_other_start_on_one_rank(job: Jobs) -> None:
+    found = _refuted(prove(job("mlp"), "data=2", fault=other_start), "other start")
+    assert "on rank 1" in found.message
+    assert found.parameters == ("inner.weight",)
+
+
+def test_wrong_learning_rate(job: Jobs) -> None:
+    """Gradients are right, the update is not."""
+    assert "0 lr" in _refuted(prove(job("mlp"), "data=2", fault=wrong_learning_rate), "wrong update").parameters
+
+
+def test_coupled_loss_blames_the_job(job: Jobs) -> None:
+    verdict = prove(job("towers"), "data=2")
+    found = _refuted(verdict, "loss couples samples")
+    assert "contrastive" in found.message
+    assert prove(job("towers"), "serial").proved
+
+
+def test_coupled_loss_in_micro_batches_blames_no_axis(job: Jobs) -> None:
+    verdict = prove(replace(job("towers"), micro_batch=4), "data=2")
+    assert _refuted(verdict, "loss couples samples").axes == ()
+    assert "one worker fails as well" in _refuted(verdict, "axis").message
+
+
+def test_unweighted_token_mean(job: Jobs) -> None:
+    """A mean over unignored targets without Job.weight is no mean over samples."""
+    assert "Job.weight" in _refuted(prove(job("gpt", weight=None), "data=2"), "loss couples samples").message
