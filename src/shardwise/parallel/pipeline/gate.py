@@ -1,0 +1,74 @@
+"""Gates: the places where a forward pass asks whether a module is to be run here.
+
+The user's forward functions run unchanged on every stage. What changes is what happens when they call a module: a gate
+hands the call to the handler of the moment, which runs it, or answers with a stand-in because another stage runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+from torch import nn
+
+
+class Handler(Protocol):
+    """Decides what a call of a gated module does."""
+
+    def module_call(self, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer the call of the module `name`, whose own code is `run`."""
+
+
+@final
+@dataclass
+class Session:
+    """Who answers gated calls of one model at the moment; nobody outside of a pipelined pass."""
+
+    handler: Handler | None = None
+
+
+def units(model: nn.Module, opened: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every unit: the outermost modules that run as a whole on one stage.
+
+    Args:
+        opened: names of the modules whose own forward function runs on every stage; the root always does.
+    """
+    seen: set[int] = set()
+    for child_name, child in _named_children(model, ""):
+        for name, module in _units(child_name, child, opened):
+            if id(module) not in seen:  # one module under two names has one gate
+                seen.add(id(module))
+                yield name, module
+
+
+def _units(name: str, module: nn.Module, opened: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    if name in opened or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        for inner, child in _named_children(module, name + "."):
+            yield from _units(inner, child, opened)
+    else:
+        yield name, module
+
+
+def _named_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        yield prefix + name, child
+
+
+def install(module: nn.Module, name: str, session: Session) -> None:
+    """Put a gate before a module, for `module(x)` and for `module.forward(x)` alike."""
+    compiled: Callable[..., Any] | None = module._compiled_call_impl
+    module._compiled_call_impl = _gated(  # torch's own slot for a replaced call
+        compiled if compiled is not None else module._call_impl, name, session
+    )
+    module.forward = _gated(module.forward, name, session)
+
+
+def _gated(run: Callable[..., Any], name: str, session: Session) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        handler = session.handler
+        if handler is None:
+            return run(*args, **kwargs)
+        return handler.module_call(name, run, args, kwargs)
+
+    return call

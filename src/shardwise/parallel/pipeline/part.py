@@ -1,0 +1,192 @@
+"""This rank's part of a pipelined model: the user's module, holding what its stages use and stand-ins for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from shardwise.errors import PlanError
+from shardwise.parallel.pipeline.cuts import StageTable
+from shardwise.parallel.pipeline.gate import Session, install, units
+from shardwise.parallel.pipeline.program import Cutting, Forward, Program, describe, find_cuts
+from shardwise.parallel.pipeline.schedule import rank_of
+from shardwise.parallel.pipeline.skeleton import is_fake
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """`model(x)`, with a tuple of inputs as positional and a dict as keyword arguments."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
+
+
+@final
+@dataclass(frozen=True)
+class Split:
+    """A model and where it is cut; nothing is given away yet.
+
+    Attributes:
+        table: what every stage does, for people.
+        holders: name of every parameter and buffer -> the stages that use it, in order; the first is its owner.
+    """
+
+    program: Program
+    table: StageTable
+    holders: dict[str, tuple[int, ...]]
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.table.stages)
+
+
+@final
+@dataclass
+class PipelinePart:
+    """What one rank of the pipeline keeps of the model.
+
+    Attributes:
+        model: the user's module itself, with every module and name in place. Parameters and buffers of other ranks are
+            stand-ins with shape, dtype and device and without memory; they never get a gradient.
+        stages: the stages this rank runs.
+        holders: name of every parameter and buffer -> the ranks that hold it; the first is its owner.
+    """
+
+    model: nn.Module
+    program: Program
+    table: StageTable
+    rank: int
+    ranks: int
+    stages: tuple[int, ...]
+    holders: dict[str, tuple[int, ...]]
+    session: Session = field(default_factory=Session)
+    _accepted: set[int] = field(default_factory=set)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what this rank holds, tied ones once, with the user's names."""
+        return ((name, value) for name, value in self.model.named_parameters() if not is_fake(value))
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, buffer) of what this rank holds."""
+        return ((name, value) for name, value in self.model.named_buffers() if not is_fake(value))
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank is the one that counts or saves a parameter or buffer that several may hold."""
+        return self.holders[name][0] == self.rank
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Of the model's state, what this rank owns; the parts of all ranks together are the whole, each tensor once.
+
+        A tied parameter appears under all of its names, as in the model's own state.
+        """
+        canonical = {id(value): name for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        owned = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if isinstance(value, Tensor) and not is_fake(value) and self.owns(canonical[id(value)]):
+                owned[name] = value.detach()
+        return owned
+
+    def shared(self) -> dict[tuple[int, ...], list[str]]:
+        """Trained parameters that several ranks hold, by those ranks."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        for name in trained:
+            if len(self.holders[name]) > 1:
+                found.setdefault(self.holders[name], []).append(name)
+        return dict(sorted(found.items()))
+
+    def cutting(self, inputs: Any) -> Cutting:
+        """How inputs of these shapes go through the stages.
+
+        Raises:
+            PlanError: they need a parameter or buffer on a stage whose rank does not hold it.
+        """
+        cutting = self.program.cutting(self.model, inputs)
+        if cutting.trace.asks_values or id(cutting) not in self._accepted:
+            for name, stages in cutting.holders().items():
+                missing = sorted({rank_of(stage, self.ranks) for stage in stages} - set(self.holders[name]))
+                if missing:
+                    raise PlanError(
+                        f"with inputs of these shapes (or in this mode) pipeline rank {missing[0]} needs {name!r}, which it "
+                        "did not need for the example inputs; cut the model elsewhere with plan.cuts, so that one stage "
+                        "holds all modules of such a branch"
+                    )
+            self._accepted.add(id(cutting))
+        return cutting
+
+
+def split(
+    model: nn.Module, inputs: Any, stages: int, cuts: Sequence[str] = (), *, forward: Forward = call_model
+) -> Split:
+    """Find where to cut the model. Nothing is computed and the model is not changed.
+
+    All ranks come to the same cuts without talking to each other.
+
+    Args:
+        model: the user's module on its device, before any other kind of parallelism changed it.
+        inputs: an example of one micro-batch, on the same device.
+        stages: how many to cut it into.
+        cuts: names of the modules that start stages 1, 2, ...; empty balances the stages by estimated work.
+        forward: `(model, inputs)` -> output; what it computes after the model (a loss) belongs to the last stage.
+
+    Raises:
+        PlanError: the model cannot be cut so, with the reason and what to do.
+    """
+    if stages < 2:
+        raise PlanError(f"a pipeline of {stages} stage: give at least 2, or leave the pipeline out of the plan")
+    names = find_cuts(model, forward, inputs, stages, cuts)
+    program = Program(model, forward, names)
+    cutting = program.cutting(model, inputs)
+    used = cutting.holders()
+    every = tuple(range(stages))
+    holders = {name: tuple(sorted(used.get(name, {0}))) for name, _ in model.named_parameters()}
+    # A buffer that nothing used yet costs little and may be asked for by any stage.
+    holders |= {name: tuple(sorted(used[name])) if name in used else every for name, _ in model.named_buffers()}
+    _refuse_sparse(model, holders)
+    return Split(program, describe(cutting, model, names), holders)
+
+
+def take_part(split: Split, model: nn.Module, rank: int, ranks: int) -> PipelinePart:
+    """Keep this rank's part of the model: in place, everything else gives its memory back.
+
+    Args:
+        split: of this very model.
+        rank: this rank's index in its pipeline.
+        ranks: number of ranks in the pipeline; stages go round robin.
+    """
+    stages = tuple(stage for stage in range(split.stages) if rank_of(stage, ranks) == rank)
+    holders = {
+        name: tuple(sorted({rank_of(stage, ranks) for stage in found}, key=lambda r: (min(found) % ranks != r, r)))
+        for name, found in split.holders.items()
+    }
+    held = {name for name, found in holders.items() if rank in found}
+    names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    originals = [*model.parameters(), *model.buffers()]  # alive until all names of each are replaced
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and not is_fake(tensor) and names[id(tensor)] not in held:
+                setattr(module, name, split.program.fakes.like(tensor))
+    split.program.fakes.forget()
+    del originals
+    part = PipelinePart(model, split.program, split.table, rank, ranks, stages, holders)
+    for name, module in list(units(model, split.program.opened)):
+        install(module, name, part.session)
+    return part
+
+
+def _refuse_sparse(model: nn.Module, holders: dict[str, tuple[int, ...]]) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            name = names[id(module.weight)]
+            if len(holders[name]) > 1:
+                raise PlanError(
+                    f"embedding {path!r} was built with sparse=True and its weight is used on stages "
+                    f"{', '.join(map(str, holders[name]))}: gradients of a weight on several stages are summed as dense "
+                    "tensors; build it with sparse=False"
+                )

@@ -1,0 +1,256 @@
+"""Running the table of a schedule: one rank's part of a step, action by action."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from shardwise.dist.collectives import Group
+from shardwise.dist.p2p import Transfer, start_receive, start_send
+from shardwise.errors import RunFailed
+from shardwise.parallel.pipeline.message import Form, pack, unpack
+from shardwise.parallel.pipeline.part import PipelinePart
+from shardwise.parallel.pipeline.program import Cutting
+from shardwise.parallel.pipeline.replay import StageResult, run_stage
+from shardwise.parallel.pipeline.schedule import Action, ScheduleTable, forward_table, rank_of, schedule_table
+
+Objective: TypeAlias = Callable[[Any, int], Tensor]
+"""`(output, micro-batch)` -> the scalar to back-propagate: that micro-batch's share of the global mean."""
+
+_BEFORE = {"RECV_F": -1, "RECV_B": 1}
+_WHAT = {"F": "activations", "B": "gradients"}
+
+
+@final
+@dataclass
+class _Pass:
+    """One walk through a table."""
+
+    table: ScheduleTable
+    micro_batches: Sequence[Any]
+    cuttings: list[Cutting]
+    on_output: Callable[[Any, int], Tensor | None]
+    on_last_backward: Callable[[], None]
+    received: dict[tuple[str, int, int], Transfer] = field(default_factory=dict)
+    sent: dict[tuple[str, int, int], Transfer] = field(default_factory=dict)
+    here: dict[tuple[str, int, int], dict[int, Tensor | None]] = field(default_factory=dict)
+    results: dict[tuple[int, int], StageResult] = field(default_factory=dict)
+    objectives: dict[int, Tensor | None] = field(default_factory=dict)
+    backward_left: int = 0
+
+
+@final
+class PipelineRunner:
+    """Takes this rank's part in the steps of one pipeline."""
+
+    def __init__(
+        self,
+        part: PipelinePart,
+        group: Group,
+        *,
+        schedule: str,
+        device: torch.device,
+        timeout_seconds: float | None = None,
+    ) -> None:
+        """Prepare the runner.
+
+        Args:
+            part: what this rank keeps of the model.
+            group: the ranks of this pipeline, in the order of their stages.
+            schedule: one of `READY_SCHEDULES`.
+            device: where activations live.
+            timeout_seconds: how long to wait for a neighbour; None as long as the process group allows.
+        """
+        self._part = part
+        self._group = group
+        self._schedule = schedule
+        self._device = device
+        self._timeout = timeout_seconds
+        self._tables: dict[tuple[str, int], ScheduleTable] = {}
+
+    @property
+    def has_output(self) -> bool:
+        """Whether this rank runs the last stage."""
+        return self._stages - 1 in self._part.stages
+
+    @property
+    def _stages(self) -> int:
+        return len(self._part.table.stages)
+
+    def table(self, micro_batches: int, *, forward_only: bool = False) -> ScheduleTable:
+        """The table of a step with that many micro-batches."""
+        name = "forward" if forward_only else self._schedule
+        key = (name, micro_batches)
+        if key not in self._tables:
+            ranks, stages = self._group.size, self._stages
+            self._tables[key] = (
+                forward_table(ranks, stages, micro_batches)
+                if forward_only
+                else schedule_table(name, ranks, stages, micro_batches)
+            )
+        return self._tables[key]
+
+    def step(
+        self,
+        micro_batches: Sequence[Any],
+        objective: Objective,
+        *,
+        on_last_backward: Callable[[], None] = lambda: None,
+    ) -> None:
+        """All forward and backward passes of one global step; gradients are added to what `parameter.grad` holds.
+
+        Collective over the group: all ranks give the same micro-batches.
+
+        Args:
+            micro_batches: inputs of the model, of any sizes, on the device.
+            objective: called on the rank of the last stage, once for every micro-batch, in order.
+            on_last_backward: called before this rank's last backward pass; its gradients are complete after it.
+
+        Raises:
+            PlanError: a micro-batch cannot go through the stages.
+            RunFailed: a neighbour did not answer, or the forward pass took another way than when it was traced.
+        """
+        table = self.table(len(micro_batches))
+        self._walk(table, micro_batches, objective, on_last_backward)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Any], on_output: Callable[[Any, int], None]) -> None:
+        """Forward passes only. Collective over the group.
+
+        Args:
+            micro_batches: as for `step`.
+            on_output: called with the output of every micro-batch, in order, on the rank of the last stage.
+        """
+        table = self.table(len(micro_batches), forward_only=True)
+        self._walk(table, micro_batches, on_output, lambda: None)
+
+    def _walk(
+        self,
+        table: ScheduleTable,
+        micro_batches: Sequence[Any],
+        on_output: Callable[[Any, int], Tensor | None],
+        on_last_backward: Callable[[], None],
+    ) -> None:
+        row = table.rows[self._part.rank]
+        cuttings = [self._part.cutting(inputs) for inputs in micro_batches]
+        walk = _Pass(table, micro_batches, cuttings, on_output, on_last_backward)
+        walk.backward_left = sum(action.kind == "B" for action in row)
+        if not walk.backward_left:
+            on_last_backward()
+        for action in row:
+            if action.kind == "F":
+                self._forward(walk, action)
+            elif action.kind == "B":
+                self._backward(walk, action)
+            elif action.kind in _BEFORE:
+                self._receive(walk, action)
+            else:
+                self._send(walk, action)
+        for key, transfer in walk.sent.items():
+            self._wait(transfer, key)
+
+    def _forward(self, walk: _Pass, action: Action) -> None:
+        stage, index = action.stage, action.micro_batch
+        cutting = walk.cuttings[index]
+        arrived = {number: value for number, value in self._take(walk, "F", stage, index).items() if value is not None}
+        part = self._part
+        inputs = walk.micro_batches[index]
+        result = run_stage(part.program.forward, part.model, part.session, cutting, stage, inputs, arrived)
+        if stage == cutting.stages - 1:
+            walk.objectives[index] = walk.on_output(result.output, index)
+            result.output = None
+        else:
+            self._hand_on(walk, "F", stage + 1, index, dict(result.carried))
+        if torch.is_grad_enabled():
+            walk.results[(stage, index)] = result
+
+    def _backward(self, walk: _Pass, action: Action) -> None:
+        stage, index = action.stage, action.micro_batch
+        result = walk.results.pop((stage, index))
+        if walk.backward_left == 1:
+            walk.on_last_backward()
+        walk.backward_left -= 1
+        if stage == walk.cuttings[index].stages - 1:
+            objective = walk.objectives.pop(index)
+            if objective is not None and objective.requires_grad:
+                objective.backward()
+        else:
+            # The gradients are the answer to these activations: the message has arrived, its memory can go.
+            sent = walk.sent.pop(("F", stage + 1, index), None)
+            if sent is not None:
+                self._wait(sent, ("F", stage + 1, index))
+            gradients = self._take(walk, "B", stage, index)
+            pairs = [
+                (result.carried[number], gradient) for number, gradient in gradients.items() if gradient is not None
+            ]
+            pairs = [(value, gradient) for value, gradient in pairs if value.requires_grad]
+            if pairs:
+                torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+        if stage:
+            returned = {number: leaf.grad for number, leaf in result.leaves.items() if leaf.requires_grad}
+            self._hand_on(walk, "B", stage - 1, index, returned)
+
+    # Messages
+
+    def _form(self, walk: _Pass, kind: str, stage: int, index: int) -> Form:
+        """Form of what stage `stage` gets: activations from the stage before (F) or gradients from the one after (B)."""
+        cutting = walk.cuttings[index]
+        ghosts = [value.ghost for value in cutting.trace.values]
+        if kind == "F":
+            return Form.of(ghosts, cutting.carried[stage], optional=False)
+        return Form.of(ghosts, cutting.with_gradient(stage + 1), optional=True)
+
+    def _hand_on(self, walk: _Pass, kind: str, target: int, index: int, tensors: dict[int, Tensor | None]) -> None:
+        """Keep what the target stage gets until it is sent or, if that stage is here, taken."""
+        if rank_of(target, self._group.size) != self._part.rank:
+            form = self._form(walk, kind, target, index)
+            tensors = {0: pack(form, tensors, self._device)} if form.numbers else {}
+        else:
+            tensors = {number: tensor.detach() if tensor is not None else None for number, tensor in tensors.items()}
+        walk.here[(kind, target, index)] = tensors
+
+    def _take(self, walk: _Pass, kind: str, stage: int, index: int) -> dict[int, Tensor | None]:
+        """What a stage gets, by the numbers of the values."""
+        key = (kind, stage, index)
+        first = stage == 0 if kind == "F" else stage == self._stages - 1
+        if first:
+            return {}
+        if key in walk.here:
+            return walk.here.pop(key)
+        if key not in walk.received:
+            return {}
+        return unpack(self._form(walk, *key), self._wait(walk.received.pop(key), key))
+
+    def _send(self, walk: _Pass, action: Action) -> None:
+        kind, target = ("F", action.stage + 1) if action.kind == "SEND_F" else ("B", action.stage - 1)
+        key = (kind, target, action.micro_batch)
+        message = walk.here.pop(key).get(0)
+        if message is not None:
+            walk.sent[key] = start_send(message, self._group, rank_of(target, self._group.size))
+        # Gradients sent as many micro-batches ago as there are stages have long been received: give their memory back.
+        old = ("B", target, action.micro_batch - self._stages)
+        if kind == "B" and old in walk.sent:
+            self._wait(walk.sent.pop(old), old)
+
+    def _receive(self, walk: _Pass, action: Action) -> None:
+        key = ("F" if action.kind == "RECV_F" else "B", action.stage, action.micro_batch)
+        form = self._form(walk, *key)
+        if form.numbers:
+            source = rank_of(action.stage + _BEFORE[action.kind], self._group.size)
+            walk.received[key] = start_receive(form.empty(self._device), self._group, source)
+
+    def _wait(self, transfer: Transfer, key: tuple[str, int, int]) -> Tensor:
+        try:
+            return transfer.wait(self._timeout)
+        except RuntimeError as error:
+            kind, stage, index = key
+            source = stage - 1 if kind == "F" else stage + 1
+            raise RunFailed(
+                f"pipeline rank {self._part.rank}: the {_WHAT[kind]} of micro-batch {index} did not get from stage {source} "
+                f"(rank {rank_of(source, self._group.size)}) to stage {stage} (rank {rank_of(stage, self._group.size)}): "
+                f"{error}. Usually the other rank has failed or is still busy; its own message says more"
+            ) from error
