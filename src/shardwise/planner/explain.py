@@ -1,0 +1,216 @@
+"""Why the winner wins, what holds the others back, and what would help: sentences from the numbers of a search."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from shardwise.errors import PlanError
+from shardwise.planner.case import Case
+from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.memory import CONTEXT_BYTES
+from shardwise.planner.search import Candidate, Found, Problem, cases
+from shardwise.planner.step import Estimate, estimate
+from shardwise.spec.layout import Layout
+from shardwise.spec.machine import Figure, Machine
+from shardwise.units import format_bytes, format_seconds
+
+PARTS = {
+    "compute": "computing",
+    "recompute": "computing activations again",
+    "tensor": "exchanging activations between tensor ranks and experts",
+    "context": "passing keys and values around",
+    "shards": "gathering and reducing shards",
+    "bubble": "waiting in the pipeline",
+    "gradients": "reducing gradients",
+    "optimizer": "updating the weights",
+}
+"""Part of a step -> what the workers do meanwhile."""
+
+FASTEST_GBITS = 10_000.0
+"""Beyond this speed a network that would make a layout win is not worth a sentence."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One family of layouts, its best member, and a sentence."""
+
+    family: str
+    layout: str
+    sentence: str
+
+
+def why_best(found: Found) -> str:
+    """Where the time of the winner goes, in one sentence.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    if found.best is None:
+        raise PlanError(nothing_fits(found))
+    best = found.best.estimate
+    step = best.step_seconds
+    shares = sorted(best.seconds.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{100 * value / step:.0f} % {PARTS[name]}" for name, value in shares if value > 0.02 * step)
+    return f"{found.best} takes {format_seconds(step)} a step and {format_bytes(best.memory.total)} on the fullest rank: {told}."
+
+
+def nothing_fits(found: Found) -> str:
+    """What the layout that needs least memory lacks."""
+    if not found.too_large:
+        return "no layout divides this batch and model over so many workers: change the batch or the number of workers"
+    nearest = min(found.too_large, key=lambda item: item.estimate.memory.total)
+    needs = nearest.estimate.memory.total + CONTEXT_BYTES
+    room = nearest.case.machine.accelerator.memory_bytes.value
+    return (
+        f"nothing fits: the smallest layout ({nearest}) needs {format_bytes(needs)} of the {format_bytes(room)} of a "
+        f"device; {_largest(nearest.estimate)}. Use more workers or devices with more memory"
+    )
+
+
+def losers(problem: Problem, found: Found, constants: Constants = DEFAULT) -> tuple[Reason, ...]:
+    """For every family of layouts that does not win: what holds its best member back, or the speed at which it would win."""
+    if found.best is None:
+        return ()
+    best = found.best
+    members: dict[str, Candidate] = {}
+    for item in found.plans:
+        members.setdefault(item.family, item)
+    reasons = [
+        Reason(name, str(item), _loses(item, best, constants)) for name, item in members.items() if name != best.family
+    ]
+    for item in found.too_large:
+        if item.family not in members:
+            members[item.family] = item
+            reasons.append(Reason(item.family, str(item), _too_large(item)))
+    return tuple(reasons)
+
+
+def why_not(problem: Problem, wanted: Layout, found: Found, constants: Constants = DEFAULT) -> str:
+    """Why the layouts with these degrees are not the winner; `data` and `shard` ask for unsharded and sharded states.
+
+    Axes that `wanted` leaves at 1 are free unless it names all workers.
+    """
+    degrees = {axis: degree for axis, degree in wanted.degrees.items() if degree > 1}
+    matching = [case for case in cases(problem) if _matches(case, wanted)]
+    if not matching:
+        given = ",".join(f"{axis}={degree}" for axis, degree in degrees.items()) or "serial"
+        return (
+            f"{given} is not possible here: tensor must divide the {problem.model.heads} heads and stay within the "
+            f"{problem.machine.gpus_per_node} ranks of a node, a pipeline has at most {problem.model.layers} stages, and "
+            f"the {problem.global_batch} sequences and {problem.workers} workers must divide evenly"
+        )
+    priced = [Candidate(case, estimate(case, constants, quick=True)) for case in matching]
+    fitting = [item for item in priced if item.estimate.comfortable]
+    if not fitting:
+        item = min(priced, key=lambda one: one.estimate.memory.total)
+        return f"its smallest form is {item}; {_too_large(item)}"
+    item = min(fitting, key=lambda one: one.estimate.step_seconds)
+    if found.best is None or item.estimate.step_seconds <= found.best.estimate.step_seconds:
+        return f"nothing speaks against it: {item} is the best layout found"
+    return f"its best form is {item}; {_loses(item, found.best, constants)}"
+
+
+def what_helps(found: Found, constants: Constants = DEFAULT) -> tuple[str, ...]:
+    """What shortens the winner's step most: each resource doubled, and the memory that would allow a faster layout."""
+    if found.best is None:
+        return ()
+    case, now = found.best.case, found.best.estimate.step_seconds
+    changes: dict[str, Callable[[Machine], Machine]] = {
+        "a network twice as fast": lambda machine: machine.with_network(
+            machine.inter.bytes_per_second.value * 16 / 1e9, "doubled"
+        ),
+        "links inside the node twice as fast": lambda machine: replace(
+            machine, intra=replace(machine.intra, bytes_per_second=_twice(machine.intra.bytes_per_second))
+        ),
+        "device memory twice as fast": lambda machine: replace(
+            machine,
+            accelerator=replace(
+                machine.accelerator, memory_bytes_per_second=_twice(machine.accelerator.memory_bytes_per_second)
+            ),
+        ),
+    }
+    gains: list[tuple[float, str]] = []
+    for name, change in changes.items():
+        then = estimate(replace(case, machine=change(case.machine)), constants).step_seconds
+        gains.append((now / then, f"{name}: {now / then:.2f} times as fast"))
+    double = replace(case, global_batch=2 * case.global_batch)
+    gain = 2 * now / estimate(double, constants).step_seconds
+    gains.append((gain, f"twice the global batch: {gain:.2f} times the samples per second"))
+    faster = [item for item in found.too_large if item.estimate.step_seconds < now]
+    if faster:
+        item = min(faster, key=lambda one: one.estimate.step_seconds)
+        gain = now / item.estimate.step_seconds
+        needs = format_bytes(item.estimate.memory.total + CONTEXT_BYTES)
+        gains.append((gain, f"{needs} of device memory would allow {item}: {gain:.2f} times as fast"))
+    return tuple(sentence for gain, sentence in sorted(gains, key=lambda one: -one[0]) if gain > 1.01)
+
+
+def break_even_gbits(case: Case, target_seconds: float, constants: Constants = DEFAULT) -> float | None:
+    """Network speed in Gbit/s per rank at which `case` takes `target_seconds`; None if no speed up to 10 Tbit/s does."""
+
+    def at(gbits: float) -> float:
+        return estimate(
+            replace(case, machine=case.machine.with_network(gbits, "asked")), constants, quick=True
+        ).step_seconds
+
+    if at(FASTEST_GBITS) > target_seconds:
+        return None
+    low, high = 1e-3, FASTEST_GBITS
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        if at(middle) > target_seconds:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _loses(item: Candidate, best: Candidate, constants: Constants) -> str:
+    mine, theirs = item.estimate, best.estimate
+    slower = mine.step_seconds / theirs.step_seconds - 1.0
+    if slower <= 0.005:
+        return f"it is as fast as the winner within {100 * max(slower, 0.001):.1f} %"
+    extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
+    worst = max(extra, key=lambda name: extra[name])
+    sentence = (
+        f"it is {100 * slower:.0f} % slower than the winner; most of it is {PARTS[worst]}, "
+        f"{100 * mine.seconds[worst] / mine.step_seconds:.0f} % of its step"
+    )
+    if worst in ("tensor", "context", "shards", "gradients"):
+        even = break_even_gbits(item.case, theirs.step_seconds, constants)
+        now = item.case.machine.inter.bytes_per_second.value * 8 / 1e9
+        if even is not None and even > now:
+            sentence += f"; it would win above {even:.0f} Gbit/s per rank (now {now:.0f})"
+        elif even is None:
+            sentence += "; no network would make it win"
+    return sentence
+
+
+def _too_large(item: Candidate) -> str:
+    needs = item.estimate.memory.total + CONTEXT_BYTES
+    room = item.case.machine.accelerator.memory_bytes.value
+    word = "may not fit" if item.estimate.fits else "does not fit"
+    return f"it {word}: it needs {format_bytes(needs)} of {format_bytes(room)}, {_largest(item.estimate)}"
+
+
+def _largest(found: Estimate) -> str:
+    name, size = max(found.memory.by_part().items(), key=lambda one: one[1])
+    return f"{format_bytes(size)} of it {name}"
+
+
+def _matches(case: Case, wanted: Layout) -> bool:
+    for axis in ("tensor", "pipeline", "context", "expert"):
+        degree = getattr(wanted, axis)
+        if degree > 1 and getattr(case, axis) != degree:
+            return False
+    replicas = wanted.replicas
+    if replicas > 1 and case.data != replicas:
+        return False
+    if wanted.shard > 1 and case.zero_stage == 0:
+        return False
+    if wanted.data > 1 and wanted.shard == 1 and case.zero_stage > 0:
+        return False
+    return wanted.workers <= case.workers
+
+
+def _twice(figure: Figure) -> Figure:
+    return replace(figure, value=2 * figure.value, source=f"twice: {figure.source}")

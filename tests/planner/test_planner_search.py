@@ -1,0 +1,185 @@
+"""Search and explanation: rules of the space, published winners, reasons that follow from the numbers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from shardwise.cli.plan import plan as plan_command
+from shardwise.errors import PlanError, UserError
+from shardwise.planner import catalogue
+from shardwise.planner.explain import break_even_gbits, losers, nothing_fits, what_helps, why_best, why_not
+from shardwise.planner.search import Problem, cases, family, search
+from shardwise.planner.step import estimate
+from shardwise.spec.facts import Transformer
+from shardwise.spec.layout import Layout
+from shardwise.spec.machine import Figure
+
+SMALL = "llama:layers=32,hidden=4096,heads=32,kv_heads=8,ffn=14336,vocab=128256,seq=8192"
+LARGE = "gpt:layers=96,hidden=12288,heads=96,seq=2048,vocab=51200"
+
+
+def problem(text: str, workers: int, batch: int, hardware: str = "a100-80gb-sxm", **changes: object) -> Problem:
+    model, seq_len = Transformer.parse(text)
+    base = Problem(
+        model=model, machine=catalogue.machine(hardware), workers=workers, seq_len=seq_len, global_batch=batch
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_every_layout_uses_all_workers_and_keeps_the_rules() -> None:
+    asked = problem(SMALL, 64, 192)
+    found = list(cases(asked))
+    assert len(found) > 500
+    assert len(
+        {
+            (
+                case.data,
+                case.tensor,
+                case.pipeline,
+                case.zero_stage,
+                case.micro_batch,
+                case.virtual_stages,
+                case.recompute,
+            )
+            for case in found
+        }
+    ) == len(found)
+    for case in found:
+        assert case.workers == 64
+        assert case.tensor <= 8 and asked.model.heads % case.tensor == 0
+        assert case.pipeline * case.virtual_stages <= asked.model.layers
+        assert asked.global_batch == case.data * case.micro_batch * case.micro_batches
+        assert case.context == 1 and case.expert == 1
+
+
+def test_long_sequences_open_context_and_experts_open_expert_parallelism() -> None:
+    long = problem(SMALL.replace("seq=8192", "seq=131072"), 16, 16)
+    assert {case.context for case in cases(long)} >= {1, 2, 4, 8, 16}
+    sparse = problem("llama:layers=32,hidden=4096,experts=8,seq=4096", 16, 64)
+    assert {case.expert for case in cases(sparse)} == {1, 2, 4, 8}
+    assert all(case.data % case.expert == 0 for case in cases(sparse))
+
+
+def test_the_best_plan_is_the_fastest_that_fits() -> None:
+    asked = problem(SMALL, 16, 64)
+    found = search(asked)
+    assert found.best is not None
+    fitting = [one for case in cases(asked) if (one := estimate(case)).comfortable]
+    assert found.best.estimate.step_seconds <= 1.01 * min(one.step_seconds for one in fitting)
+    steps = [item.estimate.step_seconds for item in found.plans[:8]]
+    assert steps == sorted(steps)
+    assert all(item.estimate.comfortable for item in found.plans)
+    assert not any(item.estimate.comfortable for item in found.too_large)
+
+
+def test_a_small_model_on_a_fast_node_is_not_split() -> None:
+    best = search(problem("gpt:layers=12,hidden=768,seq=1024", 8, 512)).best
+    assert best is not None and best.case.data == 8
+    alone = search(problem("gpt:layers=12,hidden=768,seq=1024", 1, 64)).best
+    assert alone is not None and alone.family == "serial"
+
+
+def test_published_winners_at_scale() -> None:
+    # Narayanan et al. 2021: tensor parallelism inside the node, pipeline across nodes
+    best = search(problem(LARGE, 1536, 1536, precision="fp16", attention="math")).best
+    assert best is not None
+    assert 1 < best.case.tensor <= 8 and best.case.pipeline > 1
+    # the same paper, table 2: at a fixed batch fully sharded training falls behind as GPUs are added
+    ratios = []
+    for workers in (384, 1536):
+        found = search(problem(LARGE, workers, 1536, precision="fp16", attention="math"))
+        sharded = [item for item in found.plans if item.case.zero_stage == 3 and item.case.tensor == 1]
+        assert found.best is not None and sharded
+        ratios.append(sharded[0].estimate.step_seconds / found.best.estimate.step_seconds)
+    assert ratios[1] > 1.5 and ratios[1] > 1.2 * ratios[0]
+
+
+def test_a_slow_network_changes_the_answer() -> None:
+    fast = problem(SMALL, 32, 64)
+    slow = replace(fast, machine=fast.machine.with_network(1, "test"))
+    quick, crawling = search(fast).best, search(slow).best
+    assert quick is not None and crawling is not None
+    assert crawling.estimate.step_seconds > quick.estimate.step_seconds
+    assert crawling.case.pipeline > quick.case.pipeline
+
+
+def test_reasons_name_the_part_that_costs() -> None:
+    asked = problem(SMALL, 32, 64)
+    asked = replace(asked, machine=asked.machine.with_network(10, "test"))
+    found = search(asked)
+    reasons = {item.family: item for item in losers(asked, found)}
+    assert found.best is not None and found.best.family not in reasons
+    assert "slower than the winner" in reasons["shard"].sentence
+    assert "gathering and reducing shards" in reasons["shard"].sentence
+    assert "does not fit" in reasons["data"].sentence and "optimizer" in reasons["data"].sentence
+    assert f"{found.best}" in why_best(found)
+    assert any("network twice as fast" in sentence for sentence in what_helps(found))
+
+
+def test_break_even_is_where_the_times_meet() -> None:
+    asked = problem(SMALL, 32, 64)
+    case = next(case for case in cases(asked) if case.zero_stage == 3 and case.data == 32 and case.recompute == "full")
+    target = estimate(replace(case, machine=case.machine.with_network(77, "test")), quick=True).step_seconds
+    assert break_even_gbits(case, target) == pytest.approx(77, rel=0.01)
+    assert break_even_gbits(case, 1e-6) is None
+
+
+def test_why_not_answers_for_one_layout() -> None:
+    asked = problem(SMALL, 32, 64)
+    found = search(asked)
+    assert found.best is not None
+    assert "nothing speaks against it" in why_not(
+        asked, Layout(tensor=found.best.case.tensor, pipeline=found.best.case.pipeline), found
+    )
+    assert "slower than the winner" in why_not(asked, Layout(tensor=8), found)
+    assert "is not possible here" in why_not(asked, Layout(tensor=7), found)
+    assert "does not fit" in why_not(asked, Layout(data=32), found)
+
+
+def test_what_cannot_fit_is_an_answer_not_an_error() -> None:
+    tiny = problem(SMALL, 2, 8)
+    device = replace(tiny.machine.accelerator, memory_bytes=Figure(4 * 2**30, "nominal", "test"))
+    asked = replace(tiny, machine=replace(tiny.machine, accelerator=device))
+    found = search(asked)
+    assert found.best is None and found.too_large
+    assert "nothing fits" in nothing_fits(found) and "4.00 GiB" in nothing_fits(found)
+    with pytest.raises(PlanError, match="nothing fits"):
+        why_best(found)
+
+
+def test_families_have_names() -> None:
+    names = {family(case) for case in cases(problem(SMALL, 8, 64))}
+    assert {"data", "shard", "tensor", "pipeline", "data+tensor+pipeline"} <= names
+
+
+def run(*words: str) -> tuple[int, str, BaseException | None]:
+    result = CliRunner().invoke(plan_command, list(words))
+    return result.exit_code, result.stdout, result.exception
+
+
+def test_command_line() -> None:
+    words = ("--model", SMALL, "--machine", "h100", "--nodes", "2", "--batch", "64")
+    code, text, _ = run(*words, "--json", "--top", "3", "--why-not", "tensor=8")
+    document = json.loads(text)
+    assert code == 0 and document["workers"] == 16 and len(document["plans"]) == 3
+    best = document["plans"][0]
+    assert best["fits"] is True and best["layout"].keys() == Layout().degrees.keys()
+    assert sum(best["breakdown"]["seconds"].values()) == pytest.approx(best["step_seconds"])
+    assert {"layout", "family", "reason"} == document["rejected"][0].keys()
+    assert document["why_not"]["layout"] == "tensor=8"
+    code, text, _ = run(*words)
+    assert code == 0 and text.splitlines()[1].startswith("1. ")
+
+
+def test_command_line_says_no_and_refuses_nonsense() -> None:
+    code, text, _ = run("--model", SMALL, "--machine", "a100", "--gpus-per-node", "1", "--memory", "8GiB", "--json")
+    assert code == 1 and json.loads(text)["plans"] == [] and "nothing fits" in json.loads(text)["why"]
+    for words, message in (
+        (("--model", "bert:layers=2", "--machine", "a100"), "family must be gpt or llama"),
+        (("--model", SMALL, "--machine", "abacus"), "abacus"),
+        (("--model", SMALL, "--machine", "a100", "--memory", "much"), "'much' is not a size"),
+    ):
+        _, _, error = run(*words)
+        assert isinstance(error, UserError) and message in str(error)
