@@ -20,8 +20,11 @@ SLACK = 0.05
 WORKSPACE_BYTES = 0.4 * 2**30
 """Buffers of matrix libraries that the allocator counts."""
 
-PILED_SHARE = 0.3
-"""Share of the gathered inputs of sequence parallelism that the allocator cannot hand out again at once."""
+UPDATE_BYTES = 12.0
+"""Temporary bytes per value of an Adam step that works on all tensors at once but is not fused (PyTorch's default).
+
+The gradient in fp32, the square root of the second moment, and the quotient: 4 each.
+"""
 
 LOGIT_BYTES = 10.0
 """Bytes per logit at the peak: the product in 2, its fp32 copy or the softmax 4, the gradient 4."""
@@ -32,7 +35,11 @@ FUSED_LOGIT_BYTES = 6.0
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Bytes of the fullest rank of a layout; `halved_gradients` is what gradients kept in 2 bytes would save."""
+    """Bytes of the fullest rank of a layout.
+
+    `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `halved_gradients`
+    is what gradients kept in 2 bytes would save.
+    """
 
     parameters: float
     gradients: float
@@ -40,14 +47,15 @@ class MemoryParts:
     activations: float
     logits: float
     gathered: float
+    update: float
     slack: float
     halved_gradients: float = 0.0
 
     @property
     def least(self) -> float:
-        """The same with the best software: fused cross entropy, no allocator slack, replicated gradients in 2 bytes."""
+        """The same with the best software: fused loss and update, no allocator slack, replicated gradients in 2 bytes."""
         saved = self.slack + self.logits * (1.0 - FUSED_LOGIT_BYTES / LOGIT_BYTES)
-        return self.total - saved - self.halved_gradients
+        return self.total - saved - self.halved_gradients - self.update
 
     @property
     def total(self) -> float:
@@ -63,6 +71,7 @@ class MemoryParts:
             "activations": self.activations,
             "logits": self.logits,
             "gathered": self.gathered,
+            "update": self.update,
             "slack": self.slack,
         }
 
@@ -130,6 +139,11 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
     return totals[0], totals[1], totals[2]
 
 
+def optimizer_bytes(case: Case) -> float:
+    """Bytes of optimizer states per value: two moments, and the master weight where the working copy is shorter."""
+    return 8.0 if case.precision == "fp32" or case.zero_stage == 3 else 12.0
+
+
 def layer_activation_bytes(case: Case) -> float:
     """Bytes one layer keeps per micro-batch without recomputation (Korthikanti et al. 2022, equations 1, 2 and 4).
 
@@ -137,13 +151,13 @@ def layer_activation_bytes(case: Case) -> float:
     each, two dropout masks 1 each (only beside materialised attention); sequence parallelism divides them by t. Inside,
     divided by t: query, key, value, output of attention 2 each; gelu in and out 2 f each; gated: gate, up, their
     product 2 f each, and the activated gate 2 f unless compiled. Materialised attention: 5 bytes per score. Not compiled,
-    RMS norms keep what their four small kernels need (2 each more).
+    RMS norms keep what their four small kernels need (3 each more).
     """
     model = case.model
     unit = case.tokens * (2.0 if case.precision == "fp32" else 1.0)
     outside = (10.0 if case.attention == "math" else 8.0) * model.hidden
     if model.gated_ffn:
-        outside += 4.0 * (1.0 - case.fusion) * model.hidden
+        outside += 6.0 * (1.0 - case.fusion) * model.hidden
     visits = max(1, model.experts_per_token)
     if model.gated_ffn:
         inner = (8.0 - 2.0 * case.fusion) * model.ffn_hidden
@@ -154,17 +168,6 @@ def layer_activation_bytes(case: Case) -> float:
         inside += 4.0 * model.hidden * visits * case.tensor
     kept = unit * (outside / (case.tensor if case.sequence_parallel else 1) + inside / case.tensor)
     return kept + score_bytes(case)
-
-
-def buffer_bytes(case: Case) -> float:
-    """Inputs of the split products that sequence parallelism gathers, 2 h each and not divided by t, of one layer.
-
-    They are freed after use, but the allocator may not hand them out again before the communication stream is done
-    with them, so those of one micro-batch pile up.
-    """
-    if not case.sequence_parallel or case.compile or case.classic or case.recompute == "full":
-        return 0.0
-    return PILED_SHARE * 4.0 * case.tokens * case.model.hidden
 
 
 def score_bytes(case: Case) -> float:
@@ -218,7 +221,7 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
     best: MemoryParts | None = None
     kept, working = kept_bytes(case)
     logits = LOGIT_BYTES * case.tokens * math.ceil(case.model.vocab / case.tensor)
-    gathered, piled = gathered_bytes(case), buffer_bytes(case)
+    gathered = gathered_bytes(case)
     whole = 8.0 * case.tokens * case.model.hidden if case.sequence_parallel else 0.0
     end = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
     most = -1
@@ -229,11 +232,13 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
         layers = share.layers / case.virtual_stages
         head = logits if rank == end else 0.0
-        activations = in_flight[rank] * layers * kept + layers * piled + whole
+        activations = in_flight[rank] * layers * kept + whole
         activations += max(0.0, working - head) if layers else 0.0
-        slack = SLACK * (activations + head + gathered + gradients) + WORKSPACE_BYTES
+        temporary = 0.0 if case.classic else UPDATE_BYTES * optimizer / optimizer_bytes(case)
+        update = max(0.0, temporary - activations - head - gathered)
+        slack = SLACK * (activations + head + gathered) + WORKSPACE_BYTES
         spare = 0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0
-        found = MemoryParts(parameters, gradients, optimizer, activations, head, gathered, slack, spare)
+        found = MemoryParts(parameters, gradients, optimizer, activations, head, gathered, update, slack, spare)
         if best is None or found.total > best.total:
             best = found
     assert best is not None, "a case has at least one pipeline rank"

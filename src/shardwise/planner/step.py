@@ -22,6 +22,7 @@ from shardwise.planner.memory import (
     MemoryParts,
     RankShare,
     layer_parameters,
+    optimizer_bytes,
     rank_memory,
     rank_shares,
     state_bytes,
@@ -91,8 +92,7 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False)
     last_backward = max(backward[rank] for rank in range(ranks))
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, last_backward, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
-    per_value = 8.0 if case.zero_stage == 3 or case.precision == "fp32" else 12.0
-    owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / per_value
+    owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
     seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
     room = case.machine.accelerator.memory_bytes.value - CONTEXT_BYTES
     fits = memory.least <= room
