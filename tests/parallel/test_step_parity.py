@@ -6,7 +6,7 @@ float64 models make "up to rounding" 1e-12, so that a wrong weighting of a singl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from shardwise.data.gather import Arrays
 from shardwise.data.loader import batches
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
+from shardwise.dist.split import is_dtensor
+from shardwise.errors import PlanError
+from shardwise.parallel.compose import check_model
 from shardwise.run.assemble import assemble, settle_plan
 from shardwise.run.evaluate import evaluate
 from shardwise.run.loop import next_batch
@@ -28,24 +31,31 @@ from shardwise.spec.plan import Plan
 Result = tuple[list[float], dict[str, Tensor], dict[str, float]]
 
 
-def _train(job: Job, micro_batch: int | None = None, steps: int = 5) -> Result:
+def _train(job: Job, micro_batch: int | None = None, steps: int = 5, layout: str = "") -> Result:
     """Losses over the global batch, final parameters and buffers, and metrics, as any rank sees them."""
     world = Group.world()
-    plan = settle_plan(job, Plan(layout=Layout(data=world.size), micro_batch=micro_batch))
+    plan = settle_plan(job, Plan(layout=Layout.parse(layout or f"data={world.size}"), micro_batch=micro_batch))
     assembly = assemble(job, plan, world, torch.device("cpu"), total_steps=steps)
     losses: list[float] = []
     epoch = 0
     while len(losses) < steps:
         stream = batches(
-            job.data.train, batch_size=job.batch_size, seed=job.seed, epoch=epoch, rank=world.rank, ranks=world.size
+            job.data.train,
+            batch_size=job.batch_size,
+            seed=job.seed,
+            epoch=epoch,
+            rank=assembly.samples.rank,
+            ranks=assembly.samples.size,
         )
-        while len(losses) < steps and (batch := next_batch(stream, world, assembly.device)) is not None:
+        while len(losses) < steps and (batch := next_batch(stream, assembly.samples, assembly.device)) is not None:
             result = take_step(assembly, batch)
-            losses.append(float(world.sum_(result.loss_sum.double()) / result.weight))
+            losses.append(float(assembly.samples.sum_(result.loss_sum.double()) / result.weight))
         stream.close()
         epoch += 1
     metrics = evaluate(assembly, job.data.train)[0]
-    return losses, {name: tensor.clone() for name, tensor in assembly.model.state_dict().items()}, metrics
+    state = {name: cast(Any, tensor) for name, tensor in assembly.model.state_dict().items()}
+    whole = {name: tensor.full_tensor() if is_dtensor(tensor) else tensor.clone() for name, tensor in state.items()}
+    return losses, whole, metrics
 
 
 def _data(samples: int = 31, width: int = 7, classes: int = 3, *, image: bool = False) -> Splits:
@@ -214,6 +224,21 @@ def test_parallel_equals_serial(case: str, size: int, ranks: Callable[..., list[
         torch.testing.assert_close(losses, serial_losses, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(state, serial_state, rtol=1e-10, atol=1e-11)
         torch.testing.assert_close(metrics, serial_metrics, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "sparse"])
+@pytest.mark.parametrize(("size", "layout"), [(2, "shard=2"), (3, "shard=3"), (4, "data=2,shard=2")])
+def test_sharded_equals_serial(case: str, size: int, layout: str, ranks: Callable[..., list[Any]]) -> None:
+    serial_losses, serial_state, serial_metrics = _train(CASES[case]())
+    for losses, state, metrics in ranks(size, _train, CASES[case](), None, 5, layout):
+        torch.testing.assert_close(losses, serial_losses, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(state, serial_state, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(metrics, serial_metrics, rtol=1e-11, atol=1e-12)
+
+
+def test_sparse_gradients_cannot_be_sharded() -> None:
+    with pytest.raises(PlanError, match=r"bag.weight has sparse gradients .* use data="):
+        check_model(_Bag(), Plan(layout=Layout(shard=2)), batch_size=8, batch_norm="global")
 
 
 def test_accumulation_equals_one_pass() -> None:

@@ -63,12 +63,12 @@ def test_same_run_under_every_plan(tmp_path: Path) -> None:
     serial = _train(_job(), tmp_path / "serial", "serial")
     assert len(serial.history) == 27 == serial.summary["steps"]
     assert serial.history[-1] < 0.8 * serial.history[0]
-    for plan in ("data=2", "data=3"):
+    for plan in ("data=2", "data=3", "shard=2", "data=2,shard=2"):
         run = _train(_job(), tmp_path / plan, plan)
         torch.testing.assert_close(run.history, serial.history, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(run.model.state_dict(), serial.model.state_dict(), rtol=1e-3, atol=1e-4)
         assert run.metrics["accuracy"] == pytest.approx(serial.metrics["accuracy"], abs=1e-9)
-        assert run.summary["workers"] == int(plan[-1])
+        assert run.summary["workers"] == shardwise.Layout.parse(plan).workers
 
 
 def test_run_folder_holds_everything(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def _slow_net() -> nn.Module:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("plan", ["serial", "data=2"])
+@pytest.mark.parametrize("plan", ["serial", "data=2", "shard=2"])
 def test_killed_run_resumes_bit_for_bit(how: signal.Signals, plan: str, tmp_path: Path) -> None:
     job = _job(model=_slow_net, epochs=None, steps=120, schedule=_decay)
     whole = _train(job, tmp_path / "whole", plan, threads=1)
@@ -156,12 +156,13 @@ def _decay(optimizer: torch.optim.Optimizer, total_steps: int | None) -> Any:
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps or 1)
 
 
-def test_resumes_on_another_number_of_workers(tmp_path: Path) -> None:
+def test_resumes_under_other_layouts(tmp_path: Path) -> None:
     whole = _train(_job(), tmp_path / "whole", "serial")
     folder = tmp_path / "moved"
-    _train(_job(epochs=None, steps=13), folder, "data=3")
+    for plan, steps in (("data=3", 7), ("shard=2", 13), ("data=2,shard=2", 18)):
+        _train(_job(epochs=None, steps=steps), folder, plan, resume=folder.exists())
     run = _train(_job(), folder, "data=2", resume=True)
-    assert run.summary["first_step"] == 13
+    assert run.summary["first_step"] == 18
     torch.testing.assert_close(run.history, whole.history, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(run.model.state_dict(), whole.model.state_dict(), rtol=1e-3, atol=1e-4)
 
@@ -255,7 +256,7 @@ def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
     ("changes", "options", "kind", "words"),
     [
         ({}, {"plan": "data=13"}, PlanError, "1 of 13 workers would have no sample"),
-        ({}, {"plan": "tensor=2"}, PlanError, "cannot split over tensor"),
+        ({}, {"plan": "tensor=2"}, PlanError, "not yet over tensor"),
         ({"micro_batch": 2}, {}, PlanError, "BatchNorm layer '1' needs statistics of the whole global batch"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {"plan": "serial"}, JobError, "LBFGS"),
         ({"optimizer": lambda p: "sgd"}, {"plan": "serial"}, JobError, "must return a torch.optim.Optimizer"),

@@ -1,21 +1,22 @@
 """The one order in which the kinds of parallelism are applied to a model, and what each of them refuses.
 
 1. BatchNorm is made global, because every later step must see the final forward functions.
-2. Replicas get equal weights.
-3. The gradient reduction is planned over the final parameters.
-4. Compilation wraps what is left, so that it sees the model as it will run.
+2. Replicas get equal weights, while every rank still holds all of them.
+3. Parameters are sharded: from here on a rank holds a part of each.
+4. The gradient reduction is planned over what is not reduced yet.
+5. Compilation wraps what is left, so that it sees the model as it will run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from shardwise.dist.collectives import Group
+from shardwise.dist.mesh import Mesh
 from shardwise.errors import PlanError
 from shardwise.parallel.data import GradientSum, sparse_parameters
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
@@ -23,7 +24,10 @@ from shardwise.parallel.replicas import broadcast_state
 from shardwise.spec.layout import Layout
 from shardwise.spec.plan import Plan
 
-READY_AXES = ("data",)
+if TYPE_CHECKING:
+    from shardwise.parallel.shard import Sharded
+
+READY_AXES = ("data", "shard")
 """Axes that this version can run; the others are planned for and refused."""
 
 _STOCHASTIC = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
@@ -58,7 +62,7 @@ def check_layout(layout: Layout) -> None:
     for axis, degree in layout.degrees.items():
         if degree > 1 and axis not in READY_AXES:
             raise PlanError(
-                f"plan {layout}: this version trains with data parallelism only and cannot split over {axis}; "
+                f"plan {layout}: this version splits over data and shard only, not yet over {axis}; "
                 f"use --plan data={layout.workers} or serial"
             )
 
@@ -82,6 +86,10 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
             f"parameter {lazy[0]} has no shape yet (a Lazy module): give the layer its sizes, or run one batch through the "
             "model inside the job's model function"
         )
+    if plan.layout.shard > 1:
+        from shardwise.parallel.shard import check_shard  # FSDP2 takes a second to import: only where it is used
+
+        check_shard(model)
     share = -(-batch_size // replicas)
     splits = plan.micro_batch is not None and plan.micro_batch < share
     norms = batch_norms(model)
@@ -99,23 +107,31 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
             )
 
 
-def compose(model: nn.Module, plan: Plan, world: Group, *, batch_norm: str) -> Composed:
+def compose(model: nn.Module, plan: Plan, mesh: Mesh, *, batch_norm: str) -> Composed:
     """Apply the plan to the model, in place and in the order stated above.
 
     Args:
         model: the user's module, built from the job's seed, on its device.
         plan: already accepted by `check_model`.
-        world: all ranks of the run.
+        mesh: all ranks of the run, arranged by the plan's layout.
         batch_norm: `global` or `local`, as in `Job.batch_norm`.
     """
     state = BatchState()
-    normalised = batch_norm == "global" and world.size > 1 and globalize_batch_norm(model, world, state) > 0
-    broadcast_state(model, world)
-    gradients = GradientSum(model.named_parameters(), world, sparse=sparse_parameters(model))
+    samples = mesh.samples
+    communicates = batch_norm == "global" and samples.size > 1 and globalize_batch_norm(model, samples, state) > 0
+    broadcast_state(model, mesh.world)
+    sparse = sparse_parameters(model)
+    sharded: Sharded | None = None
+    if plan.layout.shard > 1:
+        from shardwise.parallel.shard import shard_model
+
+        sharded = shard_model(model, mesh)
+        communicates = True
+    gradients = GradientSum(model.named_parameters(), mesh.group("data"), sparse=sparse, sharded=sharded)
     remarks = _remarks(model, plan, batch_norm)
     if plan.compile:
         model.compile()
-    return Composed(model, gradients, state, normalised, remarks)
+    return Composed(model, gradients, state, communicates, remarks)
 
 
 def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group, Work
 from shardwise.errors import PlanError
+
+if TYPE_CHECKING:
+    from shardwise.parallel.shard import Sharded
 
 BUCKET_BYTES = 25 * 1024**2
 """Bytes of gradients sent together: large enough for bandwidth, small enough to overlap; the size DDP uses."""
@@ -54,6 +57,7 @@ class GradientSum:
         group: Group,
         *,
         sparse: Iterable[str] = (),
+        sharded: Sharded | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """Plan the buckets.
@@ -62,11 +66,14 @@ class GradientSum:
             parameters: (name, parameter) pairs, shared parameters once, in the order of the module tree.
             group: ranks that hold replicas of these parameters.
             sparse: names of parameters whose gradients are sparse tensors.
+            sharded: parameters that FSDP2 reduces in the backward pass; here they are only finished and scaled.
             bucket_bytes: upper bound of a bucket; a larger parameter gets a bucket of its own.
         """
         self._group = group
         sparse_names = set(sparse)
-        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        self._sharded = sharded
+        elsewhere = {id(parameter) for parameter in sharded.parameters} if sharded is not None else set()
+        trained = [(name, p) for name, p in parameters if p.requires_grad and id(p) not in elsewhere]
         self._sparse = [(name, parameter) for name, parameter in trained if name in sparse_names]
         dense = [(name, parameter) for name, parameter in trained if name not in sparse_names]
         # The backward pass walks the module tree backwards, so the last parameters have their gradients first.
@@ -107,16 +114,22 @@ class GradientSum:
         self._expecting = False
         for name, parameter in self._sparse:
             self._sum_sparse(name, parameter)
+        if self._sharded is not None:
+            self._sharded.finish()
         if scale is not None:
             for gradient in self._gradients():
                 gradient.mul_(scale)
 
     def _gradients(self) -> list[Tensor]:
+        alone = [parameter for _, parameter in self._sparse]
+        if self._sharded is not None:
+            alone += self._sharded.parameters
+        flats: list[Tensor] = []
         if self._group.size > 1:
             flats = [bucket.flat for bucket in self._buckets]
-            return flats + [parameter.grad for _, parameter in self._sparse if parameter.grad is not None]
-        trained = [p for bucket in self._buckets for p in bucket.parameters] + [p for _, p in self._sparse]
-        return [parameter.grad for parameter in trained if parameter.grad is not None]
+        else:
+            alone += [parameter for bucket in self._buckets for parameter in bucket.parameters]
+        return flats + [parameter.grad for parameter in alone if parameter.grad is not None]
 
     def _arrival(self, bucket: _Bucket):  # type: ignore[no-untyped-def]  # torch types the hook as Callable[..., None]
         def arrived(_: Tensor) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.mesh import Mesh
+from shardwise.dist.split import is_dtensor, local_part
 from shardwise.errors import RunFailed
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,19 +37,22 @@ def broadcast_state(model: nn.Module, group: Group) -> None:
 
 
 @torch.no_grad()
-def check_replicas(tensors: Iterable[tuple[str, Tensor]], group: Group, step: int) -> None:
-    """Compare every tensor over the group, bit for bit, by a checksum.
+def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
+    """Compare parameters and buffers over the ranks that should hold the same, bit for bit, by a checksum.
+
+    A split tensor has replicas along the data axis, an unsplit one along all axes but the pipeline.
 
     Raises:
         RunFailed: a tensor differs between ranks; the message names the tensors.
     """
-    named = list(tensors)
-    if group.size == 1 or not named:
-        return
-    own = torch.stack([_checksum(tensor) for _, tensor in named])
-    every = group.gather(own)
-    differs = (every != every[0]).any(dim=0).tolist()
-    names = [name for (name, _), different in zip(named, differs, strict=True) if different]
+    split, whole = [], []
+    for name, tensor in named_state(model):
+        if is_dtensor(tensor):
+            split.append((name, local_part(tensor)))
+        else:
+            whole.append((name, tensor))
+    names = _differing(split, mesh.group("data"))
+    names += _differing(whole, mesh.group("data", "shard", "context", "expert", "tensor"))
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise RunFailed(
@@ -58,6 +61,15 @@ def check_replicas(tensors: Iterable[tuple[str, Tensor]], group: Group, step: in
             "home-made layer, a queue, a counter) or a weight changed outside the optimizer does this: compute it from "
             "values that all workers share, or train with --plan serial"
         )
+
+
+def _differing(named: list[tuple[str, Tensor]], group: Group) -> list[str]:
+    if group.size == 1 or not named:
+        return []
+    own = torch.stack([_checksum(tensor) for _, tensor in named])
+    every = group.gather(own)
+    differs = (every != every[0]).any(dim=0).tolist()
+    return [name for (name, _), different in zip(named, differs, strict=True) if different]
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What a run leaves behind for the comparison: every tensor by the user's own name, whole, from whichever rank holds it.
 
-Keys are `initial/model/<name>`, `gradient/<name>`, `applied/<name>`, and `final/...` followed by the key of
-`shardwise.run.state.collect`. Ranks that hold the same value write it once; a rank that holds another value writes its own.
+Keys are `initial/model/<name>`, `gradient/<name>` and `applied/<name>` (of the first step), `last/<name>` (of the last
+step), and `final/...` followed by the key of `shardwise.run.state.collect`. Ranks that hold the same value write it once; a
+rank that holds another value writes its own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from shardwise.data.batch import Batch, tree_leaves
 from shardwise.dist.collectives import Group
+from shardwise.dist.split import is_dtensor
 from shardwise.run.assemble import Assembly
-from shardwise.run.names import is_dtensor, named_tensors, own_model, own_name
+from shardwise.run.names import named_tensors, own_model, own_name
 from shardwise.run.state import collect, settled
 
 

@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import Composed, check_model, compose
 from shardwise.run.clock import PhaseClock
 from shardwise.spec.job import Job
+from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
 
 
@@ -32,7 +34,7 @@ class Assembly:
 
     job: Job
     plan: Plan
-    world: Group
+    mesh: Mesh
     device: torch.device
     composed: Composed
     optimizer: Optimizer
@@ -40,6 +42,22 @@ class Assembly:
     clock: PhaseClock
     total_steps: int | None
     step: int = 0
+
+    @property
+    def world(self) -> Group:
+        """All ranks of the run."""
+        return self.mesh.world
+
+    @property
+    def samples(self) -> Group:
+        """The ranks that share out each global batch; ranks of other axes walk through the same samples."""
+        return self.mesh.samples
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's losses count: of the ranks that compute the same losses, one does."""
+        others = [axis for axis in AXES if axis not in SAMPLE_AXES]
+        return all(self.mesh.coordinate(axis) == 0 for axis in others)
 
     @property
     def model(self) -> nn.Module:
@@ -121,13 +139,14 @@ def assemble(job: Job, plan: Plan, world: Group, device: torch.device, *, total_
         raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers but {world.size} were started")
     model = build_model(job, device)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
-    composed = compose(model, plan, world, batch_norm=job.batch_norm)
+    mesh = Mesh(plan.layout, world.rank, device.type)
+    composed = compose(model, plan, mesh, batch_norm=job.batch_norm)
     optimizer = build_optimizer(job, model)
     scheduler = job.schedule(optimizer, total_steps) if job.schedule is not None else None
     return Assembly(
         job=job,
         plan=plan,
-        world=world,
+        mesh=mesh,
         device=device,
         composed=composed,
         optimizer=optimizer,

@@ -38,8 +38,8 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
     batches = eval_batches(
         source,
         batch_size=a.job.eval_batch_size or a.job.batch_size,
-        rank=a.world.rank,
-        ranks=a.world.size,
+        rank=a.samples.rank,
+        ranks=a.samples.size,
         prefetch=0 if a.device.type == "cpu" else 2,
     )
     for batch in batches:
@@ -62,7 +62,7 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
                     totals[0] += _pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
         _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
         totals[-1, 0] += batch.count
-    a.world.sum_(totals)
+    a.samples.sum_(totals)
     for module, training in modes:
         module.training = training
     values = {

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.split import is_dtensor
 from shardwise.errors import CheckpointError
 from shardwise.run.folder import sync_folder
-from shardwise.run.names import is_dtensor, own_model, own_name, reshard
+from shardwise.run.names import own_model, own_name, reshard
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -52,12 +52,14 @@ class Ledger:
 
     Attributes:
         group: all ranks.
+        counts_loss: whether this rank's losses count, see `Assembly.counts_loss`.
         device: where losses live.
         stop_requested: whether this process was asked to stop.
         save_due: whether a checkpoint is due by the clock; only rank 0's answer counts.
     """
 
     group: Group
+    counts_loss: bool
     device: torch.device
     stop_requested: Callable[[], bool]
     save_due: Callable[[], bool]
@@ -111,7 +113,7 @@ class Ledger:
             losses = torch.stack([
                 total.to(torch.float64) / weight for total, weight in zip(self._sums, self._weights, strict=True)
             ])  # fmt: skip
-            vector = torch.cat([control, losses])
+            vector = torch.cat([control, losses * float(self.counts_loss)])
         stop, save, agreed_after, *agreed_losses = self.group.sum_(vector).tolist()
         settled = Settlement(agreed_losses, self._seconds, self._samples, stop > 0, save > 0)
         # The first steps of a run are slow (warm-up): grow the interval gently.

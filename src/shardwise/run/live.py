@@ -94,7 +94,7 @@ class LiveRun:
     def step(self, batch: Batch) -> float:
         """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective."""
         result = take_step(self._assembly, batch)
-        total = self._assembly.world.sum_(result.loss_sum.detach().clone())
+        total = self._assembly.samples.sum_(result.loss_sum.detach().clone())
         return float(total / result.weight)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -125,19 +125,19 @@ class LiveRun:
         self._stack.__exit__(kind, error, trace)
 
     def _epoch(self) -> Iterator[Batch]:
-        world = self._assembly.world
+        samples = self._assembly.samples
         stream = batches(
             self.splits.train,
             batch_size=self.job.batch_size,
             seed=self.job.seed,
             epoch=self.epoch,
-            rank=world.rank,
-            ranks=world.size,
+            rank=samples.rank,
+            ranks=samples.size,
             shuffle=self.job.shuffle,
             prefetch=prefetch_depth(self._assembly.device),
         )
         with closing(stream):
-            while (batch := next_batch(stream, world, self._assembly.device)) is not None:
+            while (batch := next_batch(stream, samples, self._assembly.device)) is not None:
                 yield batch
 
 

@@ -15,7 +15,7 @@ from shardwise.data.loader import batches, steps_per_epoch
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import DataError
-from shardwise.parallel.replicas import check_replicas, named_state
+from shardwise.parallel.replicas import check_replicas
 from shardwise.run.assemble import Assembly
 from shardwise.run.checkpoint import save
 from shardwise.run.evaluate import evaluate
@@ -106,6 +106,7 @@ def run_loop(assembly: Assembly, course: Course) -> None:
     a, job = assembly, assembly.job
     ledger = Ledger(
         group=a.world,
+        counts_loss=a.counts_loss,
         device=a.device,
         stop_requested=course.stop_requested,
         save_due=lambda: _save_due_by_time(course),
@@ -122,7 +123,7 @@ def run_loop(assembly: Assembly, course: Course) -> None:
             ledger.skip_time()
     if not course.stopped and course.evaluate and course.evaluated_step != a.step:
         _evaluate(a, course)
-    check_replicas(named_state(a.model), a.world, a.step)
+    check_replicas(a.model, a.mesh, a.step)
     if course.saved_step != a.step and (course.stopped or course.saving.at_end):
         _save(a, course)
 
@@ -141,7 +142,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
             if a.job.steps is not None and a.step >= a.job.steps:
                 return False
             a.clock.begin_step()
-            batch = next_batch(stream, a.world, a.device)
+            batch = next_batch(stream, a.samples, a.device)
             a.clock.mark("data")
             if batch is None:
                 if ledger.settle_pending:
@@ -152,7 +153,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
             ledger.add(result)
             if a.step == 1:
                 # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
-                check_replicas(named_state(a.model), a.world, a.step)
+                check_replicas(a.model, a.mesh, a.step)
             by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
             last = a.job.steps is not None and a.step >= a.job.steps
             if ledger.due or by_steps or last:
@@ -169,8 +170,8 @@ def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Genera
         batch_size=a.job.batch_size,
         seed=a.job.seed,
         epoch=epoch,
-        rank=a.world.rank,
-        ranks=a.world.size,
+        rank=a.samples.rank,
+        ranks=a.samples.size,
         start=start,
         shuffle=a.job.shuffle,
         prefetch=prefetch_depth(a.device),
@@ -182,13 +183,13 @@ def prefetch_depth(device: torch.device) -> int:
     return 0 if device.type == "cpu" else 2
 
 
-def next_batch(stream: Iterator[Batch], world: Group, device: torch.device) -> Batch | None:
+def next_batch(stream: Iterator[Batch], samples: Group, device: torch.device) -> Batch | None:
     """The next global batch, None at the end of the epoch, which all ranks reach at the same step."""
     batch = next(stream, None)
     if batch is None or not batch.ragged:
         return batch
     # Each rank reads its own part of a stream: only together do they know how much there is.
-    total = world.sum_(torch.tensor(batch.count, dtype=torch.int64, device=device)).item()
+    total = samples.sum_(torch.tensor(batch.count, dtype=torch.int64, device=device)).item()
     return replace(batch, global_count=int(total)) if total else None
 
 
@@ -227,7 +228,7 @@ def _settle(a: Assembly, course: Course, ledger: Ledger, *, save_now: bool = Fal
     if settled.stop:
         course.stopped = True
     elif settled.save or save_now:
-        check_replicas(named_state(a.model), a.world, a.step)
+        check_replicas(a.model, a.mesh, a.step)
         _save(a, course)
         ledger.skip_time()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,12 +26,6 @@ def own_model(model: nn.Module) -> nn.Module:
             model = cast(nn.Module, model._orig_mod)
         else:
             return model
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is split over a mesh. Asks without the slow import: where it was not made, there are none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def reshard(model: nn.Module) -> None:

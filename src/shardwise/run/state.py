@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shardwise.dist.split import is_dtensor
 from shardwise.errors import CheckpointError
 from shardwise.run.encoding import encode
-from shardwise.run.names import is_dtensor, named_tensors, own_model, own_name, reshard
+from shardwise.run.names import named_tensors, own_model, own_name, reshard
 
 Structure = dict[str, Any]
 """JSON data that describes what the mapping holds; see `collect`."""

@@ -21,7 +21,6 @@ from shardwise.errors import JobError
 from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.run.assemble import Assembly
 
-
 CPU = torch.device("cpu")
 
 
@@ -54,7 +53,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
     a, clock, model = assembly, assembly.clock, assembly.model
-    seed_step(a.job.seed, a.step, a.world.rank, a.device)
+    seed_step(a.job.seed, a.step, a.samples.rank, a.device)
     a.optimizer.zero_grad(set_to_none=True)
     parts = _micro_batches(a, batch)
     if a.job.objective is None:
@@ -167,8 +166,8 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
     if not parts:
         a.composed.gradients.expect()
     weight: float | Tensor = float(batch.global_count)
-    if counted or a.world.size > 1:
-        weight = a.world.sum_(count_sum)
+    if counted or a.samples.size > 1:
+        weight = a.samples.sum_(count_sum)
     if not weight > 0:
         raise JobError(
             f"step {a.step + 1}: the objective's count over the global batch is 0: there is nothing to average over"
@@ -187,7 +186,7 @@ def _weigh(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[list[float], 
     weights = [0.0 if part.phantom else float(a.job.weight(part.targets)) for part in parts]
     total = torch.tensor(sum(weights), dtype=torch.float64, device=a.device)
     a.clock.mark("other")
-    total = a.world.sum_(total)
+    total = a.samples.sum_(total)
     a.clock.mark("synchronisation")
     if not total.item() > 0:
         raise JobError(

@@ -1,0 +1,24 @@
+"""Tensors that are split over ranks (torch's DTensor), without importing what splits them.
+
+Importing DTensor takes most of a second, which a run that splits nothing need not pay.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+from torch import Tensor
+
+_MODULE = "torch.distributed.tensor"
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether `value` is a DTensor. Nobody can hold one while its module is not loaded."""
+    module = sys.modules.get(_MODULE)
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; another tensor as it is."""
+    return cast("Tensor", cast("Any", tensor).to_local()) if is_dtensor(tensor) else tensor

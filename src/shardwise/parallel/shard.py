@@ -1,0 +1,150 @@
+"""Sharded data parallelism: as data parallelism, with parameters, gradients and optimizer states split over the ranks.
+
+Built on torch's FSDP2 (`fully_shard`). Before a unit of the model computes, its parameters are gathered; after its
+backward pass, their gradients are reduced and scattered. With a data axis beside it (hybrid sharding), the scattered
+gradients are then summed over the replicas.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from shardwise.dist.collectives import Group
+from shardwise.dist.mesh import Mesh
+from shardwise.dist.split import local_part
+from shardwise.errors import PlanError
+from shardwise.parallel.data import sparse_parameters
+
+
+def check_shard(model: nn.Module) -> None:
+    """Refuse what cannot be sharded.
+
+    Raises:
+        PlanError: the model has embeddings with sparse gradients.
+    """
+    sparse = sorted(sparse_parameters(model))
+    if sparse:
+        raise PlanError(
+            f"parameter {sparse[0]} has sparse gradients (an embedding with sparse=True), which FSDP2 cannot scatter: build "
+            "it with sparse=False, or use data= instead of shard="
+        )
+
+
+@final
+class Sharded:
+    """The parameters that FSDP2 holds, and which of them took part in the step under way.
+
+    FSDP2 reduces the gradients of a unit in one message, of those parameters that have one. Where ranks take different
+    branches (or have no samples), these messages would not match; so every rank fills in zeros, and afterwards a
+    parameter that no rank used gets back the missing gradient it would have in a serial run.
+    """
+
+    def __init__(self, model: nn.Module, units: list[str], samples: Group) -> None:
+        self.units = units
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._samples = samples
+        self._used: set[int] = set()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                for group in _parameter_groups(module):
+                    self._complete(group)
+
+    def finish(self) -> None:
+        """After the last backward pass of a step: drop the gradients of parameters that no rank used. Collective."""
+        unused = [index for index, parameter in enumerate(self.parameters) if id(parameter) not in self._used]
+        flags = torch.ones(len(self.parameters), dtype=torch.int32, device=local_part(self.parameters[0]).device)
+        flags[unused] = 0
+        self._samples.sum_(flags)
+        if unused:  # reading the flags waits for the device
+            for index in (flags[unused] == 0).nonzero().flatten().tolist():
+                self.parameters[unused[index]].grad = None
+        self._used.clear()
+
+    def _complete(self, group: Any) -> None:
+        reduce = group.post_backward
+
+        def post_backward(*unused: Any) -> None:
+            for item in group.fsdp_params:
+                # The method is called again at the end of the backward pass, when the parameters are split again.
+                if item.sharded_state.name != "UNSHARDED" or not item.sharded_param.requires_grad:
+                    continue
+                if item.unsharded_param.grad is None and item.unsharded_accumulated_grad is None:
+                    item.unsharded_param.grad = torch.zeros_like(item.unsharded_param)
+                else:
+                    self._used.add(id(item.sharded_param))
+            reduce(*unused)
+
+        group.post_backward = post_backward
+
+
+def shard_model(model: nn.Module, mesh: Mesh) -> Sharded:
+    """Split the model's parameters over the mesh's shard axis (and replicate the shards over its data axis), in place.
+
+    Gradients come out as sums over the samples' ranks: each rank's loss is already its share of the global mean.
+    """
+    device_mesh = mesh.device_mesh("data", "shard")
+    names = unit_names(model)
+    modules = dict(model.named_modules())
+    for name in names:
+        fully_shard(modules[name], mesh=device_mesh)
+    # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
+    fully_shard(model, mesh=device_mesh, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return Sharded(model, [*names, ""], mesh.samples)
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's own record of what it gathers and reduces together; one a unit before torch 2.13, a list since."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def unit_names(model: nn.Module) -> list[str]:
+    """Names of the modules that become units: repeated blocks, else the children of a sequential model, else none.
+
+    A unit is gathered by all ranks when it is called, so it must be one that every rank calls in every pass. A repeated
+    block is a child of a module that has at least two children of one class with structure of their own (the layers of a
+    transformer, the stages of a ResNet). A module that shares a parameter with the rest of the model is no unit, because
+    a shared parameter must be gathered with all its users: it stays with the root.
+    """
+    holders: Counter[int] = Counter()
+    for module in model.modules():
+        holders.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    chosen = [name for name, module in model.named_modules() if _is_block(model, name, module)]
+    if not chosen and isinstance(model, nn.Sequential):
+        chosen = [name for name, _ in model.named_children()]
+    outermost = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
+    modules = dict(model.named_modules())
+    return [name for name in outermost if _can_stand_alone(modules[name], holders)]
+
+
+def _is_block(model: nn.Module, name: str, module: nn.Module) -> bool:
+    if not name or not any(True for _ in module.parameters()):
+        return False
+    parent = model.get_submodule(name.rpartition(".")[0])
+    alike = [
+        child for child in parent.children() if type(child) is type(module) and any(True for _ in child.parameters())
+    ]
+    # Two linear layers side by side are no blocks; blocks have structure of their own.
+    return len(alike) >= 2 and any(True for _ in module.children())
+
+
+def _can_stand_alone(module: nn.Module, holders: Counter[int]) -> bool:
+    """The module has parameters, and none of them is used outside of it; containers are never called themselves."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        return False
+    inside: Counter[int] = Counter()
+    for child in module.modules():
+        inside.update(id(parameter) for parameter in child._parameters.values() if parameter is not None)
+    return bool(inside) and all(holders[key] == count for key, count in inside.items())
