@@ -93,6 +93,21 @@ def test_long_runs_are_extended_by_their_period() -> None:
     assert uneven.seconds == pytest.approx(3.0 + 3.5 + 3.5 + 202 * 3.5)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev"])
+@pytest.mark.parametrize("micro_batches", [1, 5, 16, 67, 512])
+def test_no_schedule_beats_its_busiest_rank(schedule: str, micro_batches: int) -> None:
+    chunks = 2 if schedule in ("interleaved1f1b", "zbv", "dualpipev") else 1
+    forward = tuple(1.0 + 0.3 * (stage % 3) for stage in range(3 * chunks))
+    backward = tuple(2.0 * time for time in forward)
+    for found in (
+        simulate(schedule, micro_batches, forward, backward, 0.01, 3),
+        closed_form(schedule, micro_batches, forward, backward, 0.01, 3),
+    ):
+        assert found.seconds >= found.busiest_seconds > 0
+        assert 0 <= found.bubble < 1
+        assert len(found.in_flight) == 3 and min(found.in_flight) >= 1
+
+
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(PlanError, match="zigzag"):
         table("zigzag", 2, 2)

@@ -165,8 +165,8 @@ def simulate(
         send_seconds: time of an activation or a gradient between two ranks; the sender goes on computing.
 
     Long runs repeat themselves: beyond four groups of `ranks` micro-batches (three on more than 16 ranks) the rest is
-    extended by the period of the last simulated group. One rank, and V schedules too long to place action by action,
-    take the closed form.
+    extended by the period of the last simulated group, which is at least the work of the busiest rank. One rank, and V
+    schedules too long to place action by action, take the closed form.
     """
     if ranks == 1 or (schedule in V_SHAPED and ranks * min(micro_batches, 4 * ranks) > MAX_GREEDY):
         return closed_form(schedule, micro_batches, forward_seconds, backward_seconds, send_seconds, ranks)
@@ -176,8 +176,9 @@ def simulate(
         short = _run(schedule, settle + extra, forward_seconds, backward_seconds, send_seconds, ranks)
         shorter = _run(schedule, settle + extra - ranks, forward_seconds, backward_seconds, send_seconds, ranks)
         groups = (micro_batches - settle - extra) // ranks
+        pace = short.busiest_seconds * ranks / (settle + extra)
         return Timeline(
-            short.seconds + groups * (short.seconds - shorter.seconds),
+            short.seconds + groups * max(pace, short.seconds - shorter.seconds),
             short.busiest_seconds * micro_batches / (settle + extra),
             short.in_flight if schedule != "gpipe" else tuple(micro_batches for _ in range(ranks)),
         )
