@@ -165,6 +165,7 @@ def test_an_open_recomputation_is_chosen_so_that_it_fits() -> None:
 
 
 def test_a_row_that_contradicts_itself_gets_no_prediction_and_a_reason() -> None:
+    assert next(predict_runs([{**BASE, "gpus": 128}])).reason.startswith("degrees")
     rows = [BASE, {**BASE, "run_id": "r2", "gpus": 63}, {**BASE, "run_id": "r3", "hardware": "abacus"}]
     found = list(predict_runs(rows))
     assert [item.run_id for item in found] == ["r1", "r2", "r3"]

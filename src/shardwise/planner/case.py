@@ -141,9 +141,10 @@ class Case:
 def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
     """Split `layers` equal layers and an output projection worth `head` layers over stages, in model order.
 
-    A stage is full as soon as the work up to its end exceeds its share of the whole: the rule of frameworks that place
-    blocks by their cost one after the other.
+    Of two rules that frameworks follow the one whose largest stage is smaller: as even as possible, or a stage is full as
+    soon as the work up to its end exceeds its share of the whole.
     """
+    even = (layers // stages + 1,) * (layers % stages) + (layers // stages,) * (stages - layers % stages)
     counts = [0] * stages
     share = (layers + head) / stages
     stage = 0
@@ -151,4 +152,6 @@ def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
         counts[stage] += 1
         if layer > share * (stage + 1) and stage < stages - 1:
             stage += 1
+    if max(*even[:-1], even[-1] + head) <= max(*counts[:-1], counts[-1] + head):
+        return even
     return tuple(counts)

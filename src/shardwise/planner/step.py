@@ -27,7 +27,7 @@ from shardwise.planner.memory import (
     rank_shares,
     state_bytes,
 )
-from shardwise.planner.schedule import Timeline, closed_form, simulate, stages_per_rank
+from shardwise.planner.schedule import Timeline, closed_form, rank_of, simulate
 
 UNCERTAIN = 1.08
 """Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
@@ -88,7 +88,8 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False)
     timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, hop, ranks)
     shares = rank_shares(case)
     memory = rank_memory(case, timeline.in_flight, shares)
-    seconds = _split(parts, timeline)
+    layers = _busiest_layers(case, forward, backward)
+    seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline)
     last_backward = max(backward[rank] for rank in range(ranks))
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, last_backward, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
@@ -103,7 +104,7 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False)
 def _passes(
     case: Case, device: Device, net: Network, constants: Constants
 ) -> tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]:
-    """Seconds of one layer and of both ends (embedding, output projection) for one micro-batch; shares of the layer's time."""
+    """Seconds of one layer and of both ends (embedding, output projection) for one micro-batch; parts of a layer's time."""
     work = layer_work(case, device, constants)
     repeat = Work()
     if case.recompute == "full":
@@ -146,12 +147,11 @@ def _passes(
         _hidden(_device_or_host(head_f, constants, case), shared * end_f, case, constants),
         _hidden(_device_or_host(head_b, constants, case) + embed_comm, shared * end_b, case, constants),
     )
-    whole = total_f + total_b
     parts = {
-        "recompute": repeat.seconds / whole,
-        "tensor": (inner_f + inner_b - 0.0) / whole,
-        "context": 3 * ring_f / whole,
-        "shards": (total_f + total_b - compute_f - compute_b - inner_f - inner_b - 3 * ring_f) / whole,
+        "recompute": repeat.seconds,
+        "tensor": inner_f + inner_b,
+        "context": 3 * ring_f,
+        "shards": total_f + total_b - compute_f - compute_b - inner_f - inner_b - 3 * ring_f,
     }
     return _Pass(total_f, total_b), (embed, head), parts
 
@@ -273,15 +273,17 @@ def _gradient_seconds(case: Case, share: RankShare, net: Network, last_backward:
     return whole - hidden * (1.0 - constants.overlap_cost) + after
 
 
+def _busiest_layers(case: Case, forward: tuple[float, ...], backward: tuple[float, ...]) -> int:
+    """Layers of the pipeline rank with the most work."""
+    work, layers = [0.0] * case.pipeline, [0] * case.pipeline
+    for stage, count in enumerate(case.layers_per_stage):
+        rank = rank_of(stage, case.pipeline, case.schedule)
+        work[rank] += forward[stage] + backward[stage]
+        layers[rank] += count
+    return layers[work.index(max(work))]
+
+
 def _split(parts: dict[str, float], timeline: Timeline) -> dict[str, float]:
-    """Seconds by part: the bubble is the idle time of the busiest rank, the rest is shared as in one layer."""
+    """Seconds by part: the bubble is the idle time of the busiest rank, compute what the other parts leave of its work."""
     busy = timeline.busiest_seconds
-    seconds = {name: share * busy for name, share in parts.items()}
-    seconds["compute"] = busy - sum(seconds.values())
-    seconds["bubble"] = timeline.seconds - busy
-    return seconds
-
-
-def stages_of(case: Case) -> int:
-    """Stages of the model on all pipeline ranks."""
-    return case.pipeline * stages_per_rank(case.schedule, case.virtual_stages)
+    return {**parts, "compute": busy - sum(parts.values()), "bubble": timeline.seconds - busy}
