@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import final
 
 from shardwise.errors import PlanError
@@ -75,6 +75,11 @@ def forbidden(trace: Trace) -> dict[int, str]:
                 reasons[position] = (
                     f"{call.name} reads what {trace.calls[earlier].name} made, but not through its arguments (an attribute?)"
                 )
+    for number, (one, other) in enumerate(pairwise(trace.calls), start=1):
+        if one.region and one.region == other.region:
+            reasons[number] = (
+                "it lies inside of a part that is computed again in the backward pass (torch.utils.checkpoint)"
+            )
     changed = {value: number for number, call in enumerate(trace.calls) for value in call.changes}
     makers = {value: number for number, call in enumerate(trace.calls) for value in call.defines}
     by_storage: dict[int, list[int]] = {}

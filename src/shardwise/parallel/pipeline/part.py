@@ -71,6 +71,18 @@ class PipelinePart:
         """(name, parameter) of what this rank holds, tied ones once, with the user's names."""
         return ((name, value) for name, value in self.model.named_parameters() if not is_fake(value))
 
+    def units(self) -> list[tuple[str, nn.Module]]:
+        """(name, module) of every unit whose parameters this rank holds and no other rank does: what runs here as a whole
+        and may be sharded, compiled or recomputed as a whole."""
+        found = []
+        shared = {name for names in self.shared().values() for name in names}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for name, module in units(self.model, self.program.opened):
+            parameters = list(module.parameters())
+            if parameters and not any(is_fake(p) or names[id(p)] in shared for p in parameters):
+                found.append((name, module))
+        return found
+
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name, buffer) of what this rank holds."""
         return ((name, value) for name, value in self.model.named_buffers() if not is_fake(value))
@@ -106,7 +118,9 @@ class PipelinePart:
         Raises:
             PlanError: they need a parameter or buffer on a stage whose rank does not hold it.
         """
-        cutting = self.program.cutting(self.model, inputs)
+        if not self._accepted:  # other kinds of parallelism may have replaced modules until now
+            self.program.follow(self.model)
+        cutting = self.program.cutting(inputs)
         if cutting.trace.asks_values or id(cutting) not in self._accepted:
             for name, stages in cutting.holders().items():
                 missing = sorted({rank_of(stage, self.ranks) for stage in stages} - set(self.holders[name]))
@@ -141,7 +155,8 @@ def split(
         raise PlanError(f"a pipeline of {stages} stage: give at least 2, or leave the pipeline out of the plan")
     names = find_cuts(model, forward, inputs, stages, cuts)
     program = Program(model, forward, names)
-    cutting = program.cutting(model, inputs)
+    program.follow(model)
+    cutting = program.cutting(inputs)
     used = cutting.holders()
     every = tuple(range(stages))
     holders = {name: tuple(sorted(used.get(name, {0}))) for name, _ in model.named_parameters()}

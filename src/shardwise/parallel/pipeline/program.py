@@ -29,7 +29,7 @@ class Cutting:
         carried: numbers of the values that arrive at every stage; none at the first.
         stage_of: the stage of every call.
         last: number of the last call that every stage makes.
-        given: numbers of the calls that are given values which arrived from an earlier stage.
+        given: numbers of the calls that are given late values of an earlier stage.
         copied: numbers of the arriving values that every stage changes in place.
     """
 
@@ -86,21 +86,26 @@ class Program:
         self._session = Session()
         for name, module in list(units(self._skeleton, self.opened)):
             install(module, name, self._session)
-        self._training = [(name, module) for name, module in self._skeleton.named_modules()]
+        self._modules = dict(self._skeleton.named_modules())
+        self._followed: list[tuple[nn.Module, nn.Module]] = []
         self._known: dict[tuple[Any, ...], Cutting] = {}
 
-    def cutting(self, model: nn.Module, inputs: Any) -> Cutting:
-        """The forward pass for inputs of these shapes, and the modes that `model` and torch are in now.
+    def follow(self, model: nn.Module) -> None:
+        """From now on trace in the modes (training or not) that the modules of `model` are in."""
+        named = model.named_modules()
+        self._followed = [(module, self._modules[name]) for name, module in named if name in self._modules]
+
+    def cutting(self, inputs: Any) -> Cutting:
+        """The forward pass for inputs of these shapes, in the modes that the model and torch are in now.
 
         Raises:
             PlanError: the forward pass cannot be cut there.
         """
-        modules = dict(model.named_modules())
-        modes = tuple(modules[name].training if name in modules else True for name, _ in self._training)
+        modes = tuple(module.training for module, _ in self._followed)
         key = signature(inputs, modes)
         if key not in self._known or self._known[key].trace.asks_values:
-            for (_, module), training in zip(self._training, modes, strict=True):
-                module.training = training
+            for module, copied in self._followed:
+                copied.training = module.training
             trace = take_trace(
                 self.forward, self._skeleton, self._session, inputs, fakes=self.fakes, opened=self.opened
             )
@@ -208,7 +213,8 @@ def _cut(trace: Trace, cuts: Sequence[str]) -> Cutting:
 def _given(trace: Trace, stage_of: tuple[int, ...]) -> frozenset[int]:
     made = {value: stage_of[number] for number, call in enumerate(trace.calls) for value in call.defines}
     calls = enumerate(trace.calls)
-    return frozenset(n for n, call in calls if any(made[value] < stage_of[n] for value in call.uses))
+    late = {number for number, value in enumerate(trace.values) if value.late}
+    return frozenset(n for n, call in calls if any(made[value] < stage_of[n] for value in late.intersection(call.uses)))
 
 
 def _changed(trace: Trace, stage_of: tuple[int, ...], stage: int) -> frozenset[int]:

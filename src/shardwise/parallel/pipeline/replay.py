@@ -1,7 +1,7 @@
 """Running one stage: the user's forward functions from the beginning, with stand-ins for what other stages compute.
 
-The pass goes through the same calls as its trace did. Calls of earlier stages are answered with stand-ins at once; the
-stage's own calls run, with the values that arrived in place of their stand-ins; after the last of them the pass is left.
+The pass goes through the same calls as its trace did. Calls of earlier stages are answered at once, with the values that
+arrived or with stand-ins; the stage's own calls run; after the last of them the pass is left.
 """
 
 from __future__ import annotations
@@ -110,7 +110,13 @@ class _Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
-        return self._step(resolve_name(func) or getattr(func, "__name__", repr(func)), func, args, kwargs)
+        name = resolve_name(func) or getattr(func, "__name__", repr(func))
+        if self._next < len(self._calls) and self._calls[self._next].name == name:
+            return self._step(name, func, args, kwargs)
+        answer = func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(answer)):
+            self._lost(name)
+        return answer  # a question, which has no place in the trace
 
     def module_call(self, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A unit was called."""
@@ -139,27 +145,32 @@ class _Replay(TorchFunctionMode):
         number = self._next
         if number >= len(self._calls) or self._calls[number].name != name:
             self._lost(name)
+        # Left before the next call and not after the last one, which may be inside an autograd function that is not done.
+        if number > self._cutting.last[self._stage] and self._stage + 1 < self._cutting.stages:
+            raise _StageDone
         self._next += 1
         call = self._calls[number]
         if call.everywhere:
             return run(*args, **kwargs)
         stage = self._cutting.stage_of[number]
         if stage < self._stage:
-            return self._stand_in(call.stand_in())
+            return pytree.tree_map_only((Own, Tensor), self._stand_in, call.stand_in())
         if number in self._cutting.given:
             args, kwargs = self.fill((args, kwargs))
         answer = run(*args, **kwargs)
         self._keep(call.defines, call.answer[0], answer)
-        if number == self._cutting.last[self._stage] and self._kept:
-            raise _StageDone
         return answer
 
-    def _stand_in(self, answer: Any) -> Any:
-        return pytree.tree_map_only(Own, self._own, answer)
-
-    def _own(self, leaf: Own) -> Any:
-        path, _, last = leaf.name.rpartition(".")
-        return getattr(self._model.get_submodule(path), last)
+    def _stand_in(self, leaf: Own | Tensor) -> Any:
+        if isinstance(leaf, Own):
+            path, _, last = leaf.name.rpartition(".")
+            return getattr(self._model.get_submodule(path), last)
+        number = self._numbers.get(id(leaf), -1)
+        # The value itself where it arrived. But a late one is still inside of its autograd function, which would take
+        # the value for its own result; it is put in when it is used.
+        if number in self.values and not self._cutting.trace.values[number].late:
+            return self.values[number]
+        return leaf
 
     def _keep(self, defines: tuple[int, ...], ghosts: tuple[Any, ...], answer: Any) -> None:
         if not self._kept.intersection(defines):

@@ -24,16 +24,18 @@ class Own:
 class Call:
     """One call that the open part of a forward pass makes: a unit, or a torch function between units.
 
+    Questions (for a shape, a dtype) are no calls.
+
     Attributes:
         name: of the unit, or of the torch function.
-        everywhere: every stage makes this call itself: it depends on the inputs and buffers alone, or asks a tensor for
-            something that stand-ins know too.
+        everywhere: every stage makes this call itself, because it depends on the inputs and buffers alone.
         uses: numbers of the values it is given.
         defines: numbers of the values it makes.
         changes: numbers of the values it changes in place.
         tensors: names of the parameters and buffers it touches.
         writes: names of those it changes in place.
         hidden: numbers of earlier calls whose results reach this one by another way than its arguments.
+        region: identifies the part of the forward pass that is computed again in the backward pass, which this call is in.
         cost: estimated work, in floating-point operations.
         answer: what to return where another stage runs the call, as (leaves, structure); its tensors are stand-ins.
     """
@@ -46,6 +48,7 @@ class Call:
     tensors: frozenset[str]
     writes: frozenset[str]
     hidden: frozenset[int]
+    region: int
     cost: float
     answer: tuple[tuple[Any, ...], Any]
 
@@ -64,11 +67,13 @@ class Value:
         ghost: its stand-in.
         storage: identifies the memory it lies in; views share it.
         gradients: (number of a call, whether the value needs a gradient after it), in order.
+        late: it became part of the autograd graph after its call, as the result of a custom autograd function does.
     """
 
     ghost: Tensor
     storage: int
     gradients: list[tuple[int, bool]] = field(default_factory=list)
+    late: bool = False
 
     def needs_gradient(self, position: int) -> bool:
         """Whether the value needs a gradient when `position` calls have been made."""

@@ -68,8 +68,8 @@ def take_trace(
     """
     forced: set[int] = set()
     while True:
-        tracer = _Tracer(skeleton, fakes, opened, forced)
         copied = pytree.tree_map_only(Tensor, torch.clone, inputs)
+        tracer = _Tracer(skeleton, copied, fakes, opened, forced)
         try:
             # Drawing random numbers here must not shift those of the training.
             with torch.random.fork_rng(devices=[]), tracer.watch, tracer:
@@ -86,7 +86,9 @@ def take_trace(
 
 @final
 class _Tracer(TorchFunctionMode):
-    def __init__(self, skeleton: nn.Module, fakes: Fakes, opened: frozenset[str], forced: set[int]) -> None:
+    def __init__(
+        self, skeleton: nn.Module, inputs: Any, fakes: Fakes, opened: frozenset[str], forced: set[int]
+    ) -> None:
         super().__init__()
         self.watch = Watch()
         self._fakes = fakes
@@ -97,7 +99,12 @@ class _Tracer(TorchFunctionMode):
         self._entries: dict[str, int] = {}
         self._calls: list[Call] = []
         self._asks_values = False
+        # Storages whose values depend on those of the inputs; results of other calls depend on shapes alone.
+        self._from_inputs = {storage_key(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)}
         self._values: list[Value] = []
+        self._recent: set[int] = set()
+        self._fresh: set[int] = set()
+        self._regions: list[Any] = []
         self._tensors: list[Tensor] = []
         self._numbers: dict[int, int] = {}
         self._local: dict[int, tuple[Tensor, int]] = {}
@@ -136,6 +143,7 @@ class _Tracer(TorchFunctionMode):
     def _record(self, name: str, module: nn.Module | None, run: Callable[[], Any], given: Any) -> Any:
         number = len(self._calls)
         self._refuse_unseen()
+        self._update_gradients()
         with self._fakes.mode if number in self._forced else nullcontext():
             answer = run()
         watch = self.watch
@@ -153,12 +161,19 @@ class _Tracer(TorchFunctionMode):
             or bool(watch.written & set(self._storages))
         )
         question = module is None and not tensors and not watch.written
-        everywhere = question or not bound
-        self._asks_values |= everywhere and (watch.asked or name.rpartition(".")[2] in _VALUE_QUESTIONS)
+        from_inputs = bool(({storage_key(leaf) for leaf in arguments} | watch.read) & self._from_inputs)
+        asked = watch.asked or name.rpartition(".")[2] in _VALUE_QUESTIONS
+        self._asks_values |= (question or not bound) and asked and from_inputs
+        if question:
+            # Not a part of the trace: a stand-in answers some of these without telling anybody.
+            watch.start()
+            return answer
         changes: tuple[int, ...] = ()
         defines: tuple[int, ...] = ()
-        if everywhere:
+        if not bound:
             self._local.update((storage_key(leaf), (leaf, number)) for leaf in tensors)
+            if from_inputs:
+                self._from_inputs |= {storage_key(leaf) for leaf in tensors} | watch.written
         else:
             changes = self._changes(watch.written)
             defines = self._define(number, tensors)
@@ -166,21 +181,32 @@ class _Tracer(TorchFunctionMode):
         self._calls.append(
             Call(
                 name=name,
-                everywhere=everywhere,
+                everywhere=not bound,
                 uses=tuple(sorted(uses)),
                 defines=defines,
                 changes=changes,
                 tensors=frozenset(touched),
                 writes=frozenset(self._storages[key] for key in watch.written if key in self._storages),
                 hidden=frozenset(hidden),
+                region=self._region(),
                 cost=watch.cost,
                 answer=(tuple(leaves), structure),
             )
         )
-        for value in changes:
-            self._values[value].gradients.append((number, self._tensors[value].requires_grad))
+        self._recent = {*uses, *defines, *changes}
+        self._fresh = {value for value in defines if not self._tensors[value].requires_grad}
         watch.start()
         return answer
+
+    def _update_gradients(self) -> None:
+        """Note which values need gradients now, looking at those of the last call: custom autograd functions and changes
+        in place decide that after a call."""
+        last = len(self._calls) - 1
+        for number in self._recent:
+            value, needed = self._values[number], self._tensors[number].requires_grad
+            value.late |= needed and number in self._fresh
+            if not value.gradients or value.gradients[-1][1] != needed:
+                value.gradients.append((last, needed))
 
     def _refuse_unseen(self) -> None:
         """Between two calls nothing may have happened to a stand-in."""
@@ -207,6 +233,15 @@ class _Tracer(TorchFunctionMode):
         given = {storage_key(leaf) for leaf in arguments if id(leaf) in self._numbers}
         return {self._maker[key] for key in (self.watch.read | self.watch.written) - given if key in self._maker}
 
+    def _region(self) -> int:
+        """Which region of recomputation the forward pass is in, 0 for none; each catches what autograd saves."""
+        hooks: tuple[Any, ...] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if not hooks:
+            return 0
+        if hooks not in self._regions:
+            self._regions.append(hooks)
+        return self._regions.index(hooks) + 1
+
     def _changes(self, written: set[int]) -> tuple[int, ...]:
         """Values changed in place by one stage; what every stage computes itself cannot be changed by one alone."""
         for key in written & set(self._local):
@@ -221,7 +256,7 @@ class _Tracer(TorchFunctionMode):
             if not is_fake(tensor):
                 self._force(number)
             self._numbers[id(tensor)] = len(self._values)
-            self._values.append(Value(tensor, storage_key(tensor), [(number, tensor.requires_grad)]))
+            self._values.append(Value(tensor, storage_key(tensor)))
             self._tensors.append(tensor)
         return tuple(range(first, len(self._values)))
 
@@ -240,6 +275,7 @@ class _Tracer(TorchFunctionMode):
 
     def finish(self, inputs: Any, output: Any) -> Trace:
         """The trace, with stand-ins that hold no autograd graph."""
+        self._update_gradients()
         ghosts: dict[int, Tensor] = {}
         for tensor, value in zip(self._tensors, self._values, strict=True):
             value.ghost = tensor.detach().requires_grad_(tensor.requires_grad)
