@@ -26,8 +26,11 @@ UPDATE_BYTES = 12.0
 The gradient in fp32, the square root of the second moment, and the quotient: 4 each.
 """
 
-LOGIT_BYTES = 10.0
-"""Bytes per logit at the peak: the product in 2, its fp32 copy or the softmax 4, the gradient 4."""
+SELECTIVE_KEEPS = 0.4
+"""Share of a layer's activations that selective recomputation keeps beside fused attention."""
+
+LOGIT_BYTES = 14.0
+"""Bytes per logit at the peak: the product in 2, its fp32 copy 4, the log-softmax 4, its gradient 4."""
 
 FUSED_LOGIT_BYTES = 6.0
 """The same with a fused cross entropy that writes the gradient in 2 bytes: what the best software needs."""
@@ -188,7 +191,7 @@ def kept_bytes(case: Case) -> tuple[float, float]:
         return min(entry, whole), whole
     if case.recompute == "selective":
         scores = score_bytes(case)
-        return (whole - scores, scores) if scores else (0.5 * whole, 0.5 * whole)
+        return (whole - scores, scores) if scores else (SELECTIVE_KEEPS * whole, (1.0 - SELECTIVE_KEEPS) * whole)
     return whole, 0.0
 
 
