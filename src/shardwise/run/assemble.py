@@ -17,6 +17,7 @@ from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import Composed, check_model, compose
 from shardwise.run.clock import PhaseClock
+from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
@@ -38,6 +39,7 @@ class Assembly:
     device: torch.device
     composed: Composed
     optimizer: Optimizer
+    update: OptimizerStep
     scheduler: LRScheduler | None
     clock: PhaseClock
     total_steps: int | None
@@ -103,7 +105,8 @@ def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
         JobError: the function returns no optimizer, or one that needs to evaluate the loss itself.
     """
     argument: Any = model if _first_argument(job.optimizer) == "model" else list(model.parameters())
-    optimizer = job.optimizer(argument)
+    with building_optimizers():
+        optimizer = job.optimizer(argument)
     if not isinstance(optimizer, Optimizer):
         raise JobError(f"Job.optimizer returned a {type(optimizer).__name__}: it must return a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -150,6 +153,7 @@ def assemble(job: Job, plan: Plan, world: Group, device: torch.device, *, total_
         device=device,
         composed=composed,
         optimizer=optimizer,
+        update=OptimizerStep(optimizer),
         scheduler=scheduler,
         clock=PhaseClock(device),
         total_steps=total_steps,

@@ -54,7 +54,8 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
     """
     a, clock, model = assembly, assembly.clock, assembly.model
     seed_step(a.job.seed, a.step, a.samples.rank, a.device)
-    a.optimizer.zero_grad(set_to_none=True)
+    for parameter in model.parameters():
+        parameter.grad = None
     parts = _micro_batches(a, batch)
     if a.job.objective is None:
         result = _loss_passes(a, batch, parts)
@@ -64,7 +65,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
     if on_gradients is not None:
         on_gradients()
     norm = clip_by_global_norm(model.parameters(), a.job.clip_norm) if a.job.clip_norm is not None else None
-    a.optimizer.step()
+    a.update()
     if a.scheduler is not None:
         a.scheduler.step()
     a.step += 1
