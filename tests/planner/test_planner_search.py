@@ -10,11 +10,12 @@ from shardwise.cli.plan import plan as plan_command
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.explain import break_even_gbits, losers, nothing_fits, what_helps, why_best, why_not
-from shardwise.planner.search import Problem, cases, family, search
+from shardwise.planner.search import Problem, as_plan, cases, family, search
 from shardwise.planner.step import estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure
+from shardwise.spec.plan import Plan
 
 SMALL = "llama:layers=32,hidden=4096,heads=32,kv_heads=8,ffn=14336,vocab=128256,seq=8192"
 LARGE = "gpt:layers=96,hidden=12288,heads=96,seq=2048,vocab=51200"
@@ -147,6 +148,20 @@ def test_what_cannot_fit_is_an_answer_not_an_error() -> None:
     assert "nothing fits" in nothing_fits(found) and "4.00 GiB" in nothing_fits(found)
     with pytest.raises(PlanError, match="nothing fits"):
         why_best(found)
+
+
+def test_the_winner_becomes_a_plan_that_reads_back() -> None:
+    found = search(problem(SMALL, 16, 64))
+    assert found.best is not None
+    plan = as_plan(found.best, (why_best(found),))
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert plan.layout.workers == 16 and plan.layout.tensor == found.best.case.tensor
+    assert plan.prediction is not None
+    assert sum(plan.prediction.seconds_by_part.values()) == pytest.approx(plan.prediction.step_seconds)
+    fp8 = search(problem(SMALL, 16, 64, "h100", precision="fp8")).best
+    assert fp8 is not None
+    with pytest.raises(PlanError, match="fp8"):
+        as_plan(fp8)
 
 
 def test_families_have_names() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
@@ -10,6 +10,7 @@ from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
+from shardwise.spec.plan import Plan, Prediction
 
 LONG_SEQUENCE = 16384
 """Shorter sequences are not worth splitting: one of them fits a device with any other kind of parallelism."""
@@ -121,6 +122,25 @@ def cases(problem: Problem) -> Iterator[Case]:
                 for expert in _experts(model, data):
                     base = _base(problem, tensor, pipeline, context, data, expert)
                     yield from _settings(base)
+
+
+def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
+    """The candidate as a plan that can be written down and run, with its prediction.
+
+    Raises:
+        PlanError: a precision that plans do not have.
+    """
+    case, found = item.case, item.estimate
+    prediction = Prediction(
+        step_seconds=found.step_seconds,
+        memory_bytes=round(found.memory.total),
+        seconds_by_part=dict(found.seconds),
+        bytes_by_part={name: round(size) for name, size in found.memory.by_part().items()},
+        confidence="certain to fit" if found.certain and found.fits else "near the memory limit",
+    )
+    plain = Plan(layout=case.layout(), schedule=case.schedule, micro_batch=case.micro_batch, reasons=reasons)
+    settings = {"precision": case.precision, "recompute": case.recompute, "compile": bool(case.compile)}
+    return Plan.from_dict({**plain.to_dict(), **settings, "prediction": asdict(prediction)})
 
 
 def _base(problem: Problem, tensor: int, pipeline: int, context: int, data: int, expert: int) -> Case:
