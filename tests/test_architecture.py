@@ -28,7 +28,9 @@ ROOMS: dict[str, set[str]] = {
     "data": {"spec"},
     "probe": {"spec", "dist"},
     "dist": {"spec"},
-    "parallel": {"spec", "dist"},
+    # Layers that are made to be split; trained serially, they need no room above them.
+    "nn": {"spec", "dist"},
+    "parallel": {"spec", "dist", "nn"},
     "run": {"spec", "dist", "parallel", "data"},
     "tasks": {"spec", "run"},
     # A proof walks over the same batches, meshes and composed models as a training, and looks into all of them.
@@ -36,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     # Public and a single file, but on top of a room: what users' own tests call.
     "testing": {"spec", "prove"},
     "bench": {"spec", "run", "monitor"},
-    "jobs": {"spec", "data"},
+    "jobs": {"spec", "data", "nn"},
     "cli": {
         "spec",
         "planner",
@@ -55,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
 """Room -> the rooms it may import besides itself."""
 
 TORCH_FREE = {"errors", "units", "spec", "planner", "monitor"}
-FACADES = {"data"}
+FACADES = {"data", "nn"}
 """Rooms whose `__init__` may resolve public names lazily."""
 
 MAX_FILE_LINES = 400

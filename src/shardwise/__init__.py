@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardwise import data, metrics, testing
+    from shardwise import data, metrics, nn, testing
     from shardwise.errors import ShardwiseError
     from shardwise.run.live import LiveRun, start
     from shardwise.run.result import Run, predict
@@ -29,7 +29,7 @@ _WHERE = {
     "Run": "run.result",
     "predict": "run.result",
 }
-_ROOMS = ("data", "metrics", "testing")
+_ROOMS = ("data", "metrics", "nn", "testing")
 
 __all__ = [
     "Job",
@@ -41,6 +41,7 @@ __all__ = [
     "__version__",
     "data",
     "metrics",
+    "nn",
     "predict",
     "start",
     "testing",

@@ -5,6 +5,7 @@ Serial code and parallel code call the same functions, so a run on one worker ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -63,6 +64,34 @@ class Group:
         padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
         padded[: tensor.shape[0]] = tensor
         return [part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)]
+
+    def exchange(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Rows for every member, for rows from every member: an all-to-all of uneven parts.
+
+        Args:
+            tensor: contiguous, of shape (sum(send), *any): first the rows for member 0, then those for member 1, ...
+            send: rows for each member; 0 is allowed.
+            receive: rows from each member, which the members must agree on beforehand.
+
+        Returns:
+            Tensor of shape (sum(receive), *any), rows from member 0 first.
+        """
+        if self.size == 1:
+            return tensor
+        received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+        c10d.all_to_all_single(received, tensor, list(receive), list(send), group=self.handle)
+        return received
+
+    def twin(self) -> Group:
+        """Another group of the same members. Collective over the members.
+
+        Members must start the collectives of one group in the same order. Two groups have an order each, so what is
+        sent at fixed points of the model need not be in step with gradients that are sent when they are ready.
+        """
+        if self.size == 1:
+            return self
+        members = c10d.get_process_group_ranks(self.handle)
+        return Group(self.rank, self.size, c10d.new_group(members, use_local_synchronization=True))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every member's picklable value, in rank order."""

@@ -1,0 +1,254 @@
+"""Expert parallelism: the experts of mixture-of-experts layers are dealt to the ranks of the expert axis.
+
+Rank p of P holds experts p*E/P to (p+1)*E/P - 1, as a DTensor with its first dim split, so that checkpoints and exports see
+whole parameters. Ranks along the axis hold different samples: each sends its tokens to the ranks of their experts and
+gets the answers back, by all-to-all.
+
+Which gradients are summed over which ranks follows from that. The experts of a rank have already seen the tokens of all
+ranks along the expert axis, and their answers' gradients came back with them: their gradients are complete there, and are
+summed over the other axes only. All other parameters are summed over the expert axis too. No gradient is divided by a
+degree, because each rank's loss is its share of the mean over the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.dist.collectives import Group, Work
+from shardwise.dist.mesh import Mesh
+from shardwise.dist.split import local_part
+from shardwise.errors import PlanError
+from shardwise.nn.experts import Place, modules_with_experts
+from shardwise.nn.moe import MoE
+from shardwise.parallel.norm import BatchState
+from shardwise.spec.layout import Layout
+
+
+def check_experts(model: nn.Module, layout: Layout, *, splits_share: bool) -> None:
+    """Refuse what cannot be split over experts, or not exactly.
+
+    Args:
+        model: as the user built it.
+        layout: of the plan.
+        splits_share: whether a worker's share of the global batch is walked through in micro-batches.
+
+    Raises:
+        PlanError: names the module or parameter, the rule, and what to do.
+    """
+    found = modules_with_experts(model)
+    if layout.expert > 1:
+        if not found:
+            raise PlanError(
+                f"plan {layout}: the model has no experts to split ({_looked_at(model)}); use shardwise.nn.MoE, declare "
+                "stacked experts of your own with shardwise.nn.declare_experts, or leave expert out of the plan"
+            )
+        for name, _, experts in found:
+            if experts.count % layout.expert:
+                fitting = [str(d) for d in range(1, experts.count + 1) if experts.count % d == 0]
+                raise PlanError(
+                    f"plan {layout}: {name or 'the model'} has {experts.count} experts, which expert={layout.expert} does "
+                    f"not divide; use one of {', '.join(fitting)}"
+                )
+        _check_owners(model, layout)
+        if layout.shard > 1:
+            raise PlanError(
+                f"plan {layout}: experts cannot be split over shard as well; use data={layout.data * layout.shard} "
+                f"instead of shard={layout.shard}, or a higher expert degree to save memory"
+            )
+    for name, module, _ in found:
+        if isinstance(module, MoE):
+            _check_moe(name, module, layout, splits_share=splits_share)
+
+
+def forward_meets_others(model: nn.Module, layout: Layout) -> bool:
+    """Whether forward passes hold collectives because of experts, so that every rank must walk through all of them."""
+    if layout.replicas * layout.context == 1:
+        return False
+    return any(
+        layout.expert > 1 or not isinstance(module, MoE) or bool(_over_all_tokens(module))
+        for _, module, _ in modules_with_experts(model)
+    )
+
+
+def split_experts(model: nn.Module, mesh: Mesh, state: BatchState) -> set[str]:
+    """Tell every module with experts where tokens and experts are, and deal its experts out, in place. Collective.
+
+    To be called wherever the model has experts, also without an expert axis: losses over the global batch and capacities
+    need the other ranks' tokens. The model must hold all experts, with equal values on every rank.
+
+    Args:
+        model: accepted by `check_experts`.
+        mesh: all ranks.
+        state: tells of phantoms.
+
+    Returns:
+        Names of the parameters that are split now.
+    """
+    found = modules_with_experts(model)
+    if not found:
+        return set()
+    # Groups of their own: what layers send must not depend on when gradients of other layers are ready.
+    tokens = mesh.group("data", "shard", "context", "expert").twin()
+    experts = mesh.group("expert").twin()
+    device = next(model.parameters()).device
+    members = experts.gather(torch.tensor(tokens.rank, device=device)).tolist()
+    place = Place(tokens, experts, tuple(members), lambda: state.phantom)
+    replaced: dict[int, nn.Parameter] = {}
+    for _, module, declared in found:
+        declared.place = place
+        if experts.size > 1:
+            for name in declared.names:
+                whole = module.get_parameter(name)
+                if id(whole) not in replaced:
+                    replaced[id(whole)] = _deal(whole, experts, mesh)
+                module._parameters[name] = replaced[id(whole)]
+    split = {id(parameter) for parameter in replaced.values()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in split}
+
+
+@final
+class ExpertGradients:
+    """Sums the gradients of dealt experts over the ranks that hold the same ones.
+
+    Used as `shardwise.parallel.data.GradientSum` is: `expect()` before the last backward pass of a step, `finish()` after
+    it. Each gradient travels by itself and in place, as soon as it is there; experts are large enough for that.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], group: Group) -> None:
+        """Plan the sums.
+
+        Args:
+            parameters: (name, parameter) of the dealt experts, in the order of the module tree.
+            group: ranks along all axes that split tokens but the expert axis.
+        """
+        self._group = group
+        # The backward pass meets the last parameters first.
+        self._parameters = [parameter for _, parameter in parameters if parameter.requires_grad][::-1]
+        self._arrived: set[int] = set()
+        self._sent: list[Work] = []
+        self._expecting = False
+        if group.size > 1:
+            for index, parameter in enumerate(self._parameters):
+                parameter.register_post_accumulate_grad_hook(self._arrival(index))
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of gradients that each rank puts into the sums every step."""
+        parts = [local_part(parameter) for parameter in self._parameters]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def expect(self) -> None:
+        """The next backward pass is the last of this step."""
+        self._expecting = True
+        self._arrived = set()
+        self._sent = []
+
+    def finish(self, *, scale: float | Tensor | None = None) -> None:
+        """Send what is left, wait for all, and leave the summed gradient in every `parameter.grad`.
+
+        A parameter that no rank used keeps no gradient.
+
+        Args:
+            scale: factor for every summed gradient, None for no scaling.
+        """
+        self._expecting = False
+        if self._group.size > 1 and self._parameters:
+            used = [float(parameter.grad is not None) for parameter in self._parameters]
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            while len(self._sent) < len(self._parameters):
+                self._send_next()
+            ranks_using = self._group.sum_(torch.tensor(used, device=self._parameters[0].device)).tolist()
+            for work, parameter, ranks in zip(self._sent, self._parameters, ranks_using, strict=True):
+                work.wait()
+                if not ranks:
+                    parameter.grad = None
+        if scale is not None:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    local_part(parameter.grad).mul_(scale)
+
+    def _arrival(self, index: int):  # type: ignore[no-untyped-def]  # torch types the hook as Callable[..., None]
+        def arrived(_: Tensor) -> None:
+            if not self._expecting:
+                return
+            self._arrived.add(index)
+            while len(self._sent) in self._arrived:
+                self._send_next()
+
+        return arrived
+
+    def _send_next(self) -> None:
+        parameter = self._parameters[len(self._sent)]
+        assert parameter.grad is not None
+        gradient = local_part(parameter.grad)
+        if not gradient.is_contiguous():
+            raise AssertionError("the gradient of a contiguous parameter is contiguous")
+        self._sent.append(self._group.start_sum_(gradient))
+
+
+def _deal(whole: nn.Parameter, experts: Group, mesh: Mesh) -> nn.Parameter:
+    """This rank's experts of a stacked parameter, as a DTensor of the whole shape."""
+    from torch.distributed.tensor import DTensor, Shard  # takes most of a second: only where it is used
+
+    each = whole.shape[0] // experts.size
+    own = whole.detach()[experts.rank * each : (experts.rank + 1) * each].clone()
+    split = DTensor.from_local(own, mesh.device_mesh("expert"), [Shard(0)], run_check=False)
+    return nn.Parameter(split, requires_grad=whole.requires_grad)
+
+
+def _check_owners(model: nn.Module, layout: Layout) -> None:
+    """A parameter that is declared in one place and used as a plain one in another cannot be dealt out."""
+    declared = {
+        id(module.get_parameter(name))
+        for _, module, experts in modules_with_experts(model)
+        for name in experts.names
+    }  # fmt: skip
+    for prefix, module in model.named_modules():
+        own = {
+            (prefix, name) for _, m, experts in modules_with_experts(module) if m is module for name in experts.names
+        }
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in declared and (prefix, name) not in own:
+                raise PlanError(
+                    f"plan {layout}: parameter {f'{prefix}.{name}'.strip('.')} is declared as stacked experts elsewhere "
+                    "and used here as a whole; untie the two, or leave expert out of the plan"
+                )
+
+
+def _over_all_tokens(module: MoE) -> list[str]:
+    """Settings of the layer that look at all tokens of the global batch."""
+    settings = {"balance": module.balance, "z": module.z, "capacity_factor": module.capacity_factor}
+    return [f"{name}={value}" for name, value in settings.items() if value]
+
+
+def _check_moe(name: str, module: MoE, layout: Layout, *, splits_share: bool) -> None:
+    looking = _over_all_tokens(module)
+    if looking and splits_share:
+        raise PlanError(
+            f"MoE layer {name!r} with {looking[0]} looks at all tokens of the global batch at once, but micro_batch splits "
+            "a worker's share; leave micro_batch out, use more workers, or build the layer with balance=0, z=0 and no "
+            "capacity_factor"
+        )
+    if module.capacity_factor and layout.context > 1:
+        raise PlanError(
+            f"plan {layout}: MoE layer {name!r} serves tokens in the order of the global batch (capacity_factor="
+            f"{module.capacity_factor}), which context splits; leave the capacity out or use data instead of context"
+        )
+    if (module.balance or module.z) and layout.pipeline > 1:
+        raise PlanError(
+            f"plan {layout}: MoE layer {name!r} has an auxiliary loss ({looking[0]}), which the last pipeline stage cannot "
+            "add to the objective; build the layer with balance=0 and z=0, or leave pipeline out of the plan"
+        )
+
+
+def _looked_at(model: nn.Module) -> str:
+    stacked = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.dim() >= 3]
+    if stacked:
+        return "undeclared parameters that look like stacked ones: " + ", ".join(stacked[:5])
+    return "no parameter has three dims"
