@@ -15,6 +15,8 @@ from shardwise.spec.plan import Plan, Prediction
 LONG_SEQUENCE = 16384
 """Shorter sequences are not worth splitting: one of them fits a device with any other kind of parallelism."""
 
+Setting = tuple[int, ...]
+
 SIMULATED = 8
 """Best layouts whose pipeline is simulated; the others keep the closed form."""
 
@@ -86,11 +88,16 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
     best: dict[tuple[int, ...], Candidate] = {}
     least: dict[tuple[int, ...], Candidate] = {}
     priced = 0
+    settled: Setting | None = None
     for case in cases(problem):
+        key = (case.data, case.tensor, case.pipeline, case.context, case.expert, case.zero_stage)
+        setting = (*key, case.micro_batch, case.virtual_stages)
+        if setting == settled:
+            continue  # it fits with less recomputation, and more of it only takes longer
         found = Candidate(case, estimate(case, constants, quick=True))
         priced += 1
-        key = (case.data, case.tensor, case.pipeline, case.context, case.expert, case.zero_stage)
         if found.estimate.comfortable:
+            settled = setting
             if key not in best or found.estimate.step_seconds < best[key].estimate.step_seconds:
                 best[key] = found
         elif key not in least or found.estimate.memory.least < least[key].estimate.memory.least:
@@ -173,8 +180,8 @@ def _settings(base: Case) -> Iterator[Case]:
             if base.pipeline * chunks > base.model.layers or (chunks > 1 and (share // micro_batch) % base.pipeline):
                 continue
             schedule = "interleaved1f1b" if chunks > 1 else "1f1b"
-            for recompute in RECOMPUTES:
-                for stage in stages:
+            for stage in stages:
+                for recompute in RECOMPUTES:
                     yield replace(
                         base,
                         micro_batch=micro_batch,
