@@ -68,7 +68,7 @@ def evaluate(job: Job, model: nn.Module) -> dict[str, float]:
 
 
 def test_there_are_no_others_than_those_tested_here() -> None:
-    assert built_in_names() == ["autoencoder", "charlm", "cifar10", "digits", "linear", "mnist"]
+    assert built_in_names() == ["autoencoder", "charlm", "cifar10", "digits", "linear", "mnist", "moe"]
 
 
 @pytest.mark.parametrize("name", built_in_names())

@@ -62,7 +62,7 @@ def train(
     quiet: bool,
     **rest: Any,
 ) -> None:
-    """Train JOB: a built-in name (digits, cifar10, mnist, charlm, linear, autoencoder), file.py, file.py:function or
+    """Train JOB: a built-in name (digits, cifar10, mnist, charlm, moe, linear, autoencoder), file.py, file.py:function or
     package.module:function.
 
     The result does not depend on the number of workers: each step trains on the same global batch, and its gradient is
