@@ -11,7 +11,7 @@ from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.explain import break_even_gbits, losers, nothing_fits, what_helps, why_best, why_not
 from shardwise.planner.search import Problem, as_plan, cases, family, search
-from shardwise.planner.step import estimate
+from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure
@@ -73,6 +73,16 @@ def test_the_best_plan_is_the_fastest_that_fits() -> None:
     assert steps == sorted(steps)
     assert all(item.estimate.comfortable for item in found.plans)
     assert not any(item.estimate.comfortable for item in found.too_large)
+
+
+def test_sharing_the_times_of_layers_changes_nothing() -> None:
+    memo: Memo = {}
+    for text in (SMALL, SMALL.replace("seq=8192", "seq=65536"), SMALL + ",experts=4"):
+        asked = problem(text, 16, 16)
+        for case in list(cases(asked))[::7]:
+            shared = estimate(case, quick=True, memo=memo)
+            assert shared == estimate(case, quick=True), str(case)
+        memo.clear()
 
 
 def test_a_small_model_on_a_fast_node_is_not_split() -> None:

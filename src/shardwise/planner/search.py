@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
-from shardwise.planner.step import Estimate, estimate
+from shardwise.planner.step import Estimate, Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan, Prediction
@@ -89,12 +89,13 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
     least: dict[tuple[int, ...], Candidate] = {}
     priced = 0
     settled: Setting | None = None
+    memo: Memo = {}
     for case in cases(problem):
         key = (case.data, case.tensor, case.pipeline, case.context, case.expert, case.zero_stage)
         setting = (*key, case.micro_batch, case.virtual_stages)
         if setting == settled:
             continue  # it fits with less recomputation, and more of it only takes longer
-        found = Candidate(case, estimate(case, constants, quick=True))
+        found = Candidate(case, estimate(case, constants, quick=True, memo=memo))
         priced += 1
         if found.estimate.comfortable:
             settled = setting

@@ -1,6 +1,7 @@
 """One optimizer step of a case: compute, communication after overlap, pipeline bubble, optimizer; and the memory beside it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwise.planner.case import Case
@@ -77,18 +78,30 @@ class _Pass:
     backward: float
 
 
-def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False) -> Estimate:
-    """Predict one optimizer step of `case`; `quick` takes the pipeline's closed form instead of simulating its table."""
+Memo = dict[tuple[object, ...], tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]]
+
+
+def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False, memo: Memo | None = None) -> Estimate:
+    """Predict one optimizer step of `case`.
+
+    Args:
+        quick: take the pipeline's closed form instead of simulating its table.
+        memo: times of single layers, shared between the cases of one search over one model, machine and precision.
+    """
     device = device_rates(case.machine.accelerator, case.precision, constants)
     net = network(case.machine, constants)
-    layer, ends, parts = _passes(case, device, net, constants)
+    memo = {} if memo is None else memo
+    key = _layer_key(case)
+    if key not in memo:
+        memo[key] = _passes(case, device, net, constants)
+    layer, ends, parts = memo[key]
     forward, backward = _stages(case, layer, ends)
     hop = _hop_seconds(case, net)
     ranks = case.pipeline
     timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, hop, ranks)
     shares = rank_shares(case)
     memory = rank_memory(case, timeline.in_flight, shares)
-    layers = _busiest_layers(case, forward, backward)
+    layers = _busiest_layers(case, shares, layer, ends)
     seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline)
     last_backward = max(backward[rank] for rank in range(ranks))
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, last_backward, constants)
@@ -99,6 +112,13 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False)
     fits = memory.least <= room
     sure = UNCERTAIN * memory.total <= room if fits else memory.least > UNCERTAIN * room
     return Estimate(seconds, memory, timeline, fits, memory.total <= room, sure)
+
+
+def _layer_key(case: Case) -> tuple[object, ...]:
+    """What the time of one layer depends on beside model, machine and precision."""
+    sharded = case.data if case.zero_stage == 3 else 0
+    split = (case.tensor, case.context, case.expert, sharded, case.sequence_parallel, _crosses_nodes(case))
+    return (*split, case.micro_batch, case.recompute)
 
 
 def _passes(
@@ -273,14 +293,15 @@ def _gradient_seconds(case: Case, share: RankShare, net: Network, last_backward:
     return whole - hidden * (1.0 - constants.overlap_cost) + after
 
 
-def _busiest_layers(case: Case, forward: tuple[float, ...], backward: tuple[float, ...]) -> int:
-    """Layers of the pipeline rank with the most work."""
-    work, layers = [0.0] * case.pipeline, [0] * case.pipeline
-    for stage, count in enumerate(case.layers_per_stage):
-        rank = rank_of(stage, case.pipeline, case.schedule)
-        work[rank] += forward[stage] + backward[stage]
-        layers[rank] += count
-    return layers[work.index(max(work))]
+def _busiest_layers(case: Case, shares: Sequence[RankShare], layer: _Pass, ends: tuple[_Pass, _Pass]) -> int:
+    """Layers of the pipeline rank with the most work: one of the ends, or one with the most layers."""
+    last = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
+    work = {0: 0.0, last: 0.0, max(range(case.pipeline), key=lambda rank: shares[rank].layers): 0.0}
+    for rank in work:
+        work[rank] = shares[rank].layers * (layer.forward + layer.backward)
+    for rank, end in ((0, ends[0]), (last, ends[1])):
+        work[rank] += end.forward + end.backward
+    return shares[max(work, key=lambda rank: work[rank])].layers
 
 
 def _split(parts: dict[str, float], timeline: Timeline) -> dict[str, float]:
