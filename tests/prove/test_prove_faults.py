@@ -90,11 +90,11 @@ def untie(a: Assembly) -> None:
 
 
 def drop_micro_batch(a: Assembly) -> None:
-    """Rank 1 forgets the last piece of each of its batches."""
+    """Rank 1 forgets the second piece of each of its batches."""
     if a.world.rank == 1:
         split = Batch.split
         patched: Any = Batch
-        patched.split = lambda batch, micro_batch: split(batch, micro_batch)[:-1]
+        patched.split = lambda batch, micro_batch: split(batch, micro_batch)[:1] + split(batch, micro_batch)[2:]
 
 
 def wrong_slice(a: Assembly) -> None:
@@ -121,6 +121,18 @@ def other_start(a: Assembly) -> None:
 
 def wrong_learning_rate(a: Assembly) -> None:
     a.optimizer.param_groups[0]["lr"] *= a.world.size
+
+
+def scale_short_batch(a: Assembly) -> None:
+    """A fault that only a batch of another size shows, under an optimizer that keeps nothing and hardly moves."""
+
+    def change(assembly: Assembly) -> None:
+        if assembly.step == 2:
+            for parameter in assembly.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.mul_(13 / 5)
+
+    _after_sum(change)(a)
 
 
 def _refuted(verdict: Verdict, pattern: str) -> Finding:
@@ -212,6 +224,14 @@ def test_other_start_on_one_rank(job: Jobs) -> None:
 def test_wrong_learning_rate(job: Jobs) -> None:
     """Gradients are right, the update is not."""
     assert "0 lr" in _refuted(prove(job("mlp"), "data=2", fault=wrong_learning_rate), "wrong update").parameters
+
+
+def test_fault_of_the_short_batch(job: Jobs) -> None:
+    """The weights would not show it: with this learning rate they move by less than their rounding."""
+    slow = job("mlp", optimizer=lambda params: torch.optim.SGD(params, lr=1e-9))
+    verdict = prove(slow, "data=2", fault=scale_short_batch)
+    assert verdict.samples == (13, 13, 5)
+    assert _refuted(verdict, "scaled gradients").factor == pytest.approx(2.6)
 
 
 def test_coupled_loss_blames_the_job(job: Jobs) -> None:

@@ -22,7 +22,14 @@ FLOOR = float(torch.finfo(torch.float32).eps)
 NO_DIGIT = 0.1
 """A gradient whose serial float32 value is off by this part of its size has no digit that means anything."""
 
-_KINDS = (("gradient/", "gradient"), ("applied/", "applied gradient"), ("final/optimizer/", "optimizer state"))
+_KINDS = (
+    ("gradient/", "gradient"),
+    ("applied/", "applied gradient"),
+    ("last/", "last gradient"),
+    ("final/optimizer/", "optimizer state"),
+)
+
+_TENSOR_PREFIXES = ("initial/model/", "final/model/", "gradient/", "applied/", "last/")
 
 
 @final
@@ -116,7 +123,7 @@ def reference_key(key: str, aliases: Mapping[str, str]) -> str:
 
 def _parameter_of(key: str) -> str:
     """The name of the parameter or buffer in a key."""
-    for prefix in ("initial/model/", "final/model/", "gradient/", "applied/"):
+    for prefix in _TENSOR_PREFIXES:
         if key.startswith(prefix):
             return key[len(prefix) :]
     for prefix in ("initial/optimizer/", "final/optimizer/"):
@@ -127,7 +134,7 @@ def _parameter_of(key: str) -> str:
 
 def _short(key: str) -> str:
     """A key as people read it."""
-    for prefix in ("final/model/", "final/optimizer/", "final/options/", "gradient/", "applied/", "initial/model/"):
+    for prefix in (*_TENSOR_PREFIXES, "final/optimizer/", "final/options/"):
         if key.startswith(prefix):
             return key[len(prefix) :].replace("/", " ")
     return key

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
 from shardwise.data.source import Splits
 from shardwise.errors import JobError, PlanError, RunFailed
 from shardwise.prove.child import call_in_child
@@ -81,11 +83,21 @@ def serial_tasks(setting: Setting, plan: Plan) -> list[Task]:
     share = -(-setting.job.batch_size // max(2, plan.layout.replicas))
     pieces = replace(serial, micro_batch=share)
     try:
-        check_job(setting.job, pieces)
+        refuse(setting.job, pieces)
     except PlanError:
         return tasks
     tasks[-1] = setting.task("pieces", pieces, order=ORDERS[-1])
     return tasks
+
+
+def refuse(job: Job, plan: Plan) -> None:
+    """Refuse what the plan cannot do for the job, before anything starts; the caller's random numbers stay as they are.
+
+    Raises:
+        UserError: what was given, the rule, and what to do.
+    """
+    with torch.random.fork_rng(devices=[]):
+        check_job(job, plan)
 
 
 def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from shardwise.errors import RunFailed, UserError
 from shardwise.prove.compare import Yardstick
-from shardwise.prove.execute import Setting, measure
+from shardwise.prove.execute import Setting, measure, refuse
 from shardwise.prove.proof import judge, make_setting, settle
-from shardwise.run.assemble import check_job
 from shardwise.run.choose import with_threads
 from shardwise.run.launch import print_report
 from shardwise.spec.job import Job
@@ -88,7 +87,7 @@ def prove_all(
 def _refused(job: Job, plan: Plan) -> Cell | None:
     """The cell of a plan that is refused before anything starts."""
     try:
-        check_job(job, plan)
+        refuse(job, plan)
     except UserError as error:
         return Cell(layout=str(plan.layout), result="refused", reason=str(error))
     return None

@@ -15,13 +15,13 @@ from shardwise.data.source import Splits, as_splits
 from shardwise.errors import RunFailed, ShardwiseError, UserError
 from shardwise.prove.child import call_in_child
 from shardwise.prove.compare import MULTIPLE, Yardstick, compare, initial_differences, norm, worst_of_each_kind
-from shardwise.prove.diagnose import Evidence, diagnose, listed
-from shardwise.prove.execute import Setting, measure, run_candidate
+from shardwise.prove.diagnose import diagnose
+from shardwise.prove.evidence import Evidence, listed
+from shardwise.prove.execute import Setting, measure, refuse, run_candidate
 from shardwise.prove.guards import check_guards, sample_faults
 from shardwise.prove.pieces import Pieces, read_pieces, write_pieces
 from shardwise.prove.record import Record
 from shardwise.prove.runs import Fault
-from shardwise.run.assemble import check_job
 from shardwise.run.choose import choose_device, usable_cores
 from shardwise.run.launch import current_rank, print_report
 from shardwise.run.options import TrainOptions, resolve_plan
@@ -94,7 +94,7 @@ def prove(
     """
     began = time.perf_counter()
     settled = settle(job, plan, device=device, threads=threads)
-    check_job(job, settled)
+    refuse(job, settled)
     with tempfile.TemporaryDirectory(prefix="shardwise-proof-") as folder:
         setting = make_setting(
             job,
@@ -278,7 +278,7 @@ def blame_axes(setting: Setting, plan: Plan, yardstick: Yardstick) -> tuple[tupl
             continue
         part = plan.with_layout(layout)
         try:
-            check_job(setting.job, part)
+            refuse(setting.job, part)
             passed = run_trial(setting, part, yardstick).passed
         except ShardwiseError:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -124,12 +125,13 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
     taken = 0
     for batch in walk_batches(a, splits, task.steps):
         recorder.take_samples(batch)
-        first = taken == 0
+        moment = "gradient" if taken == 0 else "last" if taken == task.steps - 1 else None
+        noted = functools.partial(recorder.take_gradients, moment, a.model) if moment else None
         with quiet:
             result = take_step(
                 a,
                 altered(batch, task),
-                on_gradients=(lambda: recorder.take_gradients("gradient", a.model)) if first else None,
+                on_gradients=noted,
             )
         hook.remove()
         mean = a.world.sum_(result.loss_sum.detach().double() / result.weight)
