@@ -162,6 +162,12 @@ def _check(serial: Weights, parts: list[Weights]) -> None:
     torch.testing.assert_close(merged, serial, rtol=1e-9, atol=1e-12)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Forked ranks find what tracing imports already imported."""
+    split(Tied(), _tokens()[0], 2)
+
+
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_data_and_pipeline(pieces: int, ranks: Callable[..., list[Any]]) -> None:
     serial = _serial(Tied, _tokens(), _token_loss)

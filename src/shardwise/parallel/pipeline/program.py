@@ -89,6 +89,7 @@ class Program:
         self._modules = dict(self._skeleton.named_modules())
         self._followed: list[tuple[nn.Module, nn.Module]] = []
         self._known: dict[tuple[Any, ...], Cutting] = {}
+        self._forced: set[int] = set()
 
     def follow(self, model: nn.Module) -> None:
         """From now on trace in the modes (training or not) that the modules of `model` are in."""
@@ -107,7 +108,13 @@ class Program:
             for module, copied in self._followed:
                 copied.training = module.training
             trace = take_trace(
-                self.forward, self._skeleton, self._session, inputs, fakes=self.fakes, opened=self.opened
+                self.forward,
+                self._skeleton,
+                self._session,
+                inputs,
+                fakes=self.fakes,
+                opened=self.opened,
+                forced=self._forced,
             )
             self._known[key] = _cut(trace, self.cuts)
         return self._known[key]
@@ -134,7 +141,7 @@ def find_cuts(
             install(module, name, session)
     while True:
         try:
-            trace = take_trace(forward, skeleton, session, inputs, fakes=fakes, opened=frozenset(opened))
+            trace = take_trace(forward, skeleton, session, inputs, fakes=fakes, opened=frozenset(opened), forced=set())
             return choose(trace, stages)
         except CannotOpenError as error:
             if error.module not in opened:

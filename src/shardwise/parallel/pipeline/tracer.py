@@ -52,6 +52,7 @@ def take_trace(
     *,
     fakes: Fakes,
     opened: frozenset[str],
+    forced: set[int],
 ) -> Trace:
     """Trace `program(skeleton, inputs)`.
 
@@ -62,11 +63,13 @@ def take_trace(
         inputs: a tree of real tensors, not changed.
         fakes: made the skeleton's tensors.
         opened: modules whose forward functions are walked through; gated modules that are not opened are units.
+        forced: numbers of calls that one stage makes although they depend on the inputs alone, because a stage changes
+            their results in place. A guess from an earlier trace spares repetitions; what is found is added.
 
     Raises:
         PlanError: the forward pass depends on values that only one stage will have, or cannot be traced.
     """
-    forced: set[int] = set()
+    guessed = bool(forced)
     while True:
         copied = pytree.tree_map_only(Tensor, torch.clone, inputs)
         tracer = _Tracer(skeleton, copied, fakes, opened, forced)
@@ -78,6 +81,11 @@ def take_trace(
             return tracer.finish(copied, output)
         except _Again:
             continue
+        except CannotOpenError:
+            if not guessed:
+                raise
+            guessed = False
+            forced.clear()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             tracer.refuse_values(error)
         finally:
