@@ -22,11 +22,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def score(name: str, machine: Machine | None = None) -> Mapping[str, Any]:
-    spec = importlib.util.spec_from_file_location("published_score", TABLES / "score.py")
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
-    scorer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scorer)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def score(name: str, machine: Machine | None = None) -> Mapping[str, Any]:
+    scorer = load(TABLES / "score.py")
     path = TABLES / f"{name}.csv"
     text = write_csv(predict_runs(read_runs(path), machine))
     found: Mapping[str, Any] = scorer.score(scorer.read(path), list(csv.DictReader(io.StringIO(text))))
@@ -78,3 +83,12 @@ def test_the_choice_within_published_sweeps() -> None:
     assert score("vtrain_ground_truth_single_node")["top1_regret"] <= 0.05
     assert score("internevo")["top1_regret"] <= 0.02
     assert score("megatron_sc21_table2")["top1_regret"] <= 0.02
+
+
+def test_the_published_page_is_what_the_benchmark_computes() -> None:
+    root = Path(__file__).parents[2]
+    benchmark = load(root / "benchmarks" / "accuracy.py")
+    text, record = benchmark.report(TABLES)
+    assert text == (root / "docs" / "accuracy.md").read_text(encoding="utf-8"), "run python benchmarks/accuracy.py"
+    assert record["llm_foundry_mpt"]["n_timed"] == 216
+    assert benchmark.with_pending_sends(benchmark.cluster_machine(TABLES)) == Machine.read(MACHINE)
