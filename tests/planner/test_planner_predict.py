@@ -164,6 +164,12 @@ def test_an_open_recomputation_is_chosen_so_that_it_fits() -> None:
     assert not resolve({**tight, "recompute": "none"})[1].fits
 
 
+@pytest.mark.parametrize("column", ["hardware", "layers", "hidden", "seq_len"])
+def test_a_blank_that_cannot_be_guessed_gets_no_prediction(column: str) -> None:
+    (found,) = predict_runs(parse_runs(io.StringIO(table([{**BASE, column: ""}])), "t"))
+    assert found.estimate is None and found.reason.startswith(f"{column} is unknown")
+
+
 def test_a_row_that_contradicts_itself_gets_no_prediction_and_a_reason() -> None:
     assert next(predict_runs([{**BASE, "gpus": 128}])).reason.startswith("degrees")
     rows = [BASE, {**BASE, "run_id": "r2", "gpus": 63}, {**BASE, "run_id": "r3", "hardware": "abacus"}]

@@ -10,7 +10,7 @@ from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
-from shardwise.planner.runs import Row
+from shardwise.planner.runs import REQUIRED, Row
 from shardwise.planner.schedule import V_SHAPED
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.facts import Transformer
@@ -146,6 +146,9 @@ def candidates(row: Row, base: Case) -> Iterator[Case]:
 
 def base_case(row: Row, machine: Machine | None = None) -> Case:
     """The case of a row, with open choices at their first candidate."""
+    blank = [name for name in REQUIRED if name not in row]
+    if blank:
+        raise PlanError(f"{blank[0]} is unknown: a prediction needs {', '.join(REQUIRED[1:])}")
     model = Transformer.from_values({key: int(row[key]) for key in MODEL_KEYS if key in row})
     place = _machine(row, machine)
     degrees = _degrees(row)
