@@ -15,7 +15,7 @@ from shardwise.errors import DataError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.predict import base_case, predict_runs, resolve, write_csv
-from shardwise.planner.runs import INPUTS, MEASURED, Row, parse_runs
+from shardwise.planner.runs import INPUTS, MEASURED, Row, parse_runs, read_runs
 from shardwise.planner.step import estimate
 from shardwise.spec.machine import Figure
 
@@ -121,6 +121,14 @@ def test_comments_and_blank_lines_are_skipped() -> None:
 def test_a_malformed_cell_is_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message.replace("(", r"\(")):
         parse_runs(io.StringIO(table([{**BASE, **change}])), "runs.csv")
+
+
+def test_files_of_other_systems_read_the_same(tmp_path: Path) -> None:
+    plain, foreign = tmp_path / "plain.csv", tmp_path / "foreign.csv"
+    text = table([{**BASE, "note": "two\nlines, quoted"}])
+    plain.write_text(text)
+    foreign.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_runs(plain) == read_runs(foreign) == [BASE]
 
 
 def test_a_malformed_table_is_named() -> None:

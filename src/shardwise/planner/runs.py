@@ -82,7 +82,7 @@ def read_runs(path: Path) -> list[Row]:
             cell is not of its kind; the message names the file, the line and the column.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as handle:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
             return parse_runs(handle, str(path))
     except OSError as error:
         raise DataError(f"table {path}: {error.strerror}; give a CSV file in the canonical columns") from error
