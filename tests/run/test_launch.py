@@ -259,3 +259,29 @@ def test_a_hang_names_the_rank_that_waited(children: None) -> None:
     assert "dist.barrier()" in caught.value.details
     tail = caught.value.details.partition("Meanwhile rank 1 was here (innermost call first):")[2]
     assert "in hang_on_rank_1" in tail and tail.count("File") == 1
+
+
+def late_on_rank_1(rank: Rank) -> None:
+    if rank.rank == 1:
+        time.sleep(10 * SECONDS)
+    with process_group(rank, "cpu", 1.0):
+        pass
+
+
+def test_a_rank_that_does_not_come_to_the_start_is_shown(children: None) -> None:
+    with pytest.raises(errors.RunFailed, match="rank 0 timed out") as caught:
+        launch(late_on_rank_1, workers=2, threads=1)
+    assert "in late_on_rank_1" in caught.value.details.partition("Meanwhile rank 1 was here")[2]
+
+
+def test_many_launches_leave_no_files_or_threads_behind() -> None:
+    def open_now() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    launch(total_of_ranks, workers=2, threads=1)
+    before = open_now()
+    for _ in range(3):
+        launch(total_of_ranks, workers=2, threads=1)
+        with pytest.raises(errors.RunFailed):
+            launch(functools.partial(fail_on_rank_1, error=ValueError()), workers=2, threads=1, report=lambda _: None)
+    assert open_now() == before

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from shardwise import errors
 from shardwise.spec.rank import Rank
@@ -69,6 +69,10 @@ def _store(rank: Rank, timeout: timedelta) -> Store:
     if rank.endpoint is None:
         met: tuple[Store, int, int] = next(iter(rendezvous("env://", rank.rank, rank.workers, timeout=timeout)))
         return met[0]
+    if rank.endpoint.startswith("/"):
+        store = FileStore(rank.endpoint, rank.workers)
+        store.set_timeout(timeout)
+        return store
     host, _, port = rank.endpoint.rpartition(":")
     return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
 

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import final
 
-from shardwise.run.process import STACK_SIGNAL, Outcome, Setup, StartMethod, start
+from shardwise.run.process import STACK_SIGNAL, Outcome, Setup, StartMethod, path_for_worker, start
 from shardwise.spec.rank import Rank
 
 _OURS = str(Path("run", "process.py"))
@@ -111,6 +111,6 @@ def start_child(method: StartMethod, setup: Setup, rank: Rank) -> Child:
     if sys.platform == "linux":
         # A file without a name: nothing to clean up, whatever happens to the launcher.
         stack_fd = os.memfd_create(f"rank {rank.rank}")
-        setup = replace(setup, stack_file=f"/proc/{os.getpid()}/fd/{stack_fd}")
+        setup = replace(setup, stack_file=path_for_worker(stack_fd, method))
     process, pipe = start(method, setup, rank)
     return Child(rank=rank.rank, process=process, pipe=pipe, stack_fd=stack_fd)

@@ -241,6 +241,7 @@ def _agent(crew: Crew, nodes: Nodes, max_restarts: int) -> RankAgent:
         endpoint=nodes.address(),
         run_id=nodes.run_id,
         join_seconds=nodes.join_seconds,
+        method=crew.start_method,
         cancelled=lambda: bool(crew.signals),
     )
     spec = WorkerSpec(

@@ -27,6 +27,13 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens at, just now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
 def interface_towards(host: str) -> str | None:
     """Name of this machine's interface that leads to `host`, or None where it cannot be told.
 
@@ -36,9 +43,8 @@ def interface_towards(host: str) -> str | None:
     if sys.platform != "linux":
         return None
     try:
-        address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4][0]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # a datagram socket: chooses the route, sends nothing
+            probe.connect((host, 9))  # a datagram socket: chooses the route, sends nothing
             own = probe.getsockname()[0]
     except OSError:
         return None

@@ -104,6 +104,11 @@ def start(method: StartMethod, setup: Setup, rank: Rank) -> tuple[BaseProcess, C
     return process, ours
 
 
+def path_for_worker(fd: int, method: StartMethod) -> str:
+    """Where a worker finds an open file of the launcher (Linux): a forked one has it too, a spawned one goes there."""
+    return f"/proc/self/fd/{fd}" if method == "fork" else f"/proc/{os.getpid()}/fd/{fd}"
+
+
 def set_threads(threads: int) -> None:
     """Sets torch's intra-operation threads of this process, and one inter-operation thread."""
     torch.set_num_threads(threads)
@@ -116,7 +121,7 @@ def set_threads(threads: int) -> None:
 
 
 def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
-    _end_with_launcher(setup.launcher_pid)
+    end_with_launcher(setup.launcher_pid)
     # A process group of its own: Ctrl-C in a terminal reaches the launcher alone, which passes it on once, and whatever
     # the worker starts can be ended together with it.
     os.setpgid(0, 0)
@@ -163,7 +168,7 @@ def _show_stacks(stack_file: str) -> None:
         faulthandler.register(STACK_SIGNAL, file=stream, all_threads=False, chain=False)
 
 
-def _end_with_launcher(launcher_pid: int) -> None:
+def end_with_launcher(launcher_pid: int) -> None:
     """Makes the end of the launcher, even by SIGKILL, the end of this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -2,7 +2,8 @@
 
 torchelastic's own two do not fit. `static` keeps one store, without a prefix, over all restarts, so that a restarted
 group finds the addresses of the group that died. `c10d` numbers the nodes as they come, while `--node-rank` promises
-the number, and it is several times slower to start. Here every round has its own keys (one node: its own store).
+the number, and it is several times slower to start. Here every round has its own keys (one node: its own store), and the
+store lives outside the launcher, for the reasons in run/store.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import final
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousGracefulExitError,
@@ -23,7 +24,10 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-LOOPBACK = "127.0.0.1"
+from shardwise.run.network import LOOPBACK, free_port
+from shardwise.run.process import StartMethod
+from shardwise.run.store import StoreFile, StoreServer
+
 _SLICE_SECONDS = 0.5
 
 
@@ -37,6 +41,7 @@ class FixedRendezvous(RendezvousHandler):
         endpoint: (host, port) of the store; not used for one node.
         run_id: name of the run; launchers of different runs never meet, even at the same endpoint.
         join_seconds: how long to wait for the others.
+        method: how the workers start.
         cancelled: asked twice a second; True ends the waiting.
     """
 
@@ -48,6 +53,7 @@ class FixedRendezvous(RendezvousHandler):
         endpoint: tuple[str, int],
         run_id: str,
         join_seconds: float,
+        method: StartMethod,
         cancelled: Callable[[], bool],
     ) -> None:
         self.node = node
@@ -56,16 +62,21 @@ class FixedRendezvous(RendezvousHandler):
         self.run_id = run_id
         self.round = -1
         self._join_seconds = join_seconds
+        self._method: StartMethod = method
         self._cancelled = cancelled
+        self._server: StoreServer | None = None
         self._store: TCPStore | None = None
+        self._file: StoreFile | None = None
         self._closed = False
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self.nodes == 1:
-            # A fresh port for every round: nothing of a group that died can reach the next one.
+            # A fresh file for every round: nothing of a group that died can reach the next one.
             self.round += 1
-            self._store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-            return self._info(self._store, LOOPBACK, self._store.port)
+            if self._file is not None:
+                self._file.close()
+            self._file = StoreFile(self._method)
+            return self._info(HashStore(), LOOPBACK, free_port())
         host, port = self.endpoint
         if self._store is None:
             self._store = self._connect(host, port)
@@ -81,6 +92,13 @@ class FixedRendezvous(RendezvousHandler):
         client = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         return PrefixStore(f"round/{self.round}", PrefixStore(f"shardwise/{self.run_id}", client))
 
+    def worker_endpoint(self) -> str:
+        """Where the workers of the present round find each other, as Rank.endpoint says it."""
+        if self._file is not None:
+            return self._file.path
+        host, port = self.endpoint
+        return f"{host}:{port}"
+
     def _info(self, store: Store, host: str, port: int) -> RendezvousInfo:
         return RendezvousInfo(store, self.node, self.nodes, RendezvousStoreInfo(host, port))
 
@@ -89,8 +107,8 @@ class FixedRendezvous(RendezvousHandler):
         while True:
             self._check_cancelled()
             try:
-                if self.node == 0:
-                    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+                if self.node == 0 and self._server is None:
+                    self._server = StoreServer(host, port)
                 with socket.create_connection((host, port), timeout=_SLICE_SECONDS):
                     pass
                 return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
@@ -159,4 +177,10 @@ class FixedRendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         self._closed = True
         self._store = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         return True

@@ -99,6 +99,7 @@ class RankAgent(SimpleElasticAgent):
         self._children = []
         self.failure = None
         here = self._rendezvous_handler
+        address = (str(worker_group.master_addr), str(worker_group.master_port))
         for worker in worker_group.workers:
             rank = Rank(
                 rank=worker.global_rank,
@@ -109,12 +110,12 @@ class RankAgent(SimpleElasticAgent):
                 nodes=here.nodes,
                 restarts=here.round,
                 launcher="local",
-                endpoint=f"{worker_group.master_addr}:{worker_group.master_port}",
+                endpoint=here.worker_endpoint(),
             )
             setup = Setup(
                 worker=self._crew.worker,
                 threads=self._crew.threads,
-                environment={**self._crew.environment, **rank_environment(rank)},
+                environment={**self._crew.environment, **rank_environment(rank, address)},
                 launcher_pid=os.getpid(),
                 wants_result=rank.local_rank == 0,
             )
@@ -280,9 +281,9 @@ class RankAgent(SimpleElasticAgent):
         self.stopped = next((o.stopped for o in outcomes if o.stopped is not None), None)
 
 
-def rank_environment(rank: Rank) -> dict[str, str]:
+def rank_environment(rank: Rank, address: tuple[str, str]) -> dict[str, str]:
     """torchrun's variables for this rank, for libraries that look for them. shardwise itself reads the Rank."""
-    host, _, port = (rank.endpoint or "").rpartition(":")
+    host, port = address
     return {
         "RANK": str(rank.rank),
         "LOCAL_RANK": str(rank.local_rank),
@@ -293,5 +294,6 @@ def rank_environment(rank: Rank) -> dict[str, str]:
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
         "TORCHELASTIC_RESTART_COUNT": str(rank.restarts),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # On one node nobody listens at the port: a library that makes a group of its own hosts its store there.
+        "TORCHELASTIC_USE_AGENT_STORE": str(rank.nodes > 1),
     }

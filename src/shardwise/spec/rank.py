@@ -22,8 +22,8 @@ class Rank:
         restarts: how many times the whole group was restarted before this worker was started.
         launcher: who started it: "inline" (the calling process itself, no child), "local" (shardwise's own launcher)
             or "torchrun" (torchrun, or anything else that sets the same environment).
-        endpoint: HOST:PORT of the store through which the workers find each other, or None where the environment names
-            it (torchrun) or where there is nobody to find (one worker).
+        endpoint: the store through which the workers find each other: HOST:PORT, or the path of a file (one node); None
+            where the environment names it (torchrun) or where there is nobody to find (one worker).
     """
 
     rank: int
