@@ -200,7 +200,7 @@ CONSTANTS_TEXT = """## The fitted constants
 |---|---|---|---|"""
 LIMITS = """## Left-out sources
 
-`python -m benchmarks.fit_planner --leave-out internevo torchtitan_performance megatron_sc21_table2 nanotron_h100_1b_3b`
+`python benchmarks/fit_planner.py --leave-out internevo torchtitan_performance megatron_sc21_table2 nanotron_h100_1b_3b`
 starts from guesses in the middle of the physical ranges, fits on the odd rows of the four other sources and prints the
 mean |log(predicted / measured)|, each row cut at 0.59. On 2026-11-21: torchtitan 0.115, Megatron table 2 0.076, the H100
 sweep 0.256 and InternEvo 0.213 unseen; the four fitted ones 0.037 to 0.080 on their even rows. (Without InternEvo and the

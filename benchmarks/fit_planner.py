@@ -1,6 +1,6 @@
 """Fit the planner's constants on the odd rows of the published tables; report on the even rows or on left-out sources.
 
-    python -m benchmarks.fit_planner [--tables ../shared/tables] [--rounds 12] [--leave-out internevo ...]
+    python benchmarks/fit_planner.py [--tables ../shared/tables] [--rounds 12] [--leave-out internevo ...]
 
 Coordinate search inside the physical bounds of every constant. The loss is the mean over sources of the mean
 |log(predicted / measured)|, each row cut at log 1.8 so that single faults do not steer the fit; the noisy H100 sweep
@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from benchmarks.accuracy import SOURCES, SWEEP, cluster_machine, load_scorer, with_pending_sends
-
+from accuracy import SOURCES, SWEEP, cluster_machine, load_scorer, with_pending_sends
 from shardwise.errors import UserError
 from shardwise.planner.constants import BOUNDS, Constants
 from shardwise.planner.predict import resolve

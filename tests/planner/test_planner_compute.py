@@ -6,7 +6,7 @@ import pytest
 
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case, balanced
-from shardwise.planner.collectives import all_reduce, group, network
+from shardwise.planner.collectives import all_gather, all_reduce, group, network
 from shardwise.planner.compute import (
     UNALIGNED_SHARE,
     adam_seconds,
@@ -17,7 +17,7 @@ from shardwise.planner.compute import (
 )
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.layers import layer_work, vocab_columns
-from shardwise.planner.step import estimate
+from shardwise.planner.step import GATHERS_PER_LAYER, estimate
 from shardwise.spec.facts import Transformer
 
 GPT = Transformer(layers=4, hidden=8192, heads=64, kv_heads=64, ffn_hidden=32768, vocab=51200)
@@ -128,6 +128,16 @@ def test_classic_software_hides_nothing() -> None:
         estimate(case(data=16, attention=name, global_batch=32)).seconds["gradients"] for name in ("flash", "math")
     )
     assert now < 0.6 * then
+
+
+def test_fully_sharded_training_gathers_twice_and_scatters_once() -> None:
+    # classic: tensor by tensor, nothing hidden; fp16 moves 2 bytes a parameter each time (ZeRO, section 7.2.2: 3 x 2 P)
+    sharded = case(data=8, zero_stage=3, attention="math", precision="fp16", global_batch=32)
+    net, ranks = network(sharded.machine, DEFAULT), group(sharded, "shard")
+    part = 2.0 * GPT.layer_parameters / GATHERS_PER_LAYER
+    once = GATHERS_PER_LAYER * all_gather(part, ranks, net)
+    assert sharded.micro_batches == 2
+    assert estimate(sharded).seconds["shards"] == pytest.approx(3 * once * GPT.layers * 2, rel=1e-6)
 
 
 def test_layers_are_cut_by_cost() -> None:
