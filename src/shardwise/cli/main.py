@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import click
@@ -66,18 +69,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         _print_failure(words, error.format_message(), "UserError")
         sys.exit(2)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort:  # click's name for a KeyboardInterrupt
+        _print_failure(words, "interrupted", "Stopped")
         sys.exit(1)
     except ShardwiseError as error:
         print(f"error: {error}", file=sys.stderr)
         _print_failure(words, str(error), type(error).__name__)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Exception as error:  # noqa: BLE001  # a fault of the user's code or of ours: shown whole, and told in JSON too
+        traceback.print_exc()
+        _print_failure(words, f"{type(error).__name__}: {error}", type(error).__name__)
+        sys.exit(1)
 
 
 def _print_failure(words: list[str], message: str, kind: str) -> None:
     """With --json, stdout carries one JSON document whatever happens."""
     if "--json" in words:
         print_json({"error": message, "kind": kind})
+
+
+@contextmanager
+def stdout_to_stderr(active: bool) -> Iterator[None]:
+    """While the block runs, what a job prints, here or in a worker or in native code, goes to stderr: stdout is for JSON."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def print_json(document: dict[str, Any]) -> None:

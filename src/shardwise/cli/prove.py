@@ -41,7 +41,7 @@ def prove(
     A float64 run on one worker is the reference; the plan's run may be no further from it than a small multiple of what
     float32 on one worker is. Exit code 0: proved. 1: refuted, with what is wrong, or not comparable. 2: wrong input.
     """
-    from shardwise.cli.main import print_json
+    from shardwise.cli.main import print_json, stdout_to_stderr
     from shardwise.prove.command import ProveCommand, prove_command
     from shardwise.spec.verdict import Cell, Matrix
     from shardwise.units import parse_seconds
@@ -51,18 +51,18 @@ def prove(
             print(f"{cell.layout}: {cell.result}", file=sys.stderr)
 
     changes = {name: rest.pop(name) for name in ("batch_size", "micro_batch", "seed")}
-    answer = prove_command(
-        ProveCommand(
-            job=job,
-            settings=settings,
-            changes={name: value for name, value in changes.items() if value is not None},
-            plan=plan,
-            every=every,
-            workers=workers,
-            options={**rest, "timeout_seconds": parse_seconds(timeout)},
-            on_cell=tell,
-        )
+    command = ProveCommand(
+        job=job,
+        settings=settings,
+        changes={name: value for name, value in changes.items() if value is not None},
+        plan=plan,
+        every=every,
+        workers=workers,
+        options={**rest, "timeout_seconds": parse_seconds(timeout)},
+        on_cell=tell,
     )
+    with stdout_to_stderr(as_json):
+        answer = prove_command(command)
     if as_json:
         print_json(answer.to_dict())
     else:

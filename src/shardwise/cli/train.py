@@ -68,7 +68,7 @@ def train(
     The result does not depend on the number of workers: each step trains on the same global batch, and its gradient is
     that of one worker up to rounding.
     """
-    from shardwise.cli.main import print_json
+    from shardwise.cli.main import print_json, stdout_to_stderr
     from shardwise.run.command import TrainCommand, train_command
     from shardwise.run.launch import Nodes
     from shardwise.run.summary import closing_lines
@@ -76,21 +76,21 @@ def train(
 
     changes = {name: rest.pop(name) for name in ("epochs", "steps", "batch_size", "micro_batch", "precision", "seed")}
     changes["compile"] = rest.pop("compile_model")
-    run = train_command(
-        TrainCommand(
-            job=job,
-            settings=settings,
-            changes={name: value for name, value in changes.items() if value is not None},
-            options={
-                **rest,
-                "out": out,
-                "nodes": Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id=rdzv_id),
-                "timeout_seconds": parse_seconds(timeout),
-                "progress": not quiet,
-            },
-            given=_given(),
-        )
+    command = TrainCommand(
+        job=job,
+        settings=settings,
+        changes={name: value for name, value in changes.items() if value is not None},
+        options={
+            **rest,
+            "out": out,
+            "nodes": Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id=rdzv_id),
+            "timeout_seconds": parse_seconds(timeout),
+            "progress": not quiet,
+        },
+        given=_given(),
     )
+    with stdout_to_stderr(as_json):
+        run = train_command(command)
     if run is None:
         return
     if as_json:

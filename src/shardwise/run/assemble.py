@@ -95,7 +95,12 @@ def build_model(job: Job, device: torch.device | None) -> nn.Module:
         raise JobError(f"Job.model returned a {type(model).__name__}: it must return a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise JobError("the model has no parameter with requires_grad=True: there is nothing to train")
-    return model if device is None else model.to(device)
+    if device is None:
+        return model
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise JobError(f"{name} of the model is on the meta device and has no values: build it on the CPU")
+    return model.to(device)
 
 
 def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
@@ -113,7 +118,33 @@ def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
         raise JobError(
             "LBFGS evaluates the loss several times in a step, which a global step does not allow; use another optimizer"
         )
+    own = {id(parameter) for parameter in model.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in own:
+                raise JobError(
+                    f"Job.optimizer was made with a parameter of shape {tuple(parameter.shape)} that is none of the "
+                    "model's: make it of the parameters that it is given, or add that parameter to the model"
+                )
     return optimizer
+
+
+def build_scheduler(job: Job, optimizer: Optimizer, total_steps: int | None) -> LRScheduler | None:
+    """The job's learning-rate schedule, None where it has none.
+
+    Raises:
+        JobError: the function returns no scheduler, or one that needs a metric at each step.
+    """
+    if job.schedule is None:
+        return None
+    scheduler = job.schedule(optimizer, total_steps)
+    if not isinstance(scheduler, LRScheduler):
+        raise JobError(f"Job.schedule returned a {type(scheduler).__name__}: it must return a torch LRScheduler")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise JobError(
+            "ReduceLROnPlateau needs a metric at each step, which a schedule in steps does not have; use another"
+        )
+    return scheduler
 
 
 def check_job(job: Job, plan: Plan) -> None:
@@ -145,7 +176,7 @@ def assemble(job: Job, plan: Plan, world: Group, device: torch.device, *, total_
     mesh = Mesh(plan.layout, world.rank, device.type)
     composed = compose(model, plan, mesh, batch_norm=job.batch_norm)
     optimizer = build_optimizer(job, model)
-    scheduler = job.schedule(optimizer, total_steps) if job.schedule is not None else None
+    scheduler = build_scheduler(job, optimizer, total_steps)
     return Assembly(
         job=job,
         plan=plan,

@@ -82,11 +82,16 @@ def _add_metrics(
 def _pair(value: Any, count: float, name: str) -> Tensor:
     """(sum, count) of a metric's answer: a pair as it is, a scalar as the mean over `count` items."""
     if isinstance(value, tuple) and len(value) == 2:
-        return torch.stack([torch.as_tensor(part, dtype=torch.float64).reshape(()).cpu() for part in value])
-    scalar = torch.as_tensor(value, dtype=torch.float64)
-    if scalar.numel() != 1:
-        raise JobError(
-            f"metric {name!r} returned a tensor of shape {tuple(scalar.shape)}: return a scalar mean over the samples, "
-            "or a (sum, count) pair"
-        )
-    return torch.stack([scalar.reshape(()).cpu() * count, torch.tensor(float(count), dtype=torch.float64)])
+        return torch.stack([_number(part, name) for part in value])
+    return torch.stack([_number(value, name) * count, torch.tensor(float(count), dtype=torch.float64)])
+
+
+def _number(value: Any, name: str) -> Tensor:
+    given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    try:
+        number = torch.as_tensor(value, dtype=torch.float64)
+        if number.numel() == 1:
+            return number.reshape(()).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise JobError(f"metric {name!r} returned {given}: return a scalar mean over the samples, or a (sum, count) pair")

@@ -285,9 +285,9 @@ def _readable_failure(place: str, what: str) -> Iterator[None]:
 def _is_users(filename: str, place: str) -> bool:
     """Neither import machinery, nor generated code, nor this package; of a built-in job its own frames."""
     here = str(Path(__file__).parent.parent)
-    if filename.startswith(("<", here + "/run/")):
+    if filename.startswith("<"):
         return False
-    return not filename.startswith(here) or place.startswith(_BUILT_IN)
+    return not filename.startswith(here) or (place.startswith(_BUILT_IN) and filename.startswith(here + "/jobs/"))
 
 
 def _user_lines(error: BaseException, place: str) -> list[str]:

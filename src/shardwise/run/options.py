@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, final
 
-from shardwise.errors import PlanError, UserError
+from shardwise.errors import FolderError, PlanError, UserError
 from shardwise.run.assemble import settle_plan
 from shardwise.run.choose import accelerators, choose_plan, with_threads
 from shardwise.run.launch import Nodes
@@ -53,11 +53,23 @@ class TrainOptions:
 
 
 def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> TrainOptions:
+    """The options with some fields overruled.
+
+    Raises:
+        UserError: there is no such option, or its value is out of range.
+    """
     known = [item.name for item in fields(TrainOptions)]
     unknown = [name for name in given if name not in known]
     if unknown:
         raise UserError(f"train has no option {unknown[0]!r}; options are {', '.join(known)}")
-    return replace(options or TrainOptions(), **given)
+    made = replace(options or TrainOptions(), **given)
+    if made.max_restarts < 0:
+        raise UserError(f"max_restarts={made.max_restarts}: it must be 0 or more")
+    if not made.timeout_seconds > 0:
+        raise UserError(f"timeout_seconds={made.timeout_seconds:g}: workers need some time to meet; give more than 0")
+    if made.resume and made.out is None:
+        raise FolderError("resume needs the run folder: give the one to continue with --out (out=)")
+    return made
 
 
 def resolve_plan(job: Job, options: TrainOptions, *, device: str, world: int | None) -> Plan:

@@ -14,7 +14,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @final
 class StopRequest:
-    """Inside a rank: turns SIGINT and SIGTERM into a flag, for a loop that stops between two steps.
+    """Inside a rank: turns SIGINT and SIGTERM into a flag, for a loop that stops between two steps. A second SIGINT
+    interrupts at once, as Python does.
 
     The flag of one rank says nothing about the others: a loop that stops because of it must agree with all ranks first
     (for example by reducing the flag), or the others wait for it in their next collective.
@@ -42,6 +43,10 @@ class StopRequest:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            # Ctrl-C again: the step does not end, or the user does not want to wait for it. (A launcher passes the first
+            # on and deals with the second itself.)
+            raise KeyboardInterrupt
         self.signal_number = number
 
 

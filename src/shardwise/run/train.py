@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
@@ -132,9 +133,11 @@ def _start_workers(work: Work, options: TrainOptions, *, is_rank: bool) -> dict[
             return start(functools.partial(train_rank, work=ready))
         except Stopped as error:
             raise Stopped(_how_to_resume(str(folder.path))) from error
-        except RunFailed as error:
+        except Exception as error:
+            rank = error.rank if isinstance(error, RunFailed) else None
+            details = error.details if isinstance(error, RunFailed) else traceback.format_exc()
             with EventLog(folder.events_path) as log:
-                log.write(FailureEvent(message=str(error), rank=error.rank, details=error.details))
+                log.write(FailureEvent(message=str(error), rank=rank, details=details))
             raise
 
 

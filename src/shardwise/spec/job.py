@@ -91,8 +91,9 @@ class Job:
             )
         for name in ("batch_size", "epochs", "steps", "micro_batch", "eval_batch_size"):
             _check_count(name, getattr(self, name), required=name == "batch_size")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise JobError(f"Job.seed is {self.seed!r}: give a whole number of at least 0")
+        # torch's generators take 64-bit seeds.
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
+            raise JobError(f"Job.seed is {self.seed!r}: give a whole number from 0 to 2**63 - 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise JobError(f"Job.clip_norm is {self.clip_norm!r}: give a number above 0, or None for no clipping")
         _check_choice("precision", self.precision, ("fp32", "bf16"))

@@ -67,6 +67,14 @@ class Plan:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PlanError(f"plan {name}={value!r}: it must be a whole number of at least 1, or be left out")
+        if not isinstance(self.compile, bool):
+            raise PlanError(f"plan compile={self.compile!r}: it must be true or false")
+        if not isinstance(self.layout, Layout):
+            raise PlanError(f"plan layout={self.layout!r}: write a text such as 'data=2', or degrees by axis")
+        for name in ("cuts", "reasons"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+                raise PlanError(f"plan {name}={value!r}: it must be a list of texts")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without unset values; the layout in its text form. `from_dict` reads it back."""
@@ -92,20 +100,31 @@ class Plan:
         elif isinstance(layout, dict):
             layout = _layout_from_degrees(layout)
         prediction = values.pop("prediction", None)
-        if isinstance(prediction, dict):
-            prediction = Prediction(**prediction)
+        if prediction is not None and not isinstance(prediction, Prediction):
+            try:
+                prediction = Prediction(**prediction)
+            except TypeError as error:
+                raise PlanError(
+                    f"plan prediction={prediction!r}: {error}; leave it out of a plan of your own"
+                ) from error
         for name in ("cuts", "reasons"):
-            if name in values:
+            if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(layout=layout, prediction=prediction, **values)
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
-        """Read a plan from a TOML file."""
+        """Read a plan from a TOML file.
+
+        Raises:
+            PlanError: the file cannot be read, is not TOML, or does not describe a plan.
+        """
         try:
             return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError as error:
             raise PlanError(f"plan file {path} does not exist") from error
+        except OSError as error:
+            raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise PlanError(f"plan file {path} is not TOML: {error}") from error
 

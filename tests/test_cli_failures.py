@@ -1,0 +1,207 @@
+"""Whatever is given and whatever goes wrong: the right exit code, and with --json exactly one document on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise.cli.main import main
+from shardwise.run.signals import StopRequest
+from shardwise.spec.events import FailureEvent, read_events
+
+JOBS = """
+import torch
+from torch import nn
+
+import shardwise
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x)
+
+
+class FailsLate(Net):
+    def forward(self, x):
+        if self.calls == 3:
+            raise ValueError("the planted failure")
+        return super().forward(x)
+
+
+def job(**changes):
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    y = x[:, :3].argmax(1)
+    values = dict(
+        model=Net,
+        data={"train": (x, y), "test": (x, y)},
+        loss=nn.functional.cross_entropy,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=16,
+        epochs=1,
+    )
+    return shardwise.Job(**{**values, **changes})
+
+
+def prints():
+    print("from the job function")
+
+    class Prints(Net):
+        def forward(self, x):
+            print("from the model")
+            return super().forward(x)
+
+    return job(model=Prints)
+
+
+def fails_late():
+    return job(model=FailsLate)
+
+
+def on_meta():
+    return job(model=lambda: nn.Linear(8, 3, device="meta"))
+
+
+def metric_text():
+    return job(metrics={"good": lambda output, target: "yes"})
+
+
+def foreign_parameters():
+    other = nn.Linear(2, 2)
+    return job(optimizer=lambda parameters: torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def no_schedule():
+    return job(schedule=lambda optimizer, steps: None)
+
+
+def plateau():
+    return job(schedule=lambda optimizer, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+
+
+def ends_python():
+    raise RuntimeError("the job function fails")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with job files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / f"jobs_{tmp_path.name}.py").write_text(JOBS, encoding="utf-8")
+    return tmp_path
+
+
+def _run(words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    out, err = capfd.readouterr()
+    document: dict[str, Any] = json.loads(out)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, document, err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layout = data=2", "is not TOML"),
+        ("layuot = 'data=2'", "unknown setting 'layuot'"),
+        ("layout = 5", "plan layout=5"),
+        ("compile = 'yes'", "it must be true or false"),
+        ("cuts = 'conv1'", "it must be a list of texts"),
+        ("reasons = 3", "it must be a list of texts"),
+        ("threads = 'two'", "it must be a whole number"),
+        ("[prediction]\nstep_seconds = 1", "leave it out of a plan of your own"),
+    ],
+)
+def test_bad_plan_files(text: str, words: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "plan.toml").write_text(text, encoding="utf-8")
+    code, document, err = _run(["train", "digits", "--plan", "plan.toml"], capfd)
+    assert (code, document["kind"]) == (2, "PlanError")
+    assert words in document["error"] and words in err
+    assert not (folder / "runs").exists()
+
+
+def test_plan_file_that_is_a_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "plan.toml").mkdir()
+    code, document, _ = _run(["train", "digits", "--plan", "plan.toml"], capfd)
+    assert code == 2 and "cannot be read: Is a directory" in document["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-restarts", "-1"], "max_restarts=-1"),
+        (["--timeout", "0"], "give more than 0"),
+        (["--seed", "99999999999999999999"], "Job.seed is 99999999999999999999"),
+        (["--resume"], "give the one to continue with --out"),
+        (["--epochs", "x"], "not a valid integer"),
+        (["--set", "lr=fast"], "lr is a number"),
+    ],
+)
+def test_bad_options(options: list[str], words: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, document, err = _run(["train", "digits", *options], capfd)
+    assert code == 2 and words in document["error"]
+    assert "Traceback" not in err and "shardwise/spec" not in err
+    assert not (folder / "runs").exists(), "a folder was made for a run that was refused"
+
+
+@pytest.mark.parametrize("plan", ["serial", "data=2"])
+@pytest.mark.parametrize(
+    ("job", "code", "words"),
+    [
+        ("fails_late", 1, "the planted failure"),
+        ("on_meta", 2, "weight of the model is on the meta device"),
+        ("metric_text", 2, "metric 'good' returned a str"),
+        ("foreign_parameters", 2, "of shape (2, 2) that is none of the model's"),
+        ("no_schedule", 2, "Job.schedule returned a NoneType"),
+        ("plateau", 2, "ReduceLROnPlateau needs a metric"),
+        ("ends_python", 2, "the job function fails"),
+    ],
+)
+def test_bad_jobs(job: str, code: int, words: str, plan: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = next(folder.glob("jobs_*.py"))
+    found, document, err = _run(["train", f"{file.name}:{job}", "--plan", plan, "--out", "run"], capfd)
+    assert found == code, err
+    assert words in document["error"]
+    assert err.count("Traceback") == (job in ("fails_late", "ends_python"))
+    if job != "ends_python":
+        last = read_events(folder / "run" / "events.jsonl")[-1]
+        assert isinstance(last, FailureEvent) and words in f"{last.message} {last.details}"
+
+
+@pytest.mark.parametrize("plan", ["serial", "data=2"])
+def test_stdout_is_for_json_alone(plan: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = next(folder.glob("jobs_*.py"))
+    code, document, err = _run(["train", f"{file.name}:prints", "--plan", plan], capfd)
+    assert code == 0 and document["steps"] == 4
+    assert "from the job function" in err and "from the model" in err
+
+
+def test_second_interrupt_ends_a_step_that_hangs() -> None:
+    def interrupt() -> None:
+        for _ in range(2):
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt)
+    with StopRequest() as stop:
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(20)
+        assert stop.requested
+    sender.join()
