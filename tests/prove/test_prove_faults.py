@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from shardwise.data.batch import Batch
 from shardwise.dist.collectives import Group
@@ -74,12 +75,12 @@ def _clip_own(a: Assembly) -> None:
 def clip_per_part(a: Assembly) -> None:
     """As pipeline stages would that do not tell each other their norms."""
 
-    def clip(parameters: Any, clip_norm: float) -> Tensor:
+    def clip(parameters: Any, clip_norm: float, **_: Any) -> Tensor:
         every = list(parameters)
         clip_by_global_norm(every[:2], clip_norm)
         return clip_by_global_norm(every[2:], clip_norm)
 
-    step.clip_by_global_norm = clip  # type: ignore[attr-defined]
+    vars(step)["clip_by_global_norm"] = clip
 
 
 def untie(a: Assembly) -> None:
@@ -232,6 +233,46 @@ def test_fault_of_the_short_batch(job: Jobs) -> None:
     verdict = prove(slow, "data=2", fault=scale_short_batch)
     assert verdict.samples == (13, 13, 5)
     assert _refuted(verdict, "scaled gradients").factor == pytest.approx(2.6)
+
+
+def test_missing_reduction_over_one_of_two_axes(job: Jobs) -> None:
+    """Each replica has its own part of the gradient, put together over shard."""
+
+    def keep_part(a: Assembly) -> None:
+        part = 0.3 if a.world.rank < 2 else 0.7
+        _scale(lambda _: part)(a)
+
+    found = _refuted(prove(job("mlp"), "data=2,shard=2", fault=keep_part), "missing reduction")
+    assert found.axes == ("data",)
+
+
+def test_no_gradient(job: Jobs) -> None:
+    """FSDP2 keeps what it has not summed over the replicas to itself."""
+
+    def no_all_reduce(a: Assembly) -> None:
+        for module in a.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_all_reduce(False)
+
+    found = _refuted(prove(job("mlp"), "data=2,shard=2", fault=no_all_reduce), "no gradient")
+    assert "inner.weight" in found.parameters
+    assert found.axes == ("data", "shard")
+
+
+def test_the_axis_to_blame_is_found_by_leaving_axes_out(job: Jobs) -> None:
+    def only_with_shard(a: Assembly) -> None:
+        if a.plan.layout.shard > 1:
+            _scale(lambda _: 2.0)(a)
+
+    verdict = prove(job("mlp"), "data=2,shard=2", fault=only_with_shard)
+    assert _refuted(verdict, "scaled gradients").axes == ("shard",)
+
+    def only_with_both(a: Assembly) -> None:
+        if a.world.size == 4:
+            _scale(lambda _: 2.0)(a)
+
+    verdict = prove(job("mlp"), "data=2,shard=2", fault=only_with_both)
+    assert "combination of data and shard" in _refuted(verdict, "axis").message
 
 
 def test_coupled_loss_blames_the_job(job: Jobs) -> None:

@@ -61,6 +61,13 @@ def test_honest_plans_are_proved(job: Jobs, kind: str, changes: dict[str, Any], 
     assert min(verdict.samples) < 13
 
 
+@pytest.mark.parametrize("plan", ["shard=3", "data=2,shard=2"])
+def test_split_parameters_are_proved(job: Jobs, plan: str) -> None:
+    verdict = prove(job("gpt", clip_norm=0.3, micro_batch=2), plan)
+    assert verdict.proved, verdict
+    assert "parameters split" in [guard.name for guard in verdict.guards]
+
+
 def test_objective_and_schedule(job: Jobs, objective: Any, schedule: Any) -> None:
     own = job("gpt", loss=None, weight=None, objective=objective, schedule=schedule, micro_batch=3)
     assert assert_parallel_equals_serial(own, plan="data=2").compared["option"] > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -54,9 +55,9 @@ class Setting:
     seed: int | None = None
 
     def task(self, name: str, plan: Plan, **changes: Any) -> Task:
-        """A run of the job under a plan, which leaves its record in a folder of that name."""
-        place = self.folder / name
-        place.mkdir(parents=True, exist_ok=True)
+        """A run of the job under a plan, which leaves its record in a folder of its own."""
+        self.folder.mkdir(exist_ok=True)
+        place = tempfile.mkdtemp(prefix=f"{name} ", dir=self.folder)
         whole = Task(
             job=self.job,
             splits=self.splits,
@@ -64,7 +65,7 @@ class Setting:
             plan=plan,
             steps=self.steps,
             device=self.device,
-            folder=str(place),
+            folder=place,
             seed=self.seed,
             timeout_seconds=self.timeout_seconds,
         )

@@ -17,6 +17,17 @@ from shardwise.spec.layout import AXES
 from shardwise.spec.verdict import Finding
 
 
+def _no_gradient(e: Evidence) -> list[Finding]:
+    """Parameters that get a gradient in the serial run and none here."""
+    kind, prefix = e.moment
+    held = {reference_key(key, e.aliases) for key in e.candidate.tensors if key.startswith(prefix)}
+    absent = [name for name in e.names(kind) if reference_key(prefix + name, e.aliases) not in held]
+    if not absent:
+        return []
+    text = f"no gradient reaches {listed(absent)}, which has one in the serial run"
+    return [Finding(pattern="no gradient", message=text, parameters=tuple(absent))]
+
+
 def _missing_reduction(e: Evidence) -> list[Finding]:
     """Along some axes the ranks hold different gradients, and their sum is the right one."""
     names = e.names(e.moment[0])
@@ -174,6 +185,7 @@ def _spans(parts: Sequence[Piece]) -> str:
 
 
 GRADIENT_PATTERNS = (
+    _no_gradient,
     _missing_reduction,
     _one_factor,
     _sum_of_parts,

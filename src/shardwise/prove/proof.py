@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, final
 
@@ -221,7 +222,7 @@ def judge(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequence[st
 
 def run_trial(setting: Setting, plan: Plan, yardstick: Yardstick) -> Trial:
     """Run a plan and compare it."""
-    candidate = run_candidate(setting, plan, f"candidate {plan.layout} {setting.seed}")
+    candidate = run_candidate(setting, plan, f"candidate {plan.layout}")
     aliases = yardstick.exact.aliases
     faults = sample_faults(candidate, yardstick.serial[0], plan.layout)
     return Trial(
@@ -270,31 +271,34 @@ def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) 
 def blame_axes(setting: Setting, plan: Plan, yardstick: Yardstick) -> tuple[tuple[str, ...], str]:
     """The smallest part of the layout that fails as well, found by running the plan without some of its axes."""
     degrees = {axis: degree for axis, degree in plan.layout.degrees.items() if degree > 1}
-    smaller = [Layout(), *(Layout(**{axis: degree}) for axis, degree in degrees.items())] if degrees else []
-    if len(degrees) > 2:
-        smaller += [Layout(**{k: v for k, v in degrees.items() if k != axis}) for axis in degrees]
-    for layout in smaller:
-        if layout == plan.layout:
-            continue
-        part = plan.with_layout(layout)
-        try:
-            refuse(setting.job, part)
-            passed = run_trial(setting, part, yardstick).passed
-        except ShardwiseError:
-            continue
-        if not passed and layout.workers == 1:
-            return (
-                (),
-                "the same plan on one worker fails as well: no axis is to blame, but its other settings (micro_batch)",
-            )
-        if not passed:
-            axes = tuple(axis for axis, degree in layout.degrees.items() if degree > 1)
-            return axes, f"layout {layout} alone fails as well: {' and '.join(axes)} is to blame"
-    names = tuple(degrees)
-    if len(names) < 2:
-        text = f"one worker alone passes: {names[0]} is to blame" if names else ""
-        return names, text
-    return names, f"each part of the layout alone passes: the combination of {' and '.join(names)} is to blame"
+    if not degrees:
+        return (), ""
+    if _fails(setting, plan.with_layout(Layout()), yardstick):
+        return (
+            (),
+            "the same plan on one worker fails as well: no axis is to blame, but its other settings (micro_batch)",
+        )
+    if len(degrees) == 1:
+        return tuple(degrees), f"one worker alone passes: {next(iter(degrees))} is to blame"
+    for count in range(1, len(degrees)):
+        parts = [{axis: degrees[axis] for axis in axes} for axes in combinations(degrees, count)]
+        wrong = [part for part in parts if _fails(setting, plan.with_layout(Layout(**part)), yardstick)]
+        if wrong:
+            axes = tuple(axis for axis in degrees if any(axis in part for part in wrong))
+            layouts = " and ".join(str(Layout(**part)) for part in wrong)
+            each = "each by itself fails" if len(wrong) > 1 else "alone fails"
+            return axes, f"layout {layouts} {each} as well: {' and '.join(axes)} is to blame"
+    names = " and ".join(degrees)
+    return tuple(degrees), f"each part of the layout alone passes: the combination of {names} is to blame"
+
+
+def _fails(setting: Setting, plan: Plan, yardstick: Yardstick) -> bool:
+    """Whether a smaller plan fails too; one that cannot run says nothing."""
+    try:
+        refuse(setting.job, plan)
+        return not run_trial(setting, plan, yardstick).passed
+    except ShardwiseError:
+        return False
 
 
 def _pieces(setting: Setting, plan: Plan) -> tuple[Pieces | None, str]:

@@ -183,10 +183,12 @@ class Record:
 
 
 def read_record(folder: Path, reports: list[RankReport]) -> Record:
-    """What `Recorder.write` left in a folder."""
+    """What `Recorder.write` left in a folder; the files go, and their memory stays mapped as long as the record lives."""
     tensors: dict[str, dict[int, Tensor]] = {}
     for report in reports:
-        part = torch.load(folder / f"rank{report.rank}.pt", mmap=True, weights_only=True)
+        path = folder / f"rank{report.rank}.pt"
+        part = torch.load(path, mmap=True, weights_only=True)
+        path.unlink()
         for key, tensor in part.items():
             tensors.setdefault(key, {})[report.rank] = tensor
     return Record(reports, tensors)
