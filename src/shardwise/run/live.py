@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -43,34 +43,34 @@ class LiveRun:
     job: Job
     plan: Plan
     splits: Splits
-    _assembly: Assembly
+    assembly: Assembly
     _stack: ExitStack
     epoch: int = 0
 
     @property
     def model(self) -> nn.Module:
         """The module that is being trained, in place."""
-        return self._assembly.model
+        return self.assembly.model
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer that is being stepped."""
-        return self._assembly.optimizer
+        return self.assembly.optimizer
 
     @property
     def steps_taken(self) -> int:
         """Global steps so far."""
-        return self._assembly.step
+        return self.assembly.step
 
     @property
     def rank(self) -> int:
         """Number of this worker; do printing and the like on rank 0 only."""
-        return self._assembly.world.rank
+        return self.assembly.world.rank
 
     @property
     def workers(self) -> int:
         """Number of workers."""
-        return self._assembly.world.size
+        return self.assembly.world.size
 
     def batches(self, *, epochs: int | None = None) -> Iterator[Batch]:
         """This rank's parts of the global batches, over all epochs or steps of the job.
@@ -85,7 +85,7 @@ class LiveRun:
             for batch in self._epoch():
                 yielded = True
                 yield batch
-                if epochs is None and self.job.steps is not None and self._assembly.step >= self.job.steps:
+                if epochs is None and self.job.steps is not None and self.assembly.step >= self.job.steps:
                     return
             if not yielded:
                 raise JobError("the training split gave no batch in a whole epoch: the data is empty")
@@ -93,8 +93,8 @@ class LiveRun:
 
     def step(self, batch: Batch) -> float:
         """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective."""
-        result = take_step(self._assembly, batch)
-        total = self._assembly.samples.sum_(result.loss_sum.detach().clone())
+        result = take_step(self.assembly, batch)
+        total = self.assembly.samples.sum_(result.loss_sum.detach().clone())
         return float(total / result.weight)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -106,11 +106,11 @@ class LiveRun:
         source = self.splits.test if data is None else as_splits(data).train
         if source is None:
             raise JobError("the job's data has no test split: give evaluate() the data")
-        return evaluate(self._assembly, source)[0]
+        return evaluate(self.assembly, source)[0]
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as a safetensors file. Collective; rank 0 writes."""
-        save_weights(self._assembly.model, Path(path))
+        save_weights(self.assembly.model, Path(path))
 
     def close(self) -> None:
         """Leave the process group."""
@@ -125,7 +125,7 @@ class LiveRun:
         self._stack.__exit__(kind, error, trace)
 
     def _epoch(self) -> Iterator[Batch]:
-        samples = self._assembly.samples
+        samples = self.assembly.samples
         stream = batches(
             self.splits.train,
             batch_size=self.job.batch_size,
@@ -134,15 +134,20 @@ class LiveRun:
             rank=samples.rank,
             ranks=samples.size,
             shuffle=self.job.shuffle,
-            prefetch=prefetch_depth(self._assembly.device),
+            prefetch=prefetch_depth(self.assembly.device),
         )
         with closing(stream):
-            while (batch := next_batch(stream, samples, self._assembly.device)) is not None:
+            while (batch := next_batch(stream, samples, self.assembly.device)) is not None:
                 yield batch
 
 
 def start(
-    job: Job | None = None, *, plan: Plan | str | None = None, device: str = "auto", **fields_of_job: Any
+    job: Job | None = None,
+    *,
+    plan: Plan | str | None = None,
+    device: str = "auto",
+    group_exists: bool = False,
+    **fields_of_job: Any,
 ) -> LiveRun:
     """Make a job ready for a loop of your own.
 
@@ -152,6 +157,7 @@ def start(
         job: what to train; or give its fields as keyword arguments. `epochs` may be left out there (1 is taken).
         plan: a plan or layout; the running number of workers as data parallelism by default.
         device: `auto`, `cpu`, or an accelerator.
+        group_exists: the script has started torch's process group itself, and will end it.
         fields_of_job: `model=..., optimizer=..., loss=..., data=..., batch_size=...`. `model` may be a module itself
             and `optimizer` must then be a function of its parameters.
 
@@ -169,8 +175,8 @@ def start(
     check_job(job, settled)
     stack = ExitStack()
     try:
-        group: AbstractContextManager[None] = process_group(rank, kind, options.timeout_seconds)
-        stack.enter_context(group)
+        if not group_exists:
+            stack.enter_context(process_group(rank, kind, options.timeout_seconds))
         if rank.workers > 1 and settled.threads is not None:
             torch.set_num_threads(settled.threads)
         splits = as_splits(job.data)
