@@ -216,6 +216,60 @@ class Pair(nn.Module):
         return self.head(x), first, unused
 
 
+class Mixture(nn.Module):
+    """Each token goes to the expert its router picks: the shapes inside depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 15), nn.GELU(), nn.Linear(15, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, choice = self.router(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            picked = (choice == index).nonzero(as_tuple=True)
+            if len(picked[0]):
+                out[picked] = expert(x[picked]) * weight[picked].unsqueeze(-1)
+        return x + out
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Mixtures(nn.Module):
+    """Layers of experts, and an answer in a data class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok = nn.Embedding(13, 8)
+        self.layers = nn.ModuleList(Mixture() for _ in range(3))
+        self.head = nn.Linear(8, 13)
+
+    def forward(self, tokens: Tensor) -> Answer:
+        x = self.tok(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return Answer(self.head(x), x)
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm = nn.Linear(5, 6), nn.LSTM(6, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.first(x), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        y: Tensor = self.head(self.lstm(packed)[1][0][-1])
+        return y
+
+
 class Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -279,6 +333,10 @@ def _pair(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
     return _rows(generator, count), _rows(generator, count)[:, :4]
 
 
+def _lengths(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+    return _sequences(generator, count), torch.randint(1, 5, (count,), generator=generator)
+
+
 def _token_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
@@ -301,6 +359,8 @@ CASES = {
     "functional": Case(Functional, _tokens, _tokens, _token_loss),
     "translator": Case(Translator, _translation, _tokens, lambda out, target: _token_loss(out["logits"], target)),
     "recurrent": Case(Recurrent, _sequences, _classes, F.cross_entropy),
+    "mixtures": Case(Mixtures, _tokens, _tokens, lambda out, target: _token_loss(out.logits, target)),
+    "packed": Case(Packed, _lengths, _classes, F.cross_entropy),
     "custom": Case(Custom, _rows, _classes, F.cross_entropy),
     "pair": Case(Pair, _pair, _classes, _pair_loss),
 }
@@ -419,7 +479,7 @@ def _compare(serial: Result, parts: list[Result]) -> None:
 
 SETTINGS = [
     *((case, "1f1b", 2, [3, 3, 1]) for case in CASES),
-    *((case, "1f1b", 4, [6, 1]) for case in CASES),
+    *((case, "1f1b", 4, [6, 1]) for case in CASES if case not in ("mixtures", "packed")),
     *((case, "gpipe", 2, [7]) for case in ("mlp", "gpt_tied", "unet")),
     *((case, "gpipe", 2, [2, 2, 2, 1]) for case in ("mlp", "gpt_tied", "unet")),
     *((case, "interleaved1f1b", 2, [3, 1, 3]) for case in ("mlp", "gpt_tied_three", "unet", "pair", "in_place")),

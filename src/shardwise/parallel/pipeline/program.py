@@ -141,7 +141,9 @@ def find_cuts(
             install(module, name, session)
     while True:
         try:
-            trace = take_trace(forward, skeleton, session, inputs, fakes=fakes, opened=frozenset(opened), forced=set())
+            trace = take_trace(
+                forward, skeleton, session, inputs, fakes=fakes, opened=frozenset(opened), forced=set(), searching=True
+            )
             return choose(trace, stages)
         except CannotOpenError as error:
             if error.module not in opened:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any, NoReturn, final
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.gate import Session
+from shardwise.parallel.pipeline.rehearse import rehearse
 from shardwise.parallel.pipeline.skeleton import Fakes, is_fake
 from shardwise.parallel.pipeline.trace import Call, Own, Trace, Value
 from shardwise.parallel.pipeline.watch import Watch, storage_key
@@ -53,6 +54,7 @@ def take_trace(
     fakes: Fakes,
     opened: frozenset[str],
     forced: set[int],
+    searching: bool = False,
 ) -> Trace:
     """Trace `program(skeleton, inputs)`.
 
@@ -65,6 +67,8 @@ def take_trace(
         opened: modules whose forward functions are walked through; gated modules that are not opened are units.
         forced: numbers of calls that one stage makes although they depend on the inputs alone, because a stage changes
             their results in place. A guess from an earlier trace spares repetitions; what is found is added.
+        searching: cuts are looked for: a module that picks by values is better not opened, because the calls inside may
+            differ from pass to pass.
 
     Raises:
         PlanError: the forward pass depends on values that only one stage will have, or cannot be traced.
@@ -73,6 +77,7 @@ def take_trace(
     while True:
         copied = pytree.tree_map_only(Tensor, torch.clone, inputs)
         tracer = _Tracer(skeleton, copied, fakes, opened, forced)
+        tracer.searching = searching
         try:
             # Drawing random numbers here must not shift those of the training.
             with torch.random.fork_rng(devices=[]), tracer.watch, tracer:
@@ -99,6 +104,7 @@ class _Tracer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.watch = Watch()
+        self.searching = False
         self._fakes = fakes
         self._opened = opened
         self._forced = forced
@@ -113,6 +119,7 @@ class _Tracer(TorchFunctionMode):
         self._recent: set[int] = set()
         self._fresh: set[int] = set()
         self._regions: list[Any] = []
+        self._samples: dict[int, Tensor] = {}
         self._tensors: list[Tensor] = []
         self._numbers: dict[int, int] = {}
         self._local: dict[int, tuple[Tensor, int]] = {}
@@ -131,7 +138,7 @@ class _Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
-        return self._record(_name(func), None, lambda: func(*args, **kwargs), (args, kwargs))
+        return self._record(_name(func), None, func, args, kwargs)
 
     def module_call(self, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A gated module was called."""
@@ -143,19 +150,25 @@ class _Tracer(TorchFunctionMode):
             if name in self._opened:
                 return run(*args, **kwargs)
             self._inside = True
-            return self._record(name, self._skeleton.get_submodule(name), lambda: run(*args, **kwargs), (args, kwargs))
+            return self._record(name, self._skeleton.get_submodule(name), run, args, kwargs)
         finally:
             self._inside = False
             self._stack.pop()
 
-    def _record(self, name: str, module: nn.Module | None, run: Callable[[], Any], given: Any) -> Any:
+    def _record(
+        self,
+        name: str,
+        module: nn.Module | None,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         number = len(self._calls)
         self._refuse_unseen()
         self._update_gradients()
-        with self._fakes.mode if number in self._forced else nullcontext():
-            answer = run()
+        answer, rehearsed = self._run(module, run, args, kwargs)
         watch = self.watch
-        arguments = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        arguments = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         uses = {self._numbers[id(leaf)] for leaf in arguments if id(leaf) in self._numbers}
         touched = self._touched(name, module, arguments)
         hidden = self._hidden(arguments)
@@ -171,7 +184,7 @@ class _Tracer(TorchFunctionMode):
         question = module is None and not tensors and not watch.written
         from_inputs = bool(({storage_key(leaf) for leaf in arguments} | watch.read) & self._from_inputs)
         asked = watch.asked or name.rpartition(".")[2] in _VALUE_QUESTIONS
-        self._asks_values |= (question or not bound) and asked and from_inputs
+        self._asks_values |= from_inputs and (rehearsed or ((question or not bound) and asked))
         if question:
             # Not a part of the trace: a stand-in answers some of these without telling anybody.
             watch.start()
@@ -185,7 +198,8 @@ class _Tracer(TorchFunctionMode):
         else:
             changes = self._changes(watch.written)
             defines = self._define(number, tensors)
-            self._maker.update(dict.fromkeys(watch.made, number))
+            made = watch.made | {self._values[value].storage for value in defines}
+            self._maker.update(dict.fromkeys(made - set(self._maker), number))
         self._calls.append(
             Call(
                 name=name,
@@ -205,6 +219,30 @@ class _Tracer(TorchFunctionMode):
         self._fresh = {value for value in defines if not self._tensors[value].requires_grad}
         watch.start()
         return answer
+
+    def _run(
+        self, module: nn.Module | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, bool]:
+        """The answer of a call, and whether it took a rehearsal on zeros to get it."""
+        try:
+            with self._fakes.mode if len(self._calls) in self._forced else nullcontext():
+                answer = run(*args, **kwargs)
+            rehearsed = False
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            if self.searching and module is None and self._stack:
+                raise CannotOpenError(
+                    f"module {self._stack[-1]!r} picks by values ({error})", self._stack[-1]
+                ) from error
+            rehearsal = rehearse(run, module, args, kwargs, self._fakes, self._samples)
+            answer, rehearsed = rehearsal.answer, True
+            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(answer)) and module is None:
+                raise  # a question about values that only one stage will have
+            self.watch.rename(rehearsal.originals)
+        new = {type(leaf) for leaf in pytree.tree_leaves(answer) if is_dataclass(leaf) and not isinstance(leaf, type)}
+        for kind in new:
+            # From now on torch looks for tensors in its fields.
+            pytree.register_dataclass(kind)
+        return answer, rehearsed
 
     def _update_gradients(self) -> None:
         """Note which values need gradients now, looking at those of the last call: custom autograd functions and changes
@@ -292,12 +330,15 @@ class _Tracer(TorchFunctionMode):
         for call in self._calls:
             leaves = () if call.everywhere else tuple(self._answer_leaf(leaf, ghosts) for leaf in call.answer[0])
             calls.append(replace(call, answer=(leaves, call.answer[1])))
+        kinds = {type(leaf) for leaf in pytree.tree_leaves(output) if is_dataclass(leaf)}
+        for kind in kinds:
+            pytree.register_dataclass(kind)
         output_leaves = pytree.tree_leaves(output)
         numbers = tuple(self._numbers[id(leaf)] for leaf in output_leaves if id(leaf) in self._numbers)
         if not numbers:
             raise PlanError(
                 "the model's output holds no tensor that depends on its parameters (tensors are found in tuples, lists, "
-                "dicts and classes registered with torch.utils._pytree): return a tensor or such a container"
+                "dicts, data classes and what is registered with torch.utils._pytree): return a tensor or such a container"
             )
         written = any(leaf._version > 0 for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
         return Trace(

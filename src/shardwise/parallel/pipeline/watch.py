@@ -55,6 +55,12 @@ class Watch(TorchDispatchMode):
         self.asked = False
         self.cost = 0.0
 
+    def rename(self, storages: dict[int, int]) -> None:
+        """Account for storages under other keys."""
+        self.read = {storages.get(key, key) for key in self.read}
+        self.written = {storages.get(key, key) for key in self.written}
+        self.made -= set(storages)
+
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
     ):

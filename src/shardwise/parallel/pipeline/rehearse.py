@@ -1,0 +1,88 @@
+"""Rehearsal: running a call on zeros where its shapes cannot be told without values, as in a router that picks rows.
+
+Only the shapes of what comes out are kept. Where they depend on values after all, the real run finds out and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardwise.parallel.pipeline.skeleton import Fakes, is_fake
+from shardwise.parallel.pipeline.watch import storage_key
+
+
+@final
+@dataclass(frozen=True)
+class Rehearsal:
+    """What came of it.
+
+    Attributes:
+        answer: of the call, with stand-ins for its tensors.
+        originals: storage of a tensor of zeros -> storage of the stand-in whose place it took.
+    """
+
+    answer: Any
+    originals: dict[int, int]
+
+
+def rehearse(
+    run: Callable[..., Any],
+    module: nn.Module | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fakes: Fakes,
+    samples: dict[int, Tensor],
+) -> Rehearsal:
+    """Call `run(*args, **kwargs)`, which is the module's own code if there is a module, with zeros for all stand-ins.
+
+    Args:
+        samples: id of a stand-in that came out of a rehearsal -> the tensor it stands for, used in place of zeros; what
+            comes out of this one is added.
+    """
+    made: dict[int, Tensor] = {}
+    back: dict[int, Tensor] = {}
+    originals: dict[int, int] = {}
+
+    def real(tensor: Tensor) -> Tensor:
+        if not is_fake(tensor):
+            return tensor
+        if id(tensor) not in made:
+            sample = samples.get(id(tensor))
+            if sample is None:
+                zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            else:
+                originals[storage_key(sample)] = storage_key(tensor)
+                zeros = sample.clone()
+            if tensor.requires_grad:
+                zeros.requires_grad_()
+                # autograd refuses to change a leaf in place
+                zeros = zeros if isinstance(tensor, nn.Parameter) else zeros.clone()
+            made[id(tensor)] = zeros
+            back[id(zeros)] = tensor
+            originals[storage_key(zeros)] = storage_key(tensor)
+        return made[id(tensor)]
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) in back:
+            return back[id(tensor)]
+        if is_fake(tensor):
+            return tensor
+        stand_in: Tensor = fakes.mode.from_tensor(tensor.detach())
+        if tensor.requires_grad:
+            stand_in = stand_in.requires_grad_().clone()
+        samples[id(stand_in)] = tensor.detach()
+        return stand_in
+
+    real_args, real_kwargs = pytree.tree_map_only(Tensor, real, (args, kwargs))
+    if module is None:
+        answer = run(*real_args, **real_kwargs)
+    else:
+        state = {name: real(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+        answer = torch.func.functional_call(module, state, real_args, real_kwargs)
+    return Rehearsal(pytree.tree_map_only(Tensor, fake, answer), originals)
