@@ -1,27 +1,98 @@
-"""Gradient clipping by the norm over all parameters of the whole model."""
+"""Gradient clipping by the norm over all parameters of the whole model, however they are split.
+
+torch's `clip_grad_norm_` cannot stack norms of parameters that live on different meshes (shard x tensor beside plain ones).
+Here every rank takes the norm of the pieces it has; their squares are summed over the mesh dims a tensor is split along, and
+over no others, so that nothing is counted twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.dist.collectives import Group
+from shardwise.errors import PlanError
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], clip_norm: float, *, apart: Sequence[Group] = ()) -> Tensor:
     """Scale all gradients so that their joint 2-norm is at most `clip_norm`; sparse gradients count as well.
 
-    Every rank must hold the complete gradient of each parameter (as data parallelism leaves it).
+    A plain gradient is the complete one (as data parallelism leaves it); of a DTensor's, each rank has its piece.
+    Collective where there are DTensors or `apart`.
+
+    Args:
+        parameters: those of this rank, in the same order on all ranks.
+        clip_norm: the bound.
+        apart: groups whose ranks hold different parameters (pipeline stages), over which the squares are summed too; a
+            parameter that several of them hold must be given by one of them only.
 
     Returns:
-        The norm before clipping, a scalar tensor.
+        The norm before clipping, a scalar tensor, the same on all ranks.
+
+    Raises:
+        PlanError: a gradient still holds summands that were not added up.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # The values of an uncoalesced sparse tensor may repeat a row, whose norm is that of the summed row.
-    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-    norm = torch.nn.utils.get_total_norm(values)
+    norm = _norm(gradients)
+    if any(group.size > 1 for group in apart):
+        square = norm.square()
+        for group in apart:
+            group.sum_(square)
+        norm = square.sqrt()
     factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_(factor.to(gradient.dtype))
+        local_part(gradient).mul_(factor.to(gradient.dtype))
     return norm
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its piece of a DTensor, all of a plain one; a view, not a copy."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The joint norm of these gradients."""
+    by_split: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}
+    groups: dict[tuple[tuple[int, int], ...], list[Group]] = {}
+    for gradient in gradients:
+        over = _split_over(gradient)
+        key = tuple((group.size, id(group.handle)) for group in over)
+        groups.setdefault(key, over)
+        by_split.setdefault(key, []).append(_values(gradient))
+    norms = []
+    for key, values in by_split.items():
+        norm = torch.nn.utils.get_total_norm(values)
+        if key:
+            square = norm.to(torch.promote_types(norm.dtype, torch.float32)).square()
+            for group in groups[key]:
+                group.sum_(square)
+            norm = square.sqrt()
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The numbers of this rank's part of a gradient."""
+    local = local_part(gradient)
+    # The values of an uncoalesced sparse tensor may repeat a row, whose norm is that of the summed row.
+    return local.coalesce().values() if local.is_sparse else local
+
+
+def _split_over(gradient: Tensor) -> list[Group]:
+    """The groups over which a gradient is split."""
+    if not isinstance(gradient, DTensor):
+        return []
+    mesh, groups = gradient.device_mesh, []
+    for dim, placement in enumerate(gradient.placements):
+        if placement.is_partial():
+            raise PlanError(
+                f"a gradient of shape {tuple(gradient.shape)} was not summed over mesh dim {dim} before clipping; this is a "
+                "fault of the code that made it a DTensor: redistribute it first"
+            )
+        if not placement.is_replicate() and mesh.size(dim) > 1:
+            groups.append(Group(rank=mesh.get_local_rank(dim), size=mesh.size(dim), handle=mesh.get_group(dim)))
+    return groups

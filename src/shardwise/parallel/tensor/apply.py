@@ -1,0 +1,155 @@
+"""Split a model as planned: its parameters become DTensors, and its forward pass works on pieces.
+
+The module tree, the names and the user's code stay as they are. While a forward function runs, torch functions that are
+given one of the parameters are shown this rank's piece of it (`SplitTensor`), and the rules take over from there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.overrides import TorchFunctionMode
+
+from shardwise.dist.collectives import Group
+from shardwise.errors import PlanError
+from shardwise.parallel.tensor.dispatch import METADATA, dispatch, split_arguments
+from shardwise.parallel.tensor.part import SplitTensor
+from shardwise.parallel.tensor.plan import Share, TensorPlan
+from shardwise.parallel.tensor.ring import Cut, Ring
+
+_UNTOUCHED = METADATA | {
+    "__get__",
+    "__set__",
+    "detach",
+    "requires_grad_",
+    "register_hook",
+    "to_local",
+    "full_tensor",
+    "redistribute",
+    "_make_subclass",
+}
+"""Functions that are given a parameter itself, because they compute nothing from it."""
+
+
+def apply_split(model: nn.Module, plan: TensorPlan, group: Group, mesh: DeviceMesh) -> None:
+    """Make every rank keep its share of the split parameters, and compute with it, in place.
+
+    Every rank must hold the same whole model. Optimizers are made afterwards, over the new parameters.
+
+    Args:
+        model: with whole parameters.
+        plan: from `find_split`, the same on all ranks.
+        group: the ranks along the tensor axis.
+        mesh: the same ranks as torch's DeviceMesh, with one dim.
+
+    Raises:
+        PlanError: the plan is for another number of ranks.
+    """
+    if plan.ranks != group.size or mesh.size() != group.size:
+        raise PlanError(f"a split for {plan.ranks} ranks was given to a tensor axis of {group.size}")
+    ring = Ring.of(group)
+    replaced: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if name in plan.shares:
+            replaced[id(parameter)] = _split_parameter(parameter, plan.shares[name], ring, mesh)
+    wires = _Wires(ring)
+    for name, module in model.named_modules():
+        own = False
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in replaced:
+                module._parameters[key] = replaced[id(parameter)]
+                own = True
+        if own or not name:
+            forward = functools.partial(wires.call, module.forward, not name)
+            module.forward = forward
+
+
+def _split_parameter(parameter: nn.Parameter, share: Share, ring: Ring, mesh: DeviceMesh) -> nn.Parameter:
+    cut = Cut(share.dim, share.outer, parameter.shape[share.dim] // share.outer, ring.size)
+    piece = cut.piece(parameter.detach(), ring.members[0]).clone(memory_format=torch.contiguous_format)
+    placement = Shard(share.dim) if share.outer == 1 else _StridedShard(share.dim, split_factor=share.outer)
+    split = DTensor.from_local(
+        piece, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.contiguous().stride()
+    )
+    made = nn.Parameter(split, requires_grad=parameter.requires_grad)
+    made.__dict__.update({key: value for key, value in parameter.__dict__.items() if key not in made.__dict__})
+    return made
+
+
+def piece_of(parameter: DTensor, ring: Ring) -> Tensor:
+    """A parameter as the rules see it: split, or plain where it is whole."""
+    placement = parameter.placements[0]
+    if placement.is_replicate():
+        return parameter.to_local()
+    if isinstance(placement, _StridedShard):
+        dim, outer = placement.dim, int(placement.split_factor)
+    else:
+        assert isinstance(placement, Shard)
+        dim, outer = placement.dim, 1
+    cut = Cut(dim, outer, parameter.shape[dim] // outer, ring.size)
+    return SplitTensor((parameter.to_local(),), cut, ring, parameter=True)
+
+
+@final
+class _Wires:
+    """Runs forward functions with the mode switched on.
+
+    The model's own forward switches it on for everything below. Modules with split parameters switch it on too, for calls
+    from elsewhere: a method of the model, or recomputation in the backward pass.
+    """
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._active = 0
+
+    def call(self, forward: Callable[..., Any], is_root: bool, *args: Any, **kwargs: Any) -> Any:
+        if self._active:
+            return forward(*args, **kwargs)
+        self._active += 1
+        try:
+            with _PieceMode(self._ring):
+                return forward(*args, **kwargs)
+        finally:
+            self._active -= 1
+            self._ring.entered.clear()
+
+
+@final
+class _PieceMode(TorchFunctionMode):
+    """Shows the rules every call that involves a split parameter."""
+
+    def __init__(self, ring: Ring) -> None:
+        super().__init__()
+        self._ring = ring
+
+    def __torch_function__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        kwargs = kwargs or {}
+        if not any(_is_split(value) for value in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        if func.__name__ in _UNTOUCHED and not isinstance(args[0], SplitTensor):
+            return func(*args, **kwargs)
+        args = tuple(self._shown(value) for value in args)
+        kwargs = {name: self._shown(value) for name, value in kwargs.items()}
+        return dispatch(func, args, kwargs) if split_arguments(args, kwargs) else func(*args, **kwargs)
+
+    def _shown(self, value: Any) -> Any:
+        if isinstance(value, DTensor):
+            return piece_of(value, self._ring)
+        if type(value) in (list, tuple):
+            return type(value)(self._shown(item) for item in value)
+        return value
+
+
+def _is_split(value: Any) -> bool:
+    if isinstance(value, (DTensor, SplitTensor)):
+        return True
+    return isinstance(value, (list, tuple)) and any(isinstance(item, (DTensor, SplitTensor)) for item in value)
