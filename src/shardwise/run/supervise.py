@@ -25,6 +25,7 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerSpec,
     WorkerState,
 )
+from torch.distributed.elastic.events import Event, EventSource  # type: ignore[attr-defined]
 
 from shardwise.run.child import Child, start_child
 from shardwise.run.failure import Failure, first_cause, from_exit_code, is_echo
@@ -164,6 +165,11 @@ class RankAgent(SimpleElasticAgent):
         if self._pulse:
             self._pulse.end()
             self._pulse = None
+
+    def _construct_event(self, state: str, source: EventSource, *_details: object, **_more: object) -> Event:
+        # torchelastic's own asks DNS for this machine's full name, for every event of every worker, which takes seconds
+        # each where DNS does not answer. Nobody listens to these events.
+        return Event(name=f"torchelastic.worker.status.{state}", source=source)
 
     # Details -----------------------------------------------------------------------------------------------------
 
