@@ -1,0 +1,152 @@
+"""Context parallelism: the tokens of every sequence are shared out over the ranks of the context axis.
+
+Every rank takes its tokens of the same samples through the whole model. Layers that act on each token by itself need nothing;
+attention gathers the keys and values of all tokens; positions are those in the whole sequence. Each rank's loss is over its
+own tokens, so gradients are summed over the context axis as over the data axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardwise.dist.collectives import Group
+from shardwise.errors import JobError, PlanError
+from shardwise.parallel.context.attention import Gathered, Sequences, WholeSequence
+from shardwise.parallel.context.part import Part, in_order
+
+TOKENS = 1
+"""Dim of inputs and targets that runs over the tokens of a sequence."""
+
+
+@final
+class ContextSplit:
+    """Splits batches over the context axis, and lets a model work on its part.
+
+    Use: `wire(model)` once; for each batch `local(inputs, targets)`, then the forward and backward pass on what it returns.
+    """
+
+    def __init__(self, group: Group, *, length: int) -> None:
+        """Prepare. Collective.
+
+        Args:
+            group: ranks along the context axis.
+            length: tokens of a sequence, as `check_context` found it.
+        """
+        self._group = group.twin()  # what layers send must not depend on when gradients of other layers are ready
+        self._part = Part(length, group.size, group.rank)
+
+    @property
+    def share(self) -> float:
+        """Fraction of the tokens of a sample that this rank has: what a mean over them weighs."""
+        return self._part.share
+
+    def wire(self, model: nn.Module) -> None:
+        """Let the model's forward pass see whole sequences, in place. Types, names and parameters stay what they are."""
+        Wiring(model).connect(self._part, Gathered(self._group))
+
+    def local(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """This rank's tokens of a batch.
+
+        Args:
+            inputs, targets: trees of tensors. Those with T entries along dim 1 are split, others stay.
+
+        Raises:
+            JobError: the sequences have another length than the one that was checked.
+        """
+        length = sequence_length(inputs)
+        if length != self._part.length:
+            raise JobError(
+                f"a batch has sequences of {length} tokens, and the context axis was checked for {self._part.length}: give "
+                "all batches one length (pad them, and leave padded targets out with Job.weight), or leave context out of "
+                "the plan"
+            )
+        return take_tokens(inputs, self._part), take_tokens(targets, self._part)
+
+    @torch.no_grad()
+    def whole(self, output: Any) -> Any:
+        """The output for the whole sequences, from all ranks' outputs for their tokens. Without gradient. Collective.
+
+        Args:
+            output: tree of tensors as the model returned it. Those with this rank's number of tokens along dim 1 are put
+                together, others stay.
+        """
+        part = self._part
+
+        def join(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() <= TOKENS or leaf.shape[TOKENS] != part.own:
+                return leaf
+            rows = leaf.movedim(TOKENS, 0)
+            padded = rows.new_zeros((max(part.counts), *rows.shape[1:]))
+            padded[: part.own] = rows
+            every = self._group.gather(padded).flatten(0, 1)
+            return every.index_select(0, in_order(part.length, part.degree, leaf.device)).movedim(0, TOKENS)
+
+        return pytree.tree_map(join, output)
+
+
+@final
+class Wiring:
+    """Lets the forward pass of a model see whole sequences, once connected.
+
+    Each module is wrapped, not the model alone, because recomputation calls single modules in the backward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap the modules of `model`, in place."""
+        self._mode: WholeSequence | None = None
+        self._active = False
+        for module in model.modules():
+            if not _is_plain(module):
+                module.forward = functools.partial(self._run, module.forward)
+
+    def connect(self, part: Part, sequences: Sequences) -> None:
+        """From now on forward passes are of this part of the sequences."""
+        self._mode = WholeSequence(part, sequences)
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._active or self._mode is None:
+            return forward(*args, **kwargs)
+        self._active = True
+        try:
+            with self._mode:
+                return forward(*args, **kwargs)
+        finally:
+            self._active = False
+
+
+def sequence_length(inputs: Any) -> int:
+    """T: the length of dim 1 of the first input that has one.
+
+    Raises:
+        PlanError: no input has a second dim.
+    """
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim() > TOKENS:
+            return leaf.shape[TOKENS]
+    raise PlanError(
+        "context splits the tokens of sequences, which run along dim 1 of the inputs (samples, tokens, ...): no input has a "
+        "dim 1; leave context out of the plan"
+    )
+
+
+def take_tokens(tree: Any, part: Part) -> Any:
+    """This rank's tokens of every tensor in the tree that has T of them along dim 1."""
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > TOKENS and leaf.shape[TOKENS] == part.length:
+            return part.take(leaf, TOKENS)
+        return leaf
+
+    return pytree.tree_map(take, tree)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A layer of torch's own that has no other inside and looks at no sequence: it needs no wrapping."""
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return own and not isinstance(module, nn.MultiheadAttention) and not any(True for _ in module.children())
