@@ -20,6 +20,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.jobs.charlm import CharGPT, next_character_loss
 from shardwise.parallel.clip import clip_by_global_norm
+from shardwise.parallel.data import GradientSum
 from shardwise.parallel.tensor.apply import apply_split
 from shardwise.parallel.tensor.find import find_split
 from shardwise.spec.layout import Layout
@@ -270,14 +271,14 @@ def split(case: Case, model: nn.Module, mesh: Mesh) -> None:
 
 
 def steps(
-    model: nn.Module, loss: Callable[[], Tensor], optimizer: str, clip: float | None = None
+    model: nn.Module, backward: Callable[[], None], optimizer: str, clip: float | None = None
 ) -> tuple[State, State]:
     """Gradients of the first step (before clipping) and weights and buffers after two."""
     made = OPTIMIZERS[optimizer](list(model.parameters()))
     gradients: State = {}
     for step in range(2):
         made.zero_grad()
-        loss().backward()
+        backward()
         if not step:
             gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             gradients["norm"] = torch.stack([g.norm() for g in gradients.values()]).norm()
@@ -291,7 +292,7 @@ def steps(
 
 def serial(name: str, optimizer: str, clip: float | None = None) -> tuple[State, State]:
     model = build(CASES[name])
-    return steps(model, lambda: objective(CASES[name], model), optimizer, clip)
+    return steps(model, lambda: objective(CASES[name], model).backward(), optimizer, clip)
 
 
 def tensor_parallel(name: str, optimizer: str, clip: float | None = None) -> tuple[State, State, list[str]]:
@@ -299,7 +300,7 @@ def tensor_parallel(name: str, optimizer: str, clip: float | None = None) -> tup
     mesh = Mesh(Layout(tensor=world.size), world.rank)
     model = build(case)
     split(case, model, mesh)
-    gradients, state = steps(model, lambda: objective(case, model), optimizer, clip)
+    gradients, state = steps(model, lambda: objective(case, model).backward(), optimizer, clip)
     return gradients, state, [key for key, p in model.named_parameters() if isinstance(p, DTensor)]
 
 
@@ -326,3 +327,30 @@ def test_split_equals_serial(name: str, size: int, optimizer: str, clip: float |
         assert all(torch.equal(other[0][key], tensor) for other in answers[1:]), (
             f"ranks disagree on the gradient of {key}"
         )
+
+
+def data_and_tensor(name: str, clip: float | None) -> tuple[State, State]:
+    """Two replicas of a model that is split over two ranks; the samples are shared out unevenly, 4 and 2."""
+    world, case = Group.world(), CASES[name]
+    mesh = Mesh(Layout(data=2, tensor=2), world.rank)
+    model = build(case)
+    split(case, model, mesh)
+    mine = slice(0, 4) if mesh.coordinate("data") == 0 else slice(4, 6)
+    inputs, targets = tuple(value[mine] for value in case.inputs()), case.targets()[mine]
+    # Small buckets, so that some are sent while the backward pass runs.
+    gradients = GradientSum(model.named_parameters(), mesh.samples, bucket_bytes=2000)
+
+    def backward() -> None:
+        gradients.expect()
+        (case.loss(model(*inputs), targets) * (len(targets) / 6)).backward()
+        gradients.finish()
+
+    return steps(model, backward, "adamw", clip)
+
+
+@pytest.mark.parametrize("name", ["mlp_7x15x3", "gpt_fused_qkv_tied", "llama_grouped"])
+def test_data_and_tensor_equal_serial(name: str, ranks: Ranks) -> None:
+    gradients, state = serial(name, "adamw", 0.05)
+    for found_gradients, found_state in ranks(4, data_and_tensor, name, 0.05):
+        assert_same(found_gradients, gradients)
+        assert_same(found_state, state)

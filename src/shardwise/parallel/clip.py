@@ -8,13 +8,17 @@ over no others, so that nothing is counted twice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.split import is_dtensor, local_part
 from shardwise.errors import PlanError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
@@ -49,11 +53,6 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], clip_norm: float, *,
     return norm
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: its piece of a DTensor, all of a plain one; a view, not a copy."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """The joint norm of these gradients."""
     by_split: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}
@@ -84,10 +83,11 @@ def _values(gradient: Tensor) -> Tensor:
 
 def _split_over(gradient: Tensor) -> list[Group]:
     """The groups over which a gradient is split."""
-    if not isinstance(gradient, DTensor):
+    if not is_dtensor(gradient):
         return []
-    mesh, groups = gradient.device_mesh, []
-    for dim, placement in enumerate(gradient.placements):
+    split = cast("DTensor", gradient)
+    mesh, groups = split.device_mesh, []
+    for dim, placement in enumerate(split.placements):
         if placement.is_partial():
             raise PlanError(
                 f"a gradient of shape {tuple(gradient.shape)} was not summed over mesh dim {dim} before clipping; this is a "

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group, Work
+from shardwise.dist.split import is_dtensor, local_part
 from shardwise.errors import PlanError
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from shardwise.parallel.shard import Sharded
 
 BUCKET_BYTES = 25 * 1024**2
@@ -36,6 +39,7 @@ class _Bucket:
     parameters: list[nn.Parameter]
     flat: Tensor
     views: list[Tensor]
+    gradients: list[Tensor]
     flags: Tensor
     missing: int = 0
     sent: Work | None = None
@@ -45,6 +49,9 @@ class _Bucket:
 @final
 class GradientSum:
     """Sums the gradients of replicated parameters over a group of ranks.
+
+    A parameter may be a DTensor over other mesh axes (tensor): then the group's ranks hold the same piece of it, and the
+    gradients of that piece are summed.
 
     Use: `expect()` before the last backward pass of a step, then `finish()` after it. Between the two, buckets are sent
     as soon as their gradients exist. Buckets are always sent in the same order, so ranks whose backward passes differ
@@ -118,7 +125,7 @@ class GradientSum:
             self._sharded.finish()
         if scale is not None:
             for gradient in self._gradients():
-                gradient.mul_(scale)
+                local_part(gradient).mul_(scale)
 
     def _gradients(self) -> list[Tensor]:
         alone = [parameter for _, parameter in self._sparse]
@@ -188,7 +195,7 @@ def _split(parameters: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int) ->
     filled: dict[int, int] = {}
     for name, parameter in parameters:
         kind = (parameter.dtype, parameter.device)
-        size = parameter.numel() * parameter.element_size()
+        size = local_part(parameter).numel() * parameter.element_size()
         place = by_kind.get(kind)
         if place is None or filled[place] + size > bucket_bytes:
             parts.append([])
@@ -202,25 +209,37 @@ def _split(parameters: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int) ->
 def _bucket(part: list[tuple[str, nn.Parameter]]) -> _Bucket:
     names = [name for name, _ in part]
     parameters = [parameter for _, parameter in part]
-    sizes = [parameter.numel() for parameter in parameters]
+    shapes = [local_part(parameter).shape for parameter in parameters]
+    sizes = [shape.numel() for shape in shapes]
     flat = torch.zeros(sum(sizes) + len(part), dtype=parameters[0].dtype, device=parameters[0].device)
     pieces = flat.split([*sizes, len(part)])
-    views = [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=False)]
-    return _Bucket(names, parameters, flat, views, pieces[-1])
+    views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=False)]
+    gradients = [_like(view, parameter) for view, parameter in zip(views, parameters, strict=True)]
+    return _Bucket(names, parameters, flat, views, gradients, pieces[-1])
+
+
+def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A tensor that is split as the parameter is, of which `local` is this rank's part."""
+    if not is_dtensor(parameter):
+        return local
+    split = cast("DTensor", parameter)
+    return type(split).from_local(
+        local, split.device_mesh, split.placements, run_check=False, shape=split.shape, stride=split.stride()
+    )
 
 
 def _fill(bucket: _Bucket) -> None:
     """Copy this rank's gradients into the bucket; parameters without one count as zero and as not used."""
     bucket.absent = [index for index, parameter in enumerate(bucket.parameters) if parameter.grad is None]
     if not bucket.absent:
-        gradients = [parameter.grad for parameter in bucket.parameters]
-        torch._foreach_copy_(bucket.views, gradients)  # type: ignore[arg-type]
+        gradients = [local_part(parameter.grad) for parameter in bucket.parameters if parameter.grad is not None]
+        torch._foreach_copy_(bucket.views, gradients)
         bucket.flags.fill_(1)
         return
     bucket.flat.zero_()
     for index, (view, parameter) in enumerate(zip(bucket.views, bucket.parameters, strict=True)):
         if parameter.grad is not None:
-            view.copy_(parameter.grad)
+            view.copy_(local_part(parameter.grad))
             bucket.flags[index] = 1
 
 
@@ -232,5 +251,5 @@ def _receive(bucket: _Bucket) -> None:
     # Reading the flags waits for the device, so it is done only where this rank lacks a gradient itself.
     flags = bucket.flags.tolist() if bucket.absent else []
     unused = {index for index in bucket.absent if flags[index] == 0}
-    for index, (view, parameter) in enumerate(zip(bucket.views, bucket.parameters, strict=True)):
-        parameter.grad = None if index in unused else view
+    for index, (gradient, parameter) in enumerate(zip(bucket.gradients, bucket.parameters, strict=True)):
+        parameter.grad = None if index in unused else gradient
