@@ -240,6 +240,32 @@ def test_objective_and_autocast(dtype: torch.dtype | None, ranks: Callable[..., 
     assert sum(value for _, value in parts) == pytest.approx(total, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler itself
+def test_compiled_units() -> None:
+    """Two stages on one rank, no messages; the units are captured by the compiler's front end."""
+    captured: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        captured.append(len(graph.graph.nodes))
+        forward: Callable[..., Any] = graph.forward
+        return forward
+
+    torch.manual_seed(0)
+    model, reference = Tied(), Tied()
+    reference.load_state_dict(model.state_dict())
+    tokens, targets = _tokens()
+    part = take_part(split(model, tokens, 2, ["blocks.2"]), model, 0, 1)
+    part.compile(backend=backend)
+    PipelineRunner(part, Group(), schedule="interleaved1f1b", device=CPU).step(
+        [tokens] * 3, lambda output, _: _token_loss(output, targets)
+    )
+    assert len(captured) >= 3, "nothing was compiled"
+    assert max(captured) > 10, "no whole block was compiled"
+    for _ in range(3):
+        _token_loss(reference(tokens), targets).backward()
+    torch.testing.assert_close(_gradients(model), _gradients(reference))
+
+
 def _dropout_masks() -> tuple[bool, float]:
     """Whether training runs differ from pass to pass (dropout is on), and the largest difference in evaluation."""
     group = Group.world()

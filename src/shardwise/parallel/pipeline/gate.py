@@ -55,20 +55,35 @@ def _named_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
         yield prefix + name, child
 
 
-def install(module: nn.Module, name: str, session: Session) -> None:
-    """Put a gate before a module, for `module(x)` and for `module.forward(x)` alike."""
-    compiled: Callable[..., Any] | None = module._compiled_call_impl
-    module._compiled_call_impl = _gated(  # torch's own slot for a replaced call
-        compiled if compiled is not None else module._call_impl, name, session
-    )
-    module.forward = _gated(module.forward, name, session)
+@final
+class Gate:
+    """Stands before a module's forward function.
 
+    Attributes:
+        run: the module's own code.
+    """
 
-def _gated(run: Callable[..., Any], name: str, session: Session) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        handler = session.handler
+    def __init__(self, run: Callable[..., Any], name: str, session: Session) -> None:
+        self.run = run
+        self._name = name
+        self._session = session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        handler = self._session.handler
         if handler is None:
-            return run(*args, **kwargs)
-        return handler.module_call(name, run, args, kwargs)
+            return self.run(*args, **kwargs)
+        return handler.module_call(self._name, self.run, args, kwargs)
 
-    return call
+
+def install(module: nn.Module, name: str, session: Session) -> Gate:
+    """Put a gate before a module, for `module(x)` and for `module.forward(x)` alike.
+
+    Returns:
+        The inner of the two gates, behind the module's hooks.
+    """
+    inner = Gate(module.forward, name, session)
+    module.forward = inner
+    compiled: Callable[..., Any] | None = module._compiled_call_impl
+    outer = compiled if compiled is not None else module._call_impl
+    module._compiled_call_impl = Gate(outer, name, session)  # torch's own slot for a replaced call
+    return inner

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.cuts import StageTable
-from shardwise.parallel.pipeline.gate import Session, install, units
+from shardwise.parallel.pipeline.gate import Gate, Session, install, units
 from shardwise.parallel.pipeline.program import Cutting, Forward, Program, describe, find_cuts
 from shardwise.parallel.pipeline.schedule import rank_of
 from shardwise.parallel.pipeline.skeleton import is_fake
@@ -65,6 +66,7 @@ class PipelinePart:
     stages: tuple[int, ...]
     holders: dict[str, tuple[int, ...]]
     session: Session = field(default_factory=Session)
+    _gates: dict[str, Gate] = field(default_factory=dict)
     _accepted: set[int] = field(default_factory=set)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -82,6 +84,17 @@ class PipelinePart:
             if parameters and not any(is_fake(p) or names[id(p)] in shared for p in parameters):
                 found.append((name, module))
         return found
+
+    def compile(self, **options: Any) -> None:
+        """Run every unit that this rank holds through `torch.compile(**options)`; their hooks stay outside.
+
+        Call it last: compilation sees what the other kinds of parallelism made of the units.
+        """
+        for name, unit in units(self.model, self.program.opened):
+            gate = self._gates.get(name)
+            parameters = list(unit.parameters())
+            if gate is not None and parameters and not any(is_fake(parameter) for parameter in parameters):
+                gate.run = torch.compile(gate.run, **options)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name, buffer) of what this rank holds."""
@@ -190,7 +203,7 @@ def take_part(split: Split, model: nn.Module, rank: int, ranks: int) -> Pipeline
     del originals
     part = PipelinePart(model, split.program, split.table, rank, ranks, stages, holders)
     for name, module in list(units(model, split.program.opened)):
-        install(module, name, part.session)
+        part._gates[name] = install(module, name, part.session)
     return part
 
 
