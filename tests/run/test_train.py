@@ -20,7 +20,7 @@ import shardwise
 from shardwise.data.gather import Arrays
 from shardwise.data.source import Splits
 from shardwise.data.stream import Stream
-from shardwise.errors import FolderError, JobError, PlanError, RunFailed, Stopped, UserError
+from shardwise.errors import CheckpointError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
 from shardwise.spec.events import EvaluationEvent, RestartEvent, RunEvent, SummaryEvent, read_events
 from shardwise.spec.job import Job
 
@@ -284,6 +284,29 @@ def test_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         _train(_job(), tmp_path / "run", "serial")
     with pytest.raises(FolderError, match="batch_size was 12 and is now 6"):
         _train(_job(batch_size=6), tmp_path / "run", "serial", resume=True)
+
+
+def test_finished_run_resumed_keeps_its_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = _train(_job(), tmp_path / "run")
+    again = shardwise.train(_job(), plan="data=2", out=tmp_path / "run", resume=True)
+    assert "nothing left to train: 27 of 27 steps are done" in capfd.readouterr().err
+    assert again.summary["loss"] == pytest.approx(first.summary["loss"], abs=0)
+    assert again.metrics == first.metrics and again.history == first.history
+
+
+def test_damage_is_told_with_the_way_out(tmp_path: Path) -> None:
+    _train(_job(), tmp_path / "run", checkpoint_every="20")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000027"
+    file = sorted(newest.glob("*.distcp"))[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged.*to continue from step-00000020, move .*step-00000027 out"):
+        _train(_job(epochs=4), tmp_path / "run", resume=True)
+    assert read_events(tmp_path / "run" / "events.jsonl")[-1].kind == "summary", "a refused resume is no failed run"
+    (tmp_path / "run" / "identity.json").write_text("{", encoding="utf-8")
+    with pytest.raises(FolderError, match=r"identity.json cannot be read"):
+        _train(_job(epochs=4), tmp_path / "run", resume=True)
 
 
 def test_remarks_say_what_differs(tmp_path: Path) -> None:

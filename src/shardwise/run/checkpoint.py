@@ -135,7 +135,10 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRSch
     from shardwise.run import restore
 
     manifest, target = _on_every_rank(lambda: _prepare(path, model, optimizer, scheduler))
-    restore.read(target, path)
+    try:
+        restore.read(target, path)
+    except CheckpointError as error:  # only reading the pieces shows whether their checksums hold
+        raise CheckpointError(f"{error}; {_way_out(path)}") from error
     if scheduler is not None:
         scheduler.load_state_dict(decode(manifest["scheduler"]["state"], "scheduler", target.tensors))
     progress = decode(manifest["progress"], "progress", target.tensors)
@@ -158,10 +161,15 @@ def latest(folder: RunFolder) -> Path | None:
     try:
         read_manifest(found[0])
     except CheckpointError as error:
-        intact = next((path for path in found[1:] if _is_intact(path)), None)
-        instead = f"continue from {intact.name}" if intact else "start anew, for there is no older one"
-        raise CheckpointError(f"{error}; to {instead}, move {found[0]} out of the run folder") from error
+        raise CheckpointError(f"{error}; {_way_out(found[0])}") from error
     return found[0]
+
+
+def _way_out(damaged: Path) -> str:
+    older = [path for path in _found(damaged.parent) if step_of(path) < step_of(damaged)]
+    intact = next((path for path in older if _is_intact(path)), None)
+    instead = f"continue from {intact.name}" if intact else "start anew, for there is no older one"
+    return f"to {instead}, move {damaged} out of the run folder"
 
 
 def step_of(path: Path) -> int:

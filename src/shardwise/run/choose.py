@@ -59,8 +59,8 @@ def choose_plan(job: Job, *, workers: int | None, threads: int | None, device: s
         workers = max(1, min(units * nodes, job.batch_size // LEAST_SHARE))
         kind = "accelerators" if device != "cpu" else "cores"
         reasons.append(
-            f"{units * nodes} {kind}, global batch {job.batch_size}: {workers} workers of about "
-            f"{job.batch_size // workers} samples"
+            f"{units * nodes} {kind}, global batch {job.batch_size}: {workers} "
+            f"{'worker' if workers == 1 else 'workers'} of about {job.batch_size // workers} samples"
         )
     plan = Plan(layout=Layout(data=workers), threads=threads, reasons=tuple(reasons))
     return with_threads(plan, nodes=nodes)

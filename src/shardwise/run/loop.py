@@ -263,7 +263,12 @@ def _evaluate(a: Assembly, course: Course) -> dict[str, float]:
 
 def _save(a: Assembly, course: Course) -> None:
     began = perf_counter()
-    progress: dict[str, Any] = {"step": a.step, "position": vars(course.position), "metrics": dict(course.metrics)}
+    progress: dict[str, Any] = {
+        "step": a.step,
+        "position": vars(course.position),
+        "metrics": dict(course.metrics),
+        "loss": course.loss,
+    }
     path = save(
         course.folder,
         step=a.step,

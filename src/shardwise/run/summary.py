@@ -18,11 +18,12 @@ def closing_lines(run: Run) -> list[str]:
     resumed = f" (resumed at step {s['first_step']})" if s["first_step"] else ""
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in s["metrics"].items())
     peak = max(rank["peak_memory_bytes"] for rank in s["ranks"])
+    shares = shares_text(s["time_shares"])
     return [
         f"plan        {s['plan']}: {workers} on {s['device']}{threads}",
         f"trained     {s['steps']} steps{resumed}, {s['samples_per_second']:,.0f} samples/s; "
         f"{format_seconds(s['train_seconds'])} in steps, {format_seconds(s['wall_seconds'])} in all",
-        f"time        {shares_text(s['time_shares'])}",
+        *([f"time        {shares}"] if shares else []),
         f"memory      {format_bytes(peak)} at most in one worker",
         f"last loss   {s['loss']:.4f}",
         *([f"test        {metrics}"] if metrics else []),

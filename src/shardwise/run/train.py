@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from shardwise.data.source import as_splits
-from shardwise.errors import RunFailed, Stopped, UserError
+from shardwise.errors import FolderError, RunFailed, Stopped, UserError
 from shardwise.run.assemble import check_job
 from shardwise.run.choose import choose_device
 from shardwise.run.eventlog import EventLog
@@ -133,6 +133,8 @@ def _start_workers(work: Work, options: TrainOptions, *, is_rank: bool) -> dict[
             return start(functools.partial(train_rank, work=ready))
         except Stopped as error:
             raise Stopped(_how_to_resume(str(folder.path))) from error
+        except FolderError:  # the folder holds another run, whose events are not to end with our failure
+            raise
         except Exception as error:
             rank = error.rank if isinstance(error, RunFailed) else None
             details = error.details if isinstance(error, RunFailed) else traceback.format_exc()

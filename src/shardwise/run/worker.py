@@ -98,13 +98,14 @@ def _train(
     resume: bool,
 ) -> dict[str, Any]:
     total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
-    assembly = assemble(job, work.plan, world, device, total_steps=total)
-    position, metrics = Position(), {}
+    assembly = assemble(job, work.plan, world, device, total_steps=total, timeout_seconds=work.timeout_seconds)
+    position, metrics, loss = Position(), {}, float("nan")
     checkpoint = latest(folder) if resume else None
     if checkpoint is not None:
         progress = load(checkpoint, model=assembly.model, optimizer=assembly.optimizer, scheduler=assembly.scheduler)
         assembly.step = int(progress["step"])
         position, metrics = Position(**progress["position"]), dict(progress["metrics"])
+        loss = float(progress.get("loss", loss))
     with ExitStack() as stack:
         is_first = world.rank == 0
         log = stack.enter_context(EventLog(folder.events_path)) if is_first else None
@@ -121,6 +122,7 @@ def _train(
             stop_requested=lambda: stop.requested,
             position=position,
             metrics=metrics,
+            loss=loss,
         )
         first_step = assembly.step
         if is_first:
@@ -134,6 +136,8 @@ def _train(
                 f"checkpoint {checkpoint.name}" if checkpoint is not None else "the start: there is no checkpoint yet"
             )
             display.say(f"resuming from {source}")
+            if total is not None and first_step >= total:
+                display.say(f"nothing left to train: {first_step} of {total} steps are done")
         for remark in assembly.composed.remarks:
             warn(course, remark)
         run_loop(assembly, course)
@@ -197,7 +201,10 @@ def _check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: b
         if world.rank == 0:
             write_aside(path, json.dumps(dict(identity), indent=2, default=str).encode() + b"\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise FolderError(f"{path} cannot be read ({error}): the run folder is damaged") from error
     now = json.loads(json.dumps(dict(identity), default=str))
     differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if resume and differ:
