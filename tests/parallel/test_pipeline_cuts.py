@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -159,9 +160,16 @@ class SparseTied(nn.Module):
         return y
 
 
+class Locked(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
 @pytest.mark.parametrize(
     ("model", "cuts", "says"),
     [
+        (Locked, [], "copy.deepcopy of Locked failed"),
         (Reads, [], "looks at the values of an activation"),
         (Hides, ["reader"], "not through its arguments"),
         (SharedNorm, [], "changes 'norm.running_mean'|changes 'norm.num_batches_tracked'"),

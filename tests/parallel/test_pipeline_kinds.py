@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -311,6 +313,27 @@ def _silent_neighbour() -> str:
 def test_a_neighbour_that_never_sends_is_named(ranks: Callable[..., list[Any]]) -> None:
     message = ranks(2, _silent_neighbour)[1]
     assert "the activations of micro-batch 0 did not get from stage 0 (rank 0) to stage 1 (rank 1)" in message
+
+
+class TwoRecurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(5, 6), nn.LSTM(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x)[0])[0]
+        return y
+
+
+def test_what_other_ranks_hold_gives_its_memory_back() -> None:
+    model = TwoRecurrent()
+    x = torch.randn(3, 2, 5)
+    watched = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    part = take_part(split(model, x, 2), model, 0, 2)
+    gc.collect()
+    alive = {name for name, reference in watched.items() if reference() is not None}
+    assert alive == {name for name, _ in part.named_parameters()} == {n for n in watched if n.startswith("first")}
+    assert [name for name, _ in model.named_parameters()] == list(watched)
 
 
 def _held() -> tuple[list[str], int, list[str]]:
