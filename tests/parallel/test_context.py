@@ -159,8 +159,8 @@ def train(name: str, layout: str, batch: int = 3, fault: str = "") -> Result:
     if mesh.layout.context > 1:
         example = data(name, batch, 0)
         objective = Objective(loss=token_loss, weight=counted if weighs else None)
-        length = check_context(model, mesh.layout.context, *example, objective)
-        context = ContextSplit(mesh.group("context"), length=length)
+        checked = check_context(model, mesh.layout.context, *example, objective)
+        context = ContextSplit(mesh.group("context"), checked)
         context.wire(model)
     axes = ("data",) if fault == "no sum over context" else ("data", "context")
     gradients = GradientSum(model.named_parameters(), mesh.group(*axes))
@@ -241,7 +241,7 @@ def test_the_check_notices_what_is_not_answered(blind: str, monkeypatch: pytest.
 
 
 def check(model: nn.Module, inputs: Any, targets: Any, degree: int = 2, **objective: Any) -> int:
-    return check_context(model, degree, inputs, targets, Objective(**(objective or {"loss": token_loss})))
+    return check_context(model, degree, inputs, targets, Objective(**(objective or {"loss": token_loss}))).length
 
 
 class Coupled(nn.Module):
@@ -314,7 +314,7 @@ MIXES: list[tuple[str, Callable[[], nn.Module], str]] = [
     ("shift", lambda: Call(lambda x: x.roll(1, 1)), r"'mix', a Call"),
     ("attention by hand", lambda: Call(lambda x: (x @ x.transpose(1, 2)).softmax(2) @ x), r"'mix', a Call"),
     ("bias over pairs", lambda: Call(alibi), r"in module 'mix'.*attention mask of shape \(7, 7\)"),
-    ("queries of its own", lambda: Call(lambda x: F.scaled_dot_product_attention(x[:, :3], x, x).repeat(1, 5, 1)), "attention of 3 queries"),
+    ("own queries", lambda: Call(lambda x: F.scaled_dot_product_attention(x[:, :3], x, x).repeat(1, 5, 1)), "of 3 queries"),
     ("range", lambda: Call(lambda x: x + torch.tensor([float(i) for i in range(x.shape[1])])[:, None]), r"'mix'"),
 ]  # fmt: skip
 
@@ -375,10 +375,84 @@ def test_what_has_no_sequence_is_refused() -> None:
         check(pooled, tokens, targets[:, 0] % 4, loss=F.cross_entropy)
 
 
-def test_another_length_than_checked_is_refused() -> None:
-    context = ContextSplit(Group(), length=15)
-    with pytest.raises(JobError, match="sequences of 12 tokens"):
-        context.local(torch.zeros(2, 12), torch.zeros(2, 12))
+def test_other_shapes_than_checked_are_refused() -> None:
+    tokens, targets = data("charlm", 3, 0)
+    context = ContextSplit(Group(), check_context(build("charlm"), 2, tokens, targets, Objective(loss=token_loss)))
+    with pytest.raises(JobError, match=r"\(B, 12\), and the context axis was checked for \(B, 15\)"):
+        context.local(tokens[:, :12], targets[:, :12])
+    context.local(tokens[:1], targets[:1])
+
+
+class Picks(nn.Module):
+    """Also counts samples: as many as a rank has tokens, in some batches."""
+
+    def __init__(self, *, helper: bool = False) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(VOCABULARY, 8), nn.Embedding(LENGTH, 8)
+        self.helper = helper
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def count(self, number: int) -> Tensor:
+        return torch.arange(number)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.helper:
+            x, samples = x + self.place(self.count(tokens.shape[1])), self.count(len(tokens))
+        else:
+            x, samples = x + self.place(torch.arange(tokens.shape[1])), torch.arange(len(tokens))
+        out: Tensor = self.head(x[samples])
+        return out
+
+
+def pick(layout: str) -> Tensor:
+    torch.manual_seed(0)
+    model, mesh = Picks().double(), Mesh(Layout.parse(layout), Group.world().rank)
+    tokens, targets = data("charlm", 8, 0)
+    if mesh.layout.context == 1:
+        return torch.as_tensor(model(tokens).detach())
+    checked = check_context(model, 2, tokens, targets, Objective(loss=token_loss))
+    context = ContextSplit(mesh.group("context"), checked)
+    context.wire(model)
+    mine, _ = context.local(tokens, targets)
+    assert (len(mine) == mine.shape[1]) is (mesh.rank == 1)  # 8 samples, and 7 or 8 tokens
+    whole: Tensor = context.whole(model(mine).detach())
+    return whole
+
+
+def test_as_many_samples_as_tokens_are_not_taken_for_positions(ranks: Ranks) -> None:
+    for found in ranks(2, pick, "context=2"):
+        torch.testing.assert_close(found, pick("serial"))
+    with pytest.raises(PlanError, match=r"test_context\.py, line \d+, counts tokens at one time and something else"):
+        check(Picks(helper=True), *data("charlm", 3, 0))
+
+
+class Folded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CharGPT(VOCABULARY, LENGTH, 12, 1, 3)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        scores = self.inner(tokens)
+        return {"flat": scores.flatten(0, 1), "swapped": scores.transpose(1, 2), "scale": self.inner.norm.weight}
+
+
+def fold(layout: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model, mesh = Folded().double(), Mesh(Layout.parse(layout), Group.world().rank)
+    tokens, targets = data("charlm", 3, 0)
+    with torch.no_grad():
+        if mesh.layout.context == 1:
+            return dict(model(tokens))
+        loss = Objective(loss=lambda output, target: F.cross_entropy(output["flat"], target.flatten()))
+        context = ContextSplit(mesh.group("context"), check_context(model, 2, tokens, targets, loss))
+        context.wire(model)
+        return dict(context.whole(model(context.local(tokens, targets)[0])))
+
+
+def test_outputs_of_any_form_are_put_together(ranks: Ranks) -> None:
+    for found in ranks(2, fold, "context=2"):
+        torch.testing.assert_close(found, fold("serial"))
 
 
 @pytest.mark.parametrize(("length", "degree"), [(15, 2), (15, 4), (16, 4), (5, 4), (4, 4), (1, 1), (97, 8)])

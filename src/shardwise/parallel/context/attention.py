@@ -3,16 +3,19 @@
 While a module's forward pass runs, three kinds of calls are answered for the whole sequence: scaled dot-product attention,
 whose keys and values come from all ranks; `torch.arange(n)` with n the tokens of this rank, which means positions; and
 slices `[:n]` of something at least as long as the whole sequence, which means a table of positions. Everything else acts on
-each token by itself, or is found out by the check (`shardwise.parallel.context.check`).
+each token by itself, or is found out by the check (`shardwise.parallel.context.check`), which also learns where in the code
+positions are asked for.
 
 Shapes: N samples, H heads, L tokens of this rank, T of the whole sequence, D features of a head, P ranks.
 """
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast, final
 
 import torch
@@ -87,67 +90,126 @@ class _Gather(torch.autograd.Function):
 
 
 @final
+class Sites:
+    """Places in the code that ask for positions, found by the check.
+
+    A number of tokens can be the number of something else in another batch (of its samples, say), so a call means
+    positions only where it did when the check ran.
+    """
+
+    def __init__(self) -> None:
+        self._positions: set[Site] = set()
+        self._others: set[Site] = set()
+        self._learning = True
+
+    def mean_positions(self, site: Site, fits: bool) -> bool:
+        """Whether a call there, whose number is that of this rank's tokens (`fits`) or not, is to be answered."""
+        if self._learning:
+            (self._positions if fits else self._others).add(site)
+        return fits and site in self._positions
+
+    def learned(self) -> None:
+        """The check has run.
+
+        Raises:
+            PlanError: positions and other things are asked for at the same place.
+        """
+        self._learning = False
+        for site in self._positions & self._others:
+            raise PlanError(
+                f"{site[0]}, line {site[1]}, counts tokens at one time and something else at another (or a number that is "
+                "not the tokens' happens to be as large), so positions cannot be told from others: write arange(tokens) and "
+                "table[:tokens] in places of their own, or try another context degree"
+            )
+
+
+Site = tuple[str, int, int]
+"""File, line and instruction of a call."""
+
+
+def _site(frame: FrameType) -> Site:
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti
+
+
+@final
 class WholeSequence(TorchFunctionMode):
     """While active, calls that look at the sequence see the whole of it."""
 
-    def __init__(self, part: Part, sequences: Sequences) -> None:
+    def __init__(self, part: Part, sequences: Sequences, sites: Sites) -> None:
         super().__init__()
         self._part = part
         self._sequences = sequences
+        self._sites = sites
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.__getitem__:
-            return _sliced(self._part, args[0], args[1])
+            return self._sliced(args[0], args[1], sys._getframe(1))
+        if func is torch.arange:
+            return self._arange(args, kwargs, sys._getframe(1))
         if func is ATTENTION:
-            return _attend(self._part, self._sequences, *args, **kwargs)
-        if func is torch.arange and self._means_positions(args, kwargs):
-            return self._positions(kwargs)
+            return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             # It calls attention by itself, where this mode is not asked.
-            with attention_replaced(lambda *a, **k: _attend(self._part, self._sequences, *a, **k)):
+            with attention_replaced(self._attend):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _means_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        numbers = [*args, *(kwargs[name] for name in ("start", "end", "step") if name in kwargs)]
-        return numbers in ([self._part.own], [0, self._part.own], [0, self._part.own, 1])
+    def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _attend(self._part, self._sequences, *args, **kwargs)
 
-    def _positions(self, kwargs: dict[str, Any]) -> Tensor:
+    def _arange(self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Tensor:
+        """`arange(L)` gives the positions of this rank's tokens."""
+        own, numbers = self._part.own, [*args]
+        numbers += [kwargs[name] for name in ("start", "end", "step") if name in kwargs]
+        fits = numbers in ([own], [0, own], [0, own, 1])
+        if not self._sites.mean_positions(_site(frame), fits):
+            return torch.arange(*args, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in ("start", "end", "step", "out")}
         return self._part.take(torch.arange(self._part.length, **options), 0)
 
+    def _sliced(self, tensor: Tensor, index: Any, frame: FrameType) -> Tensor:
+        """`tensor[index]`, where a slice `:L` of a dim of at least T entries takes those at this rank's positions."""
+        prefixes = _prefixes(tensor, index)
+        if not prefixes:
+            return tensor[index]
+        part = self._part
+        found = [(place, dim) for place, dim, stop in prefixes if stop == part.own and tensor.shape[dim] >= part.length]
+        # Of a table over pairs of positions the first L rows and columns stay: a causal mask is told by its values.
+        if not self._sites.mean_positions(_site(frame), len(found) == 1):
+            return tensor[index]
+        indices = list(index) if isinstance(index, tuple) else [index]
+        place, dim = found[0]
+        indices[place] = slice(None)
+        return part.take(tensor.narrow(dim, 0, part.length), dim)[tuple(indices)]
 
-def _sliced(part: Part, tensor: Tensor, index: Any) -> Tensor:
-    """`tensor[index]`, where a slice `:L` of a dim of at least T entries takes the entries of this rank's positions."""
-    indices = list(index) if isinstance(index, tuple) else [index]
-    found = []
+
+def _prefixes(tensor: Tensor, index: Any) -> list[tuple[int, int, int]]:
+    """Slices `:n` in an index: (place in the index, dim, n)."""
+    indices = index if isinstance(index, tuple) else (index,)
+    found: list[tuple[int, int, int]] = []
     dim = 0
     for place, item in enumerate(indices):
         if item is Ellipsis:
             dim = tensor.dim() - sum(_uses_dim(later) for later in indices[place + 1 :])
             continue
         if isinstance(item, Tensor) and item.dtype == torch.bool:
-            return tensor[index]  # takes several dims at once; no table of positions is read like this
-        if isinstance(item, slice) and _is_prefix(item, part.own) and tensor.shape[dim] >= part.length:
-            found.append((place, dim))
+            return []  # takes several dims at once; no table of positions is read like this
+        if (
+            isinstance(item, slice)
+            and item.start in (None, 0)
+            and item.step in (None, 1)
+            and isinstance(item.stop, int)
+        ):
+            found.append((place, dim, item.stop))
         dim += _uses_dim(item)
-    # Of a table over pairs of positions the first L rows and columns stay: a causal mask is recognised by its values.
-    if len(found) != 1:
-        return tensor[index]
-    place, dim = found[0]
-    indices[place] = slice(None)
-    return part.take(tensor.narrow(dim, 0, part.length), dim)[tuple(indices)]
+    return found
 
 
 def _uses_dim(item: Any) -> int:
     return 0 if item is None or item is Ellipsis or isinstance(item, bool) else 1
-
-
-def _is_prefix(item: slice, length: int) -> bool:
-    return item.start in (None, 0) and item.step in (None, 1) and isinstance(item.stop, int) and item.stop == length
 
 
 def _attend(

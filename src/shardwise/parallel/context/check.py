@@ -23,12 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from shardwise.errors import PlanError
-from shardwise.parallel.context.attention import ATTENTION, Sequences, attention_replaced
+from shardwise.parallel.context.attention import ATTENTION, Sequences, Sites, attention_replaced
 from shardwise.parallel.context.part import Part
-from shardwise.parallel.context.split import Wiring, sequence_length, take_tokens
-
-SAMPLES = 2
-"""Samples to try with: enough to notice when samples and tokens are mixed up."""
+from shardwise.parallel.context.split import Checked, TokenDim, Wiring, sequence_length, shapes_of, take_tokens
 
 TOLERANCE = 1e-9
 """Largest difference relative to the largest value, in float64: rounding stays far below, a wrong position far above."""
@@ -62,7 +59,7 @@ class Objective:
         return (mean, None) if count is None else (mean * count, count)
 
 
-def check_context(model: nn.Module, degree: int, inputs: Any, targets: Any, objective: Objective) -> int:
+def check_context(model: nn.Module, degree: int, inputs: Any, targets: Any, objective: Objective) -> Checked:
     """Try out whether parts of sequences give what whole sequences give. No communication; costs about two forward passes.
 
     Args:
@@ -72,16 +69,18 @@ def check_context(model: nn.Module, degree: int, inputs: Any, targets: Any, obje
         objective: how the job measures the model.
 
     Returns:
-        T, tokens of a sequence.
+        What `ContextSplit` needs to know.
 
     Raises:
         PlanError: the sequence is too short, or the first thing that comes out otherwise.
     """
     length = sequence_length(inputs)
     parts = [Part(length, degree, rank) for rank in range(degree)]
+    # As many samples as no rank has tokens, so that neither is taken for the other; more than one, to tell them apart.
+    samples = next(count for count in (2, 3, 4) if count not in parts[0].counts)
     for dtype in (torch.float64, torch.float32):
         tried = _prepared(model, dtype)
-        few_inputs, few_targets = _few(inputs, dtype), _few(targets, dtype)
+        few_inputs, few_targets = _few(inputs, samples, dtype), _few(targets, samples, dtype)
         whole, recorder = _Whole(), _Recorder()
         try:
             with _observed(tried, whole.outputs), recorder, torch.random.fork_rng(devices=[]):
@@ -92,10 +91,15 @@ def check_context(model: nn.Module, degree: int, inputs: Any, targets: Any, obje
             if dtype == torch.float32:
                 raise
     tolerance = ROUGH_TOLERANCE if recorder.rough else TOLERANCE
-    wiring = Wiring(tried)
-    measured = [_try(tried, wiring, part, whole, objective, few_inputs, few_targets, tolerance) for part in parts]
+    trial = _Trial(tried, Wiring(tried), whole, Sites(), tolerance)
+    measured = [_try(trial, part, objective, few_inputs, few_targets) for part in parts]
     _check_loss(loss, measured, parts, tolerance)
-    return length
+    try:
+        trial.sites.learned()
+    except PlanError as error:
+        raise PlanError(f"context={degree}: {error}") from error
+    outputs = _token_dims(whole.of(""), trial.own_outputs, parts[-1])
+    return Checked(length, shapes_of(inputs), outputs, trial.sites)
 
 
 @final
@@ -105,6 +109,23 @@ class _Whole:
 
     calls: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
     outputs: list[tuple[str, list[Tensor]]] = field(default_factory=list)
+
+    def of(self, wanted: str) -> list[list[Tensor]]:
+        """Outputs of one module, one list a call."""
+        return [tensors for name, tensors in self.outputs if name == wanted]
+
+
+@final
+@dataclass
+class _Trial:
+    """What trying out a part needs; `own_outputs` are the model's in the last one, one list a call."""
+
+    model: nn.Module
+    wiring: Wiring
+    whole: _Whole
+    sites: Sites
+    tolerance: float
+    own_outputs: list[list[Tensor]] = field(default_factory=list)
 
 
 @final
@@ -171,39 +192,25 @@ class _Replayed(Sequences):
         raise _Differs("a mask of attention")
 
 
-def _try(
-    model: nn.Module,
-    wiring: Wiring,
-    part: Part,
-    whole: _Whole,
-    objective: Objective,
-    inputs: Any,
-    targets: Any,
-    tolerance: float,
-) -> Measured:
+def _try(trial: _Trial, part: Part, objective: Objective, inputs: Any, targets: Any) -> Measured:
     """The loss of one part, after comparing all that can be compared."""
-    outputs: list[tuple[str, list[Tensor]]] = []
-    own_inputs, own_targets = take_tokens(inputs, part), take_tokens(targets, part)
-    wiring.connect(part, _Replayed(whole, tolerance))
+    seen = _Whole()
     running: list[str] = []
+    trial.wiring.connect(part, _Replayed(trial.whole, trial.tolerance), trial.sites)
     try:
-        with (
-            _observed(model, outputs, running),
-            torch.random.fork_rng(devices=[]),
-        ):
-            measured = objective(model, own_inputs, own_targets)
+        with _observed(trial.model, seen.outputs, running), torch.random.fork_rng(devices=[]):
+            measured = objective(trial.model, take_tokens(inputs, part), take_tokens(targets, part))
     except PlanError as error:
         raise PlanError(f"context={part.degree}: in module {_named(running[-1:])}: {error}") from error
     except (_Differs, RuntimeError, ValueError, IndexError) as error:
-        culprit = _first_difference(model, outputs, whole.outputs, part, tolerance) or _named(running[-1:])
+        culprit = _first_difference(trial, seen, part) or f"module {_named(running[-1:])}"
         raise _refusal(part, culprit, str(error).splitlines()[0]) from error
-    results = [tensors for name, tensors in outputs if name == ""], [t for name, t in whole.outputs if name == ""]
-    same = len(results[0]) == len(results[1]) and all(
-        _all_same(own, all_of_it, part, tolerance) for own, all_of_it in zip(*results, strict=True)
+    trial.own_outputs, all_of_them = seen.of(""), trial.whole.of("")
+    same = len(trial.own_outputs) == len(all_of_them) and all(
+        _all_same(own, whole, part, trial.tolerance) for own, whole in zip(trial.own_outputs, all_of_them, strict=True)
     )
     if not same:
-        culprit = _first_difference(model, outputs, whole.outputs, part, tolerance) or "the model itself"
-        raise _refusal(part, culprit, "its output")
+        raise _refusal(part, _first_difference(trial, seen, part) or "the model itself", "its output")
     return measured
 
 
@@ -243,11 +250,11 @@ def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return tried
 
 
-def _few(tree: Any, dtype: torch.dtype) -> Any:
+def _few(tree: Any, samples: int, dtype: torch.dtype) -> Any:
     def few(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             return leaf
-        rows = leaf[:SAMPLES]
+        rows = leaf[torch.arange(samples, device=leaf.device) % len(leaf)]
         return rows.to(dtype) if rows.is_floating_point() else rows
 
     return pytree.tree_map(few, tree)
@@ -277,19 +284,13 @@ def _observed(
             handle.remove()
 
 
-def _first_difference(
-    model: nn.Module,
-    own: list[tuple[str, list[Tensor]]],
-    whole: list[tuple[str, list[Tensor]]],
-    part: Part,
-    tolerance: float,
-) -> str:
+def _first_difference(trial: _Trial, seen: _Whole, part: Part) -> str:
     """The first module to end that gave other numbers, empty for none."""
-    for (name, tensors), (whole_name, whole_tensors) in zip(own, whole, strict=False):
+    for (name, tensors), (whole_name, whole_tensors) in zip(seen.outputs, trial.whole.outputs, strict=False):
         if name != whole_name:
             break
-        if not _all_same(tensors, whole_tensors, part, tolerance):
-            return f"module {_named([name])}, a {type(model.get_submodule(name)).__name__}"
+        if not _all_same(tensors, whole_tensors, part, trial.tolerance):
+            return f"module {_named([name])}, a {type(trial.model.get_submodule(name)).__name__}"
     return ""
 
 
@@ -303,18 +304,33 @@ def _all_same(own: list[Tensor], whole: list[Tensor], part: Part, tolerance: flo
 
 def _part_same(own: Tensor, whole: Tensor, part: Part, tolerance: float) -> bool:
     """Whether `own` holds the part's tokens of `whole`, along whichever dim the tokens are, or is all of it."""
-    if own.dim() != whole.dim():
-        return False
-    dims = [dim for dim in range(own.dim()) if own.shape[dim] != whole.shape[dim]]
-    if not dims:
+    if own.shape == whole.shape:
         return _same(own, whole, tolerance)
-    dim = dims[0]
-    others, rest = divmod(whole.shape[dim], part.length)
-    if len(dims) > 1 or rest or own.shape[dim] != others * part.own:
+    split = _token_dim(own, whole, part)
+    if split is None:
         return False
-    # Samples and tokens may be flattened into one dim.
-    folded = whole.unflatten(dim, (others, part.length))
-    return _same(own, part.take(folded, dim + 1).flatten(dim, dim + 1), tolerance)
+    if not split.folded:
+        return _same(own, part.take(whole, split.dim), tolerance)
+    unfolded = whole.unflatten(split.dim, (-1, part.length))
+    return _same(own, part.take(unfolded, split.dim + 1).flatten(split.dim, split.dim + 1), tolerance)
+
+
+def _token_dim(own: Tensor, whole: Tensor, part: Part) -> TokenDim | None:
+    """The one dim in which the two differ, by the numbers of tokens; None where they do not, or otherwise."""
+    dims = [dim for dim in range(min(own.dim(), whole.dim())) if own.shape[dim] != whole.shape[dim]]
+    if own.dim() != whole.dim() or len(dims) != 1:
+        return None
+    times, rest = divmod(whole.shape[dims[0]], part.length)
+    if rest or own.shape[dims[0]] != times * part.own:
+        return None
+    return TokenDim(dims[0], folded=times > 1)
+
+
+def _token_dims(whole: list[list[Tensor]], own: list[list[Tensor]], part: Part) -> tuple[TokenDim | None, ...]:
+    """For the tensors that the model returned when it was first called; empty where it never was."""
+    if not whole:
+        return ()
+    return tuple(_token_dim(one, other, part) for one, other in zip(own[0], whole[0], strict=True))
 
 
 def _same(own: Tensor, whole: Tensor, tolerance: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -17,11 +18,43 @@ from torch.utils import _pytree as pytree
 
 from shardwise.dist.collectives import Group
 from shardwise.errors import JobError, PlanError
-from shardwise.parallel.context.attention import Gathered, Sequences, WholeSequence
+from shardwise.parallel.context.attention import Gathered, Sequences, Sites, WholeSequence
 from shardwise.parallel.context.part import Part, in_order
 
 TOKENS = 1
 """Dim of inputs and targets that runs over the tokens of a sequence."""
+
+
+@final
+@dataclass(frozen=True)
+class TokenDim:
+    """Where the tokens are in an output.
+
+    Attributes:
+        dim: along which they run.
+        folded: whether samples and tokens are folded into that dim, samples outermost.
+    """
+
+    dim: int
+    folded: bool
+
+
+@final
+@dataclass(frozen=True)
+class Checked:
+    """What is known about a model that can be split.
+
+    Attributes:
+        length: T, tokens of a sequence.
+        shapes: of the inputs, without the samples.
+        outputs: of each tensor that the model returns, in the order of the tree; None for what is not split.
+        sites: where the model asks for positions.
+    """
+
+    length: int
+    shapes: tuple[tuple[int, ...], ...]
+    outputs: tuple[TokenDim | None, ...]
+    sites: Sites
 
 
 @final
@@ -31,15 +64,16 @@ class ContextSplit:
     Use: `wire(model)` once; for each batch `local(inputs, targets)`, then the forward and backward pass on what it returns.
     """
 
-    def __init__(self, group: Group, *, length: int) -> None:
+    def __init__(self, group: Group, checked: Checked) -> None:
         """Prepare. Collective.
 
         Args:
             group: ranks along the context axis.
-            length: tokens of a sequence, as `check_context` found it.
+            checked: what `check_context` found.
         """
         self._group = group.twin()  # what layers send must not depend on when gradients of other layers are ready
-        self._part = Part(length, group.size, group.rank)
+        self._part = Part(checked.length, group.size, group.rank)
+        self._checked = checked
 
     @property
     def share(self) -> float:
@@ -48,7 +82,7 @@ class ContextSplit:
 
     def wire(self, model: nn.Module) -> None:
         """Let the model's forward pass see whole sequences, in place. Types, names and parameters stay what they are."""
-        Wiring(model).connect(self._part, Gathered(self._group))
+        Wiring(model).connect(self._part, Gathered(self._group), self._checked.sites)
 
     def local(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """This rank's tokens of a batch.
@@ -57,14 +91,14 @@ class ContextSplit:
             inputs, targets: trees of tensors. Those with T entries along dim 1 are split, others stay.
 
         Raises:
-            JobError: the sequences have another length than the one that was checked.
+            JobError: the inputs have other shapes than those that were checked.
         """
-        length = sequence_length(inputs)
-        if length != self._part.length:
+        shapes = shapes_of(inputs)
+        if shapes != self._checked.shapes:
             raise JobError(
-                f"a batch has sequences of {length} tokens, and the context axis was checked for {self._part.length}: give "
-                "all batches one length (pad them, and leave padded targets out with Job.weight), or leave context out of "
-                "the plan"
+                f"a batch has inputs of shapes {_shown(shapes)}, and the context axis was checked for "
+                f"{_shown(self._checked.shapes)} (B is any number of samples): give all batches the same shapes (pad "
+                "sequences, and leave padded targets out with Job.weight), or leave context out of the plan"
             )
         return take_tokens(inputs, self._part), take_tokens(targets, self._part)
 
@@ -73,21 +107,23 @@ class ContextSplit:
         """The output for the whole sequences, from all ranks' outputs for their tokens. Without gradient. Collective.
 
         Args:
-            output: tree of tensors as the model returned it. Those with this rank's number of tokens along dim 1 are put
-                together, others stay.
+            output: as the model returned it.
         """
         part = self._part
-
-        def join(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dim() <= TOKENS or leaf.shape[TOKENS] != part.own:
-                return leaf
-            rows = leaf.movedim(TOKENS, 0)
-            padded = rows.new_zeros((max(part.counts), *rows.shape[1:]))
-            padded[: part.own] = rows
-            every = self._group.gather(padded).flatten(0, 1)
-            return every.index_select(0, in_order(part.length, part.degree, leaf.device)).movedim(0, TOKENS)
-
-        return pytree.tree_map(join, output)
+        leaves, tree = pytree.tree_flatten(output)
+        joined = []
+        for leaf, split in zip(leaves, self._checked.outputs, strict=True):
+            if split is not None:
+                folded = leaf.unflatten(split.dim, (-1, part.own)) if split.folded else leaf
+                dim = split.dim + split.folded
+                rows = folded.movedim(dim, 0)
+                padded = rows.new_zeros((max(part.counts), *rows.shape[1:]))
+                padded[: part.own] = rows
+                every = self._group.gather(padded).flatten(0, 1)
+                leaf = every.index_select(0, in_order(part.length, part.degree, leaf.device)).movedim(0, dim)
+                leaf = leaf.flatten(split.dim, dim) if split.folded else leaf
+            joined.append(leaf)
+        return pytree.tree_unflatten(joined, tree)
 
 
 @final
@@ -105,9 +141,9 @@ class Wiring:
             if not _is_plain(module):
                 module.forward = functools.partial(self._run, module.forward)
 
-    def connect(self, part: Part, sequences: Sequences) -> None:
+    def connect(self, part: Part, sequences: Sequences, sites: Sites) -> None:
         """From now on forward passes are of this part of the sequences."""
-        self._mode = WholeSequence(part, sequences)
+        self._mode = WholeSequence(part, sequences, sites)
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._active or self._mode is None:
@@ -118,6 +154,15 @@ class Wiring:
                 return forward(*args, **kwargs)
         finally:
             self._active = False
+
+
+def shapes_of(inputs: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors in a tree, without their first dims, which run over the samples."""
+    return tuple(tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
+def _shown(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(f"({', '.join(['B', *map(str, shape)])})" for shape in shapes)
 
 
 def sequence_length(inputs: Any) -> int:
