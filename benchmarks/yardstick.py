@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from shardwise.errors import PlanError
 from shardwise.jobs.charlm import charlm
 from shardwise.jobs.digits import digits
 from shardwise.prove.compare import MULTIPLE, Yardstick, compare
-from shardwise.prove.execute import measure, run_candidate
+from shardwise.prove.execute import measure, refuse, run_candidate
 from shardwise.prove.proof import make_setting
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout
@@ -71,10 +72,10 @@ def main() -> None:
     """Print the distribution for each case and for all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--plans", default="data=2,data=3,data=5")
+    parser.add_argument("--plans", default="data=2 data=3 data=5 data=2,shard=2", help="layouts, with spaces between")
     parser.add_argument("--case")
     options = parser.parse_args()
-    plans = [int(text.removeprefix("data=")) for text in options.plans.split(",")]
+    plans = [Layout.parse(text) for text in options.plans.split()]
     every: list[tuple[float, str]] = []
     chance: list[float] = []
     print(f"{'case':<18}{'ratios':>8}{'median':>8}{'99 %':>8}{'99.9 %':>8}{'max':>8}   furthest")
@@ -87,11 +88,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 setting = make_setting(job, Path(folder), steps=3)
                 plan = Plan(threads=1, micro_batch=job.micro_batch)
-                yardstick, _ = measure(setting, plan.with_layout(Layout(data=plans[0])))
-                for degree in plans:
-                    record = run_candidate(setting, plan.with_layout(Layout(data=degree)), f"data={degree}")
+                yardstick, _ = measure(setting, plan.with_layout(plans[0]))
+                for layout in plans:
+                    candidate = plan.with_layout(layout)
+                    try:
+                        refuse(job, candidate)
+                    except PlanError:
+                        continue
+                    record = run_candidate(setting, candidate)
                     for ratio, item in ratios(compare(record, yardstick)):
-                        own.append((ratio, f"{item.kind} {item.name} (seed {seed}, data={degree})"))
+                        own.append((ratio, f"{item.kind} {item.name} (seed {seed}, {layout})"))
                 *others, last = yardstick.serial
                 chance += [ratio for ratio, _ in ratios(compare(last, Yardstick(yardstick.exact, others)))]
         show(name, [ratio for ratio, _ in own], max(own)[1])

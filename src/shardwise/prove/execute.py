@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,7 +110,6 @@ def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:
         JobError: the job does not run in float64, or not at all.
     """
     tasks = serial_tasks(setting, plan)
-    _import_once()
     with ThreadPoolExecutor(max_workers=max(1, setting.cores)) as pool:
         futures = [pool.submit(_serial, task) for task in tasks]
         reports = [_in_double(futures[0]), *(future.result() for future in futures[1:])]
@@ -160,11 +158,6 @@ def run_candidate(setting: Setting, plan: Plan, name: str = "candidate") -> Reco
     else:
         reports = launch(worker, workers=workers, threads=threads, device=setting.device, report=setting.report)
     return read_record(Path(task.folder), reports)
-
-
-def _import_once() -> None:
-    """torch's optimizers import its compiler when the first one is made, which takes seconds: not in every forked process."""
-    importlib.import_module("torch._dynamo")
 
 
 def _serial(task: Task) -> list[RankReport]:

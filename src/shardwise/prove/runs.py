@@ -121,7 +121,14 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
     """Take the steps; note gradients of the first and the loss of each."""
     report = recorder.report
     quiet = Quiet(double=task.double)
-    hook = a.optimizer.register_step_pre_hook(lambda *_: recorder.take_gradients("applied", a.model))
+    update = a.update
+
+    def note_then_update() -> None:
+        recorder.take_gradients("applied", a.model)
+        update()
+
+    # Not a hook of the optimizer: with one, the step goes another way than in training (see run/optimize.py).
+    vars(a)["update"] = note_then_update
     taken = 0
     for batch in walk_batches(a, splits, task.steps):
         recorder.take_samples(batch)
@@ -133,7 +140,7 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
                 altered(batch, task),
                 on_gradients=noted,
             )
-        hook.remove()
+        a.update = update
         mean = a.world.sum_(result.loss_sum.detach().double() / result.weight)
         report.losses.append(float(mean))
         report.reported_norms.append(None if result.gradient_norm is None else _number(result.gradient_norm))
