@@ -21,6 +21,7 @@ from shardwise.dist.mesh import Mesh
 from shardwise.jobs.charlm import CharGPT, next_character_loss
 from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.parallel.data import GradientSum
+from shardwise.parallel.shard import shard_model
 from shardwise.parallel.tensor.apply import apply_split
 from shardwise.parallel.tensor.find import find_split
 from shardwise.spec.layout import Layout
@@ -352,5 +353,33 @@ def data_and_tensor(name: str, clip: float | None) -> tuple[State, State]:
 def test_data_and_tensor_equal_serial(name: str, ranks: Ranks) -> None:
     gradients, state = serial(name, "adamw", 0.05)
     for found_gradients, found_state in ranks(4, data_and_tensor, name, 0.05):
+        assert_same(found_gradients, gradients)
+        assert_same(found_state, state)
+
+
+def shard_and_tensor(name: str, clip: float | None) -> tuple[State, State]:
+    """FSDP2 shards what the tensor axis has split already; the samples are shared out unevenly, 4 and 2."""
+    world, case = Group.world(), CASES[name]
+    mesh = Mesh(Layout(shard=2, tensor=2), world.rank)
+    model = build(case)
+    plan = find_split(model, lambda m: objective(case, m), 2)
+    apply_split(model, plan, mesh.group("tensor"), mesh.device_mesh("tensor"), sharded_next=True)
+    sharded = shard_model(model, mesh, no_units=plan.inside)
+    mine = slice(0, 4) if mesh.coordinate("shard") == 0 else slice(4, 6)
+    inputs, targets = tuple(value[mine] for value in case.inputs()), case.targets()[mine]
+    gradients = GradientSum(model.named_parameters(), mesh.group("data"), sharded=sharded)
+
+    def backward() -> None:
+        gradients.expect()
+        (case.loss(model(*inputs), targets) * (len(targets) / 6)).backward()
+        gradients.finish()
+
+    return steps(model, backward, "adamw", clip)
+
+
+@pytest.mark.parametrize("name", ["mlp_8x16x4", "gpt_fused_qkv_tied", "llama_grouped", "fused_gated"])
+def test_shard_and_tensor_equal_serial(name: str, ranks: Ranks) -> None:
+    gradients, state = serial(name, "adamw", 0.05)
+    for found_gradients, found_state in ranks(4, shard_and_tensor, name, 0.05):
         assert_same(found_gradients, gradients)
         assert_same(found_state, state)

@@ -8,11 +8,14 @@ gradients are then summed over the replicas.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, final
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
@@ -82,23 +85,36 @@ class Sharded:
         group.post_backward = post_backward
 
 
-def shard_model(model: nn.Module, mesh: Mesh) -> Sharded:
+def shard_model(model: nn.Module, mesh: Mesh, *, no_units: Collection[str] = ()) -> Sharded:
     """Split the model's parameters over the mesh's shard axis (and replicate the shards over its data axis), in place.
 
     Gradients come out as sums over the samples' ranks: each rank's loss is already its share of the global mean.
+
+    Args:
+        model: with parameters that are plain or DTensors over the tensor axis.
+        mesh: all ranks.
+        no_units: names of modules that must not become units, because tensors that only tensor parallelism understands pass
+            in or out of them.
     """
     device_mesh = mesh.device_mesh("data", "shard")
-    names = unit_names(model)
+    names = unit_names(model, no_units)
     modules = dict(model.named_modules())
     for name in names:
-        fully_shard(modules[name], mesh=device_mesh)
+        fully_shard(modules[name], mesh=device_mesh, shard_placement_fn=_other_dim)
     # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
-    fully_shard(model, mesh=device_mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=device_mesh, reshard_after_forward=False, shard_placement_fn=_other_dim)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return Sharded(model, [*names, ""], mesh.samples)
+
+
+def _other_dim(parameter: nn.Parameter) -> Shard | None:
+    """Tensor parallelism splits a fused projection in blocks of its first dim, whose order FSDP2 would lose: take the next."""
+    if not isinstance(parameter, DTensor) or type(parameter.placements[-1]) is not _StridedShard:
+        return None
+    return Shard(1) if parameter.placements[-1].dim == 0 else None
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
@@ -110,7 +126,7 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def unit_names(model: nn.Module) -> list[str]:
+def unit_names(model: nn.Module, no_units: Collection[str] = ()) -> list[str]:
     """Names of the modules that become units: repeated blocks, else the children of a sequential model, else none.
 
     A unit is gathered by all ranks when it is called, so it must be one that every rank calls in every pass. A repeated
@@ -126,7 +142,7 @@ def unit_names(model: nn.Module) -> list[str]:
         chosen = [name for name, _ in model.named_children()]
     outermost = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
     modules = dict(model.named_modules())
-    return [name for name in outermost if _can_stand_alone(modules[name], holders)]
+    return [name for name in outermost if name not in no_units and _can_stand_alone(modules[name], holders)]
 
 
 def _is_block(model: nn.Module, name: str, module: nn.Module) -> bool:

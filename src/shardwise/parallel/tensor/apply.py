@@ -38,7 +38,9 @@ _UNTOUCHED = METADATA | {
 """Functions that are given a parameter itself, because they compute nothing from it."""
 
 
-def apply_split(model: nn.Module, plan: TensorPlan, group: Group, mesh: DeviceMesh) -> None:
+def apply_split(
+    model: nn.Module, plan: TensorPlan, group: Group, mesh: DeviceMesh, *, sharded_next: bool = False
+) -> None:
     """Make every rank keep its share of the split parameters, and compute with it, in place.
 
     Every rank must hold the same whole model. Optimizers are made afterwards, over the new parameters.
@@ -48,6 +50,9 @@ def apply_split(model: nn.Module, plan: TensorPlan, group: Group, mesh: DeviceMe
         plan: from `find_split`, the same on all ranks.
         group: the ranks along the tensor axis.
         mesh: the same ranks as torch's DeviceMesh, with one dim.
+        sharded_next: FSDP2 will shard the parameters further. It keeps the order of elements only along a dim that is not
+            split in blocks: fused weights are then sharded along their other dim by `shard_model`, and fused biases, which
+            have no other, stay whole on the tensor axis.
 
     Raises:
         PlanError: the plan is for another number of ranks.
@@ -57,7 +62,7 @@ def apply_split(model: nn.Module, plan: TensorPlan, group: Group, mesh: DeviceMe
     ring = Ring.of(group)
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        if name in plan.shares:
+        if name in plan.shares and not (sharded_next and parameter.dim() == 1 and plan.shares[name].outer > 1):
             replaced[id(parameter)] = _split_parameter(parameter, plan.shares[name], ring, mesh)
     wires = _Wires(ring)
     for name, module in model.named_modules():

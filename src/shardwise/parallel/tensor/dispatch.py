@@ -66,6 +66,8 @@ def _rules() -> dict[str, Rule]:
         baddbmm=products.baddbmm,
         einsum=products.einsum,
         as_tensor=maths.as_it_is,
+        register_hook=maths.hooked,
+        retain_grad=maths.hooked,
         embedding=products.embedding,
         scaled_dot_product_attention=products.attention,
         cross_entropy=loss.cross_entropy,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardwise.errors import PlanError
+from shardwise.parallel.tensor.dispatch import split_arguments
 from shardwise.parallel.tensor.plan import Row, Share, TensorPlan
 from shardwise.parallel.tensor.rehearse import Book, Family, Rehearsal
 
@@ -58,7 +59,9 @@ def find_split(model: nn.Module, program: Program, ranks: int, *, rules: Mapping
         raise PlanError(_nothing(rows, ranks))
     if not drew:
         _check_same(expected, result, ranks)
-    return TensorPlan(ranks=ranks, shares=rehearsal.shares, rows=rows, remarks=_remarks(drew))
+    return TensorPlan(
+        ranks=ranks, shares=rehearsal.shares, rows=rows, inside=tuple(sorted(rehearsal.inside)), remarks=_remarks(drew)
+    )
 
 
 def _closed_book(book: Book, names: dict[int, str]) -> Book:
@@ -71,14 +74,31 @@ def _run(model: nn.Module, program: Program, rehearsal: Rehearsal) -> tuple[Any,
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         state = torch.get_rng_state()
+        hooks = [
+            module.register_forward_hook(_crossing(rehearsal, name), with_kwargs=True)
+            for name, module in model.named_modules()
+            if name
+        ]
         try:
             result = rehearsal.run(lambda: program(model))
         finally:
+            for hook in hooks:
+                hook.remove()
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
         drew = not torch.equal(state, torch.get_rng_state())
     return pytree.tree_map_only(Tensor, torch.Tensor.detach, result), drew
+
+
+def _crossing(rehearsal: Rehearsal, name: str) -> Callable[..., None]:
+    """A hook that notes modules between which pieces are passed."""
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if split_arguments((args, kwargs, output), {}):
+            rehearsal.inside.add(name)
+
+    return note
 
 
 def _apply_rules(model: nn.Module, rules: Mapping[str, str], names: dict[int, str], book: Book) -> None:

@@ -232,6 +232,11 @@ def as_it_is(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return args[0]
 
 
+def hooked(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`register_hook`, `retain_grad`: on the pieces, whose gradients are pieces of the whole gradient."""
+    return each(args[0].ring, lambda piece: func(piece, *args[1:], **kwargs), [args[0].pieces])[0]
+
+
 def trailing(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`tril`, `triu`, `pad`: they look at the last dims only."""
     part = args[0]

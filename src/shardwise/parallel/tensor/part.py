@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.parallel.tensor.ring import Cut, Ring
 
@@ -145,6 +145,8 @@ def beside(part: SplitTensor, value: Any, dim: int | None) -> tuple[Any, ...]:
         raise WholeNeeded(f"a tensor of shape {tuple(value.shape)} does not fit the split dim of {part.cut.total}")
     cut = part.cut.at(dim)
     if not value.requires_grad:
+        return ring.scatter(value, cut)
+    if ring.watcher is None and isinstance(value, nn.Parameter):
         return ring.scatter(value, cut)
     claimed = ring.watcher.claim(value, cut, part) if ring.watcher is not None else None
     if claimed is None:

@@ -53,12 +53,14 @@ class TensorPlan:
         ranks: degree of the axis.
         shares: parameter name -> its split; a parameter that is not listed is whole on every rank.
         rows: every module that was looked at.
+        inside: modules that are given or return pieces: no boundaries of other kinds (shard units) may lie there.
         remarks: what will not equal the serial run, one sentence each.
     """
 
     ranks: int
     shares: dict[str, Share]
     rows: tuple[Row, ...]
+    inside: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -77,6 +79,7 @@ class TensorPlan:
             ranks=record["ranks"],
             shares={name: Share(**share) for name, share in record["shares"].items()},
             rows=tuple(Row(**row) for row in record["rows"]),
+            inside=tuple(record["inside"]),
             remarks=tuple(record["remarks"]),
         )
 

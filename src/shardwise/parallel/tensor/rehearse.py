@@ -76,6 +76,7 @@ class Rehearsal(Watcher):
         self.book = book
         self.ring = Ring.rehearsal(ranks, self)
         self.shares: dict[str, Share] = {}
+        self.inside: set[str] = set()
         self._parts: dict[str, SplitTensor] = {}
         self._families: dict[int, Family] = {}
         self._parent: dict[int, int] = {}
