@@ -23,7 +23,7 @@ from shardwise.nn.experts import Load, declare_experts, declared_experts, dispat
 from shardwise.nn.grouped import grouped_linear
 from shardwise.nn.moe import MoE, with_auxiliary_loss
 from shardwise.parallel.data import GradientSum
-from shardwise.parallel.expert import ExpertGradients, check_experts, forward_meets_others, split_experts
+from shardwise.parallel.expert import check_experts, forward_meets_others, split_experts
 from shardwise.parallel.norm import BatchState
 from shardwise.run.checkpoint import latest, load, save
 from shardwise.run.export import load_weights, save_weights
@@ -119,9 +119,9 @@ class Training:
         assert bool(split) is (self.mesh.layout.expert > 1)
         named = list(model.named_parameters())
         axes = ("data",) if fault == "dense not summed over expert" else ("data", "expert")
-        self.sums: list[GradientSum | ExpertGradients] = [
+        self.sums = [
             GradientSum([(n, p) for n, p in named if n not in split], self.mesh.group(*axes)),
-            ExpertGradients([(n, p) for n, p in named if n in split], self.mesh.group("data")),
+            GradientSum([(n, p) for n, p in named if n in split], self.mesh.group("data")),
         ]
         self.split = split
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)

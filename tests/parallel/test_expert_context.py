@@ -21,7 +21,7 @@ from shardwise.nn.moe import with_auxiliary_loss
 from shardwise.parallel.context.check import Objective, check_context
 from shardwise.parallel.context.split import ContextSplit
 from shardwise.parallel.data import GradientSum
-from shardwise.parallel.expert import ExpertGradients, check_experts, split_experts
+from shardwise.parallel.expert import check_experts, split_experts
 from shardwise.parallel.norm import BatchState
 from shardwise.spec.layout import Layout
 
@@ -46,9 +46,9 @@ def train(layout: str) -> Result:
     context.wire(model)
     split = split_experts(model, mesh, state)
     named = list(model.named_parameters())
-    sums: list[GradientSum | ExpertGradients] = [
+    sums = [
         GradientSum([(n, p) for n, p in named if n not in split], mesh.group("data", "context", "expert")),
-        ExpertGradients([(n, p) for n, p in named if n in split], mesh.group("data", "context")),
+        GradientSum([(n, p) for n, p in named if n in split], mesh.group("data", "context")),
     ]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []

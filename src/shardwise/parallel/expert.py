@@ -12,15 +12,11 @@ degree, because each rank's loss is its share of the mean over the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import final
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from shardwise.dist.collectives import Group, Work
+from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
-from shardwise.dist.split import local_part
 from shardwise.errors import PlanError
 from shardwise.nn.experts import Place, modules_with_experts
 from shardwise.nn.moe import MoE
@@ -108,88 +104,6 @@ def split_experts(model: nn.Module, mesh: Mesh, state: BatchState) -> set[str]:
                 module._parameters[name] = replaced[id(whole)]
     split = {id(parameter) for parameter in replaced.values()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in split}
-
-
-@final
-class ExpertGradients:
-    """Sums the gradients of dealt experts over the ranks that hold the same ones.
-
-    Used as `shardwise.parallel.data.GradientSum` is: `expect()` before the last backward pass of a step, `finish()` after
-    it. Each gradient travels by itself and in place, as soon as it is there; experts are large enough for that.
-    """
-
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], group: Group) -> None:
-        """Plan the sums.
-
-        Args:
-            parameters: (name, parameter) of the dealt experts, in the order of the module tree.
-            group: ranks along all axes that split tokens but the expert axis.
-        """
-        self._group = group
-        # The backward pass meets the last parameters first.
-        self._parameters = [parameter for _, parameter in parameters if parameter.requires_grad][::-1]
-        self._arrived: set[int] = set()
-        self._sent: list[Work] = []
-        self._expecting = False
-        if group.size > 1:
-            for index, parameter in enumerate(self._parameters):
-                parameter.register_post_accumulate_grad_hook(self._arrival(index))
-
-    @property
-    def bytes_per_step(self) -> int:
-        """Bytes of gradients that each rank puts into the sums every step."""
-        parts = [local_part(parameter) for parameter in self._parameters]
-        return sum(part.numel() * part.element_size() for part in parts)
-
-    def expect(self) -> None:
-        """The next backward pass is the last of this step."""
-        self._expecting = True
-        self._arrived = set()
-        self._sent = []
-
-    def finish(self, *, scale: float | Tensor | None = None) -> None:
-        """Send what is left, wait for all, and leave the summed gradient in every `parameter.grad`.
-
-        A parameter that no rank used keeps no gradient.
-
-        Args:
-            scale: factor for every summed gradient, None for no scaling.
-        """
-        self._expecting = False
-        if self._group.size > 1 and self._parameters:
-            used = [float(parameter.grad is not None) for parameter in self._parameters]
-            for parameter in self._parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            while len(self._sent) < len(self._parameters):
-                self._send_next()
-            ranks_using = self._group.sum_(torch.tensor(used, device=self._parameters[0].device)).tolist()
-            for work, parameter, ranks in zip(self._sent, self._parameters, ranks_using, strict=True):
-                work.wait()
-                if not ranks:
-                    parameter.grad = None
-        if scale is not None:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    local_part(parameter.grad).mul_(scale)
-
-    def _arrival(self, index: int):  # type: ignore[no-untyped-def]  # torch types the hook as Callable[..., None]
-        def arrived(_: Tensor) -> None:
-            if not self._expecting:
-                return
-            self._arrived.add(index)
-            while len(self._sent) in self._arrived:
-                self._send_next()
-
-        return arrived
-
-    def _send_next(self) -> None:
-        parameter = self._parameters[len(self._sent)]
-        assert parameter.grad is not None
-        gradient = local_part(parameter.grad)
-        if not gradient.is_contiguous():
-            raise AssertionError("the gradient of a contiguous parameter is contiguous")
-        self._sent.append(self._group.start_sum_(gradient))
 
 
 def _deal(whole: nn.Parameter, experts: Group, mesh: Mesh) -> nn.Parameter:
