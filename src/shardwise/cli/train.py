@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from shardwise.spec.job import Job
+    from shardwise.spec.plan import Plan
 
 
 @click.command()
@@ -47,6 +51,7 @@ import click
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet: an address of machine 0.")
 @click.option("--rdzv-id", default="shardwise", show_default=True, metavar="NAME", help="Name of the meeting.")
 @click.option("--timeout", default="10m", show_default=True, metavar="TIME", help="Longest wait for a missing worker.")
+@click.option("--prove", "prove_first", is_flag=True, help="First prove that the plan's steps equal serial ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress stays on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def train(
@@ -58,6 +63,7 @@ def train(
     rdzv_endpoint: str | None,
     rdzv_id: str,
     timeout: str,
+    prove_first: bool,
     as_json: bool,
     quiet: bool,
     **rest: Any,
@@ -90,13 +96,19 @@ def train(
         given=_given(),
     )
     with stdout_to_stderr(as_json):
-        run = train_command(command)
+        run = train_command(command, before=_prove if prove_first else None)
     if run is None:
         return
     if as_json:
         print_json(run.summary)
     if not quiet:
         print("\n".join(closing_lines(run)), file=sys.stderr)
+
+
+def _prove(job: Job, plan: Plan) -> None:
+    from shardwise.prove.proof import prove_before_training
+
+    print(prove_before_training(job, plan), file=sys.stderr)
 
 
 def _given() -> frozenset[str]:

@@ -5,13 +5,17 @@ Serial code and parallel code call the same functions, so a run on one worker ne
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+
+from shardwise.dist.exchange import Exchange, Message, create_memory, machine_identity, open_memory
 
 
 @final
@@ -23,11 +27,13 @@ class Group:
         rank: this process's index in the group.
         size: number of members.
         handle: torch's process group; None for a group of one, or for the default group of all ranks.
+        memory: shared memory of the members, where they are processes of one machine; see `with_shared_memory`.
     """
 
     rank: int = 0
     size: int = 1
     handle: c10d.ProcessGroup | None = None
+    memory: Exchange | None = None
 
     @classmethod
     def world(cls) -> Group:
@@ -38,20 +44,23 @@ class Group:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the members, in place."""
-        if self.size > 1:
-            c10d.all_reduce(tensor, group=self.handle)
+        self.start_sum_(tensor).wait()
         return tensor
 
     def start_sum_(self, tensor: Tensor) -> Work:
         """Begin `sum_` and return at once; the tensor holds the sum after `Work.wait`."""
         if self.size == 1:
             return Work(None)
+        if self.memory is not None and self.memory.takes(tensor):
+            return Work(None, self.memory.put(tensor))
         return Work(c10d.all_reduce(tensor, group=self.handle, async_op=True))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every member's tensor (all of one shape), stacked along a new first dim of length `size`."""
         if self.size == 1:
             return tensor.unsqueeze(0)
+        if self.memory is not None and self.memory.takes(tensor):
+            return self.memory.gather(tensor)
         gathered = tensor.new_empty((self.size, *tensor.shape))
         c10d.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.handle)
         return gathered
@@ -81,6 +90,32 @@ class Group:
         received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
         c10d.all_to_all_single(received, tensor, list(receive), list(send), group=self.handle)
         return received
+
+    def with_shared_memory(self, timeout_seconds: float) -> Group:
+        """The same group, with sums and gathers of CPU tensors through shared memory. Collective.
+
+        Where a member is on another machine, or the system does not allow it, the group stays as it is.
+        """
+        if self.size == 1 or self.memory is not None:
+            return self
+        identities = self.gather_objects(machine_identity())
+        if None in identities or len(set(identities)) != 1:
+            return self
+        memory, descriptor, place = None, -1, ""
+        if self.rank == 0:
+            with suppress(OSError):
+                descriptor, memory = create_memory(self.size)
+                place = f"/proc/{os.getpid()}/fd/{descriptor}"
+        place = self.gather_objects(place)[0]
+        if place and self.rank:
+            with suppress(OSError, ValueError):
+                memory = open_memory(place, self.size)
+        everyone = all(self.gather_objects(memory is not None))
+        if descriptor >= 0:
+            os.close(descriptor)
+        if not everyone or memory is None:
+            return self
+        return replace(self, memory=Exchange(memory, self.rank, self.size, timeout_seconds))
 
     def twin(self) -> Group:
         """Another group of the same members. Collective over the members.
@@ -119,8 +154,11 @@ class Work:
     """A collective under way."""
 
     handle: c10d.Work | None
+    messages: Sequence[Message] = ()
 
     def wait(self) -> None:
         """Block until the result is there (on an accelerator: until the stream is ordered after it)."""
         if self.handle is not None:
             self.handle.wait()
+        for message in self.messages:
+            message.sum_()

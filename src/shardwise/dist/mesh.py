@@ -37,6 +37,7 @@ class Mesh:
     device_type: str = "cpu"
     _groups: dict[tuple[str, ...], Group] = field(default_factory=dict)
     _device_mesh: DeviceMesh | None = None
+    _world: Group | None = None
 
     def coordinate(self, axis: str) -> int:
         """This rank's index along an axis."""
@@ -62,7 +63,17 @@ class Mesh:
     @property
     def world(self) -> Group:
         """All ranks."""
-        return Group.world()
+        if self._world is None:
+            self._world = Group.world()
+        return self._world
+
+    def share_memory(self, timeout_seconds: float) -> None:
+        """Let the group of all ranks sum and gather through shared memory, where all are on one machine. Collective.
+
+        Call it before any group is taken from the mesh.
+        """
+        if self.device_type == "cpu":
+            self._world = self.world.with_shared_memory(timeout_seconds)
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
         """torch's DeviceMesh over the given axes with a degree above 1, in mesh order. Collective on first use.
@@ -88,7 +99,7 @@ class Mesh:
         if size == 1:
             return Group()
         if size == self.layout.workers:
-            return Group.world()
+            return self.world
         # Every rank makes all groups along these axes, in the same order, and keeps the one it is in.
         outside = [axis for axis in AXES if axis not in key]
         mine = Group()

@@ -149,17 +149,20 @@ def build_scheduler(job: Job, optimizer: Optimizer, total_steps: int | None) -> 
 
 def check_job(job: Job, plan: Plan) -> None:
     """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts."""
-    try:
-        with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are none of our business
+        try:
+            with torch.device("meta"):
+                model = build_model(job, None)
+        except (JobError, PlanError):
+            raise
+        except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
             model = build_model(job, None)
-    except (JobError, PlanError):
-        raise
-    except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
-        model = build_model(job, None)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
 
 
-def assemble(job: Job, plan: Plan, world: Group, device: torch.device, *, total_steps: int | None) -> Assembly:
+def assemble(
+    job: Job, plan: Plan, world: Group, device: torch.device, *, total_steps: int | None, timeout_seconds: float = 600.0
+) -> Assembly:
     """Build, split and wire up everything, on this rank.
 
     Args:
@@ -168,12 +171,14 @@ def assemble(job: Job, plan: Plan, world: Group, device: torch.device, *, total_
         world: all ranks of the run; its size must be the plan's number of workers.
         device: where this rank computes.
         total_steps: for the learning-rate schedule.
+        timeout_seconds: how long a collective may wait for a missing rank.
     """
     if plan.layout.workers != world.size:
         raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers but {world.size} were started")
     model = build_model(job, device)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     mesh = Mesh(plan.layout, world.rank, device.type)
+    mesh.share_memory(timeout_seconds)
     composed = compose(model, plan, mesh, batch_norm=job.batch_norm)
     optimizer = build_optimizer(job, model)
     scheduler = build_scheduler(job, optimizer, total_steps)

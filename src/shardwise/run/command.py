@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, final
 
@@ -46,8 +46,13 @@ class TrainCommand:
     given: frozenset[str]
 
 
-def train_command(command: TrainCommand) -> Run | None:
-    """Train as the command line says; None on ranks and nodes that have nothing to report."""
+def train_command(command: TrainCommand, *, before: Callable[[Job, Plan], None] | None = None) -> Run | None:
+    """Train as the command line says; None on ranks and nodes that have nothing to report.
+
+    Args:
+        command: what was typed.
+        before: called with the job and the plan when both are settled; what it raises stops the training.
+    """
     found = find_job(command.job)
     hyper_parameters, changes = divide_changes(parse_settings(command.settings), command.changes, found)
     loaded = found.call(hyper_parameters)
@@ -60,6 +65,8 @@ def train_command(command: TrainCommand) -> Run | None:
     settings = resolve_settings(command, changes, loaded, job, plan, options)
 
     def announce() -> None:
+        if before is not None:
+            before(job, plan)
         if is_first and options.progress:
             print("\n".join(opening_lines(job, plan, device, settings)), file=sys.stderr)  # noqa: T201
 

@@ -1,0 +1,202 @@
+"""Sums and gathers between processes of one machine through shared memory.
+
+gloo moves every message through sockets and helper threads, which compete with the computation for the same cores: the
+sum of LeNet's 248 KB of gradients costs milliseconds inside a busy step. Here every rank copies its tensor into its own
+stretch of shared memory, raises a counter, and adds up what the others have put there, in rank order, so that all ranks
+get the same bits.
+
+The memory is a ring per rank. A message takes the next stretch of it; a stretch is used again once every rank has said
+that it is done with the message that was there. Counters are aligned 64-bit words, one cache line each, written by one
+rank only. A reader must not see a counter before the data it announces: x86 processors keep the order of stores, others
+need not, so elsewhere this is not used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from collections import deque
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LINE = 64
+"""Bytes of a cache line."""
+
+PIECE_BYTES = 4 * 1024**2
+"""Largest message; larger tensors go in pieces. Small enough to stay in a processor's cache between write and read."""
+
+RING_BYTES = 2 * (PIECE_BYTES + LINE)
+"""Room of one rank: a message can be written while the others still read the one before."""
+
+ORDERED_MACHINES = ("x86_64", "AMD64")
+"""Processors that keep the order of stores."""
+
+_SPINS = 100
+_YIELD_SECONDS = 2e-3
+_NAP_SECONDS = 5e-5
+
+
+@final
+class Message:
+    """A piece of a tensor that this rank has put into shared memory; every rank puts the same pieces in one order."""
+
+    def __init__(self, exchange: Exchange, number: int, start: int, flat: Tensor) -> None:
+        self.number, self.start, self.stop = number, start, start + flat.numel() * flat.element_size()
+        self._exchange, self._flat = exchange, flat
+        self._complete = False
+
+    def sum_(self) -> None:
+        """Wait for all ranks and replace the piece by the sum of theirs; nothing if that was done already."""
+        if self._complete:
+            return
+        first, *others = self._exchange.read(self.number, self.start, self._flat)
+        torch.add(first, others[0], out=self._flat)
+        for other in others[1:]:
+            self._flat.add_(other)
+        self._complete = True
+        self._exchange.done(self.number)
+
+    def gather_into(self, parts: list[Tensor]) -> None:
+        """Wait for all ranks and copy their pieces."""
+        for part, theirs in zip(parts, self._exchange.read(self.number, self.start, self._flat), strict=True):
+            part.copy_(theirs)
+        self._complete = True
+        self._exchange.done(self.number)
+
+
+@final
+class Exchange:
+    """This rank's end of the shared memory. Made by `open_exchange`."""
+
+    def __init__(self, memory: mmap.mmap, rank: int, ranks: int, timeout_seconds: float) -> None:
+        self._rank, self._ranks = rank, ranks
+        self._timeout_seconds = timeout_seconds
+        # Views of the mapping keep it alive; it ends with the process.
+        words: NDArray[np.int64] = np.frombuffer(memory, dtype=np.int64, count=2 * ranks * LINE // 8)
+        self._arrived = words[: ranks * LINE // 8 : LINE // 8]
+        self._finished = words[ranks * LINE // 8 :: LINE // 8]
+        data = np.frombuffer(memory, dtype=np.uint8, offset=2 * ranks * LINE)
+        self._rings = [torch.from_numpy(data[r * RING_BYTES : (r + 1) * RING_BYTES]) for r in range(ranks)]
+        self._number = 0
+        self._next = 0
+        self._in_ring: deque[Message] = deque()
+        self._done: set[int] = set()
+        self._done_up_to = 0
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor can be sent here."""
+        return tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_complex()
+
+    def put(self, tensor: Tensor) -> list[Message]:
+        """Publish a tensor in pieces. Waits only for room in the ring, and then for ranks that are behind."""
+        pieces = tensor.view(-1).split(PIECE_BYTES // tensor.element_size())
+        return [self._put(piece) for piece in pieces]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, stacked along a new first dim."""
+        gathered = tensor.new_empty((self._ranks, tensor.numel()))
+        size = PIECE_BYTES // tensor.element_size()
+        for piece, columns in zip(tensor.view(-1).split(size), gathered.split(size, dim=1), strict=True):
+            self._put(piece).gather_into(list(columns.unbind(0)))
+        return gathered.view(self._ranks, *tensor.shape)
+
+    def read(self, number: int, start: int, like: Tensor) -> list[Tensor]:
+        """Wait until every rank has put its message of that number, and return them, in rank order."""
+        self._wait(self._arrived, number)
+        return [self._view(rank, start, like) for rank in range(self._ranks)]
+
+    def done(self, number: int) -> None:
+        """This rank has read everything of a message. Messages may be finished out of order."""
+        self._done.add(number)
+        while self._done_up_to + 1 in self._done:
+            self._done_up_to += 1
+            self._done.remove(self._done_up_to)
+        self._finished[self._rank] = self._done_up_to
+
+    def _put(self, flat: Tensor) -> Message:
+        start = self._take(-(-flat.numel() * flat.element_size() // LINE) * LINE)
+        self._number += 1
+        self._view(self._rank, start, flat).copy_(flat)
+        message = Message(self, self._number, start, flat)
+        self._in_ring.append(message)
+        self._arrived[self._rank] = self._number
+        return message
+
+    def _view(self, rank: int, start: int, like: Tensor) -> Tensor:
+        return self._rings[rank][start : start + like.numel() * like.element_size()].view(like.dtype)
+
+    def _take(self, size: int) -> int:
+        start = self._next if self._next + size <= RING_BYTES else 0
+        self._next = start + size
+        # Messages lie in the ring in order: those in the way are the oldest ones. All ranks come to this point with the
+        # same messages, so each first finishes its own reading and then waits for the others to do the same.
+        while self._in_ring and self._in_ring[0].start < start + size and self._in_ring[0].stop > start:
+            oldest = self._in_ring.popleft()
+            oldest.sum_()
+            self._wait(self._finished, oldest.number)
+        return start
+
+    def _wait(self, counters: NDArray[np.int64], number: int) -> None:
+        for _ in range(_SPINS):
+            if counters.min() >= number:
+                return
+        began = time.monotonic()
+        while counters.min() < number:
+            waited = time.monotonic() - began
+            if waited < _YIELD_SECONDS:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP_SECONDS)
+            if waited > self._timeout_seconds:
+                late = [rank for rank in range(self._ranks) if counters[rank] < number]
+                raise RuntimeError(f"timed out after {waited:.0f} s waiting for ranks {late} in shared memory")
+
+
+def create_memory(ranks: int) -> tuple[int, mmap.mmap]:
+    """Anonymous shared memory that needs no room in /dev/shm and leaves no file behind.
+
+    Returns:
+        Its file descriptor, under which other processes of the user find it in /proc, and the mapping.
+
+    Raises:
+        OSError: the system has none to give.
+    """
+    descriptor = os.memfd_create("shardwise")
+    os.ftruncate(descriptor, memory_bytes(ranks))
+    return descriptor, mmap.mmap(descriptor, memory_bytes(ranks))
+
+
+def open_memory(place: str, ranks: int) -> mmap.mmap:
+    """The same memory in another process; `place` is `/proc/PID/fd/N`.
+
+    Raises:
+        OSError: it cannot be seen from here (another machine, container or user).
+    """
+    with Path(place).open("r+b") as file:
+        return mmap.mmap(file.fileno(), memory_bytes(ranks))
+
+
+def memory_bytes(ranks: int) -> int:
+    """Two counters and a ring for each rank."""
+    return ranks * (2 * LINE + RING_BYTES)
+
+
+def machine_identity() -> tuple[str, int] | None:
+    """Equal for processes that can share memory here: same boot of the kernel, same process namespace.
+
+    None where shared memory cannot be used: another system than Linux, or a processor that reorders stores.
+    """
+    if platform.system() != "Linux" or platform.machine() not in ORDERED_MACHINES:
+        return None
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return boot, Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return None

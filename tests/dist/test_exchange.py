@@ -1,0 +1,124 @@
+"""Sums and gathers through shared memory: right, equal to the bit on all ranks, in any order of waiting, with a limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from shardwise.dist import collectives
+from shardwise.dist.collectives import Group
+from shardwise.dist.exchange import PIECE_BYTES, RING_BYTES
+
+
+def _group(timeout_seconds: float = 30.0) -> Group:
+    group = Group.world().with_shared_memory(timeout_seconds)
+    assert group.memory is not None
+    return group
+
+
+def _own(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.rand(size, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return (values * 100).to(dtype)
+
+
+def _sums(sizes: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
+    group = _group()
+    tensors = [_own(group.rank, size, dtype) for size in sizes]
+    works = [group.start_sum_(tensor) for tensor in tensors]
+    # Waited for from both ends: messages need not be finished in the order in which they were put.
+    for work in works[::2] + works[1::2][::-1]:
+        work.wait()
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_sums(size: int, dtype: torch.dtype, ranks: Callable[..., list[Any]]) -> None:
+    sizes = [1, 7, 15, 1000, 64, 3]
+    answers = ranks(size, _sums, sizes, dtype)
+    for index, length in enumerate(sizes):
+        expected = _own(0, length, dtype)
+        for rank in range(1, size):
+            expected = expected + _own(rank, length, dtype)
+        for answer in answers:
+            assert torch.equal(answer[index], expected)
+
+
+def test_messages_that_do_not_fit_the_ring_together(ranks: Callable[..., list[Any]]) -> None:
+    """Three tensors of more than a ring each, all put before the first is waited for."""
+    length = RING_BYTES // 4 + 1001
+    assert length * 4 > 2 * PIECE_BYTES
+    first, second = ranks(2, _sums, [length, 5, length, length], torch.float32)
+    for index, size in enumerate((length, 5, length, length)):
+        assert torch.equal(first[index], _own(0, size, torch.float32) + _own(1, size, torch.float32))
+        assert torch.equal(first[index], second[index])
+
+
+def _many() -> list[float]:
+    group = _group()
+    found = []
+    for step in range(2000):
+        tensor = torch.full((1 + step * 37 % 5000,), float(group.rank + step))
+        late = group.start_sum_(torch.ones(3))
+        if step % 500 == 10 * group.rank:
+            time.sleep(0.02)  # one rank falls behind the other
+        gathered = group.gather(tensor[:2].contiguous())
+        group.sum_(tensor)
+        late.wait()
+        found.append(float(tensor[-1]) + float(gathered[group.size - 1, 0]))
+    return found
+
+
+def test_many_messages_with_ranks_out_of_step(ranks: Callable[..., list[Any]]) -> None:
+    for answer in ranks(3, _many):
+        assert answer == [3 + 3 * step + 2.0 + step for step in range(2000)]
+
+
+def _gathers() -> torch.Tensor:
+    group = _group()
+    return group.gather(torch.arange(6.0).view(2, 3) + 10 * group.rank)
+
+
+def test_gather_keeps_shapes_and_order(ranks: Callable[..., list[Any]]) -> None:
+    for answer in ranks(3, _gathers):
+        assert torch.equal(answer, torch.stack([torch.arange(6.0).view(2, 3) + 10 * rank for rank in range(3)]))
+
+
+def _absent() -> str:
+    group = _group(timeout_seconds=0.5)
+    if group.rank == 1:
+        time.sleep(1.5)
+        return ""
+    try:
+        group.sum_(torch.ones(3))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_missing_rank_is_named(ranks: Callable[..., list[Any]]) -> None:
+    answer = ranks(2, _absent)[0]
+    assert "timed out" in answer and "ranks [1]" in answer
+
+
+def _elsewhere(name: str) -> bool:
+    if name == "identity":
+        rank = Group.world().rank
+        setattr(collectives, "machine_identity", lambda: (f"machine {rank}", 1))  # noqa: B010  # in a forked rank only
+    elif Group.world().rank == 1:
+        setattr(collectives, "open_memory", _refuse)  # noqa: B010
+    group = Group.world().with_shared_memory(5)
+    return group.memory is None and float(group.sum_(torch.ones(2))[0]) == 2.0
+
+
+def _refuse(place: str, ranks: int) -> Any:
+    raise OSError("not to be seen from here")
+
+
+@pytest.mark.parametrize("name", ["identity", "open"])
+def test_ranks_that_share_no_memory_use_the_process_group(name: str, ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(2, _elsewhere, name) == [True, True]
