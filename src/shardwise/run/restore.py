@@ -18,12 +18,14 @@ from shardwise.run.names import named_tensors, own_model, reshard
 from shardwise.run.state import (
     HOW_OPTIONS,
     Structure,
+    as_split,
     class_name,
     empty_state,
     group_names,
     modules_with_extra_state,
     parameter_names,
-    settled,
+    room_for,
+    settled_placements,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Target:
         stored: shape and dtype of each tensor in the checkpoint.
         tensors: to fill, by name in the checkpoint.
         states: parameters of this rank and their encoded state, with their names in the checkpoint.
+        aside: tensors for which `tensors` has another, split as a checkpoint can be read.
         names: of the model's tensors on this rank, as the checkpoint calls them.
         structure: the checkpoint's.
         model: to fill.
@@ -52,6 +55,7 @@ class Target:
     optimizer: Optimizer
     tensors: dict[str, Tensor] = field(default_factory=dict)
     states: list[tuple[Tensor, str, Any]] = field(default_factory=list)
+    aside: dict[str, Tensor] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
 
 
@@ -67,7 +71,10 @@ def prepare(path: Path, structure: Structure, model: nn.Module, optimizer: Optim
     named, aliases, _ = named_tensors(model)
     called = _names_in_checkpoint(path, structure, named, aliases)
     for name, tensor in named.items():
-        target.tensors[f"model/{called[name]}"] = settled(tensor.detach())
+        room = room_for(tensor.detach())
+        target.tensors[f"model/{called[name]}"] = room
+        if settled_placements(tensor) is not None:
+            target.aside[f"model/{called[name]}"] = tensor.detach()
     target.names = set(called.values())
     _check_extra_state(path, structure, model)
     for name in modules_with_extra_state(model):
@@ -90,6 +97,11 @@ def add_plain(target: Target, names: Iterable[str]) -> None:
 def read(target: Target, path: Path) -> None:
     """Fill model and optimizer; every rank calls."""
     dcp.read(path, target.tensors, names=target.names, expected=set(target.structure["model"]))
+    for name, tensor in target.aside.items():
+        values = as_split(target.tensors[name], tensor)
+        if name.startswith("model/"):
+            tensor.copy_(values)
+        target.tensors[name] = values
     optimizer = target.optimizer
     for index, (group, saved) in enumerate(
         zip(optimizer.param_groups, target.structure["optimizer"]["groups"], strict=True)
@@ -214,4 +226,6 @@ def _make_room_for_state(target: Target, names: dict[int, str], called: dict[str
                 key = place.removeprefix(f"optimizer/{name}/")
                 room = empty_state(parameter, key, entry.size, entry.properties.dtype, on_device=on_device)
                 target.tensors[place] = room
+                if entry.size == parameter.shape and settled_placements(parameter) is not None:
+                    target.aside[place] = parameter.detach()
             target.states.append((parameter, name, saved[name]))

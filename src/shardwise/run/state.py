@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from shardwise.dist.split import is_dtensor
 from shardwise.errors import CheckpointError
 from shardwise.run.encoding import encode
 from shardwise.run.names import named_tensors, own_model, own_name, reshard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 Structure = dict[str, Any]
 """JSON data that describes what the mapping holds; see `collect`."""
@@ -100,14 +105,56 @@ def class_name(thing: object) -> str:
 
 
 def settled(tensor: Tensor) -> Tensor:
-    """A split tensor without sums left to do, which a checkpoint could not put together."""
-    if not is_dtensor(tensor):
-        return tensor
-    from torch.distributed.tensor import DTensor, Replicate
+    """A split tensor as a checkpoint can put it together: every rank has one block of it. Collective where it is not so."""
+    placements = settled_placements(tensor)
+    return tensor if placements is None else cast("DTensor", tensor).redistribute(placements=placements)
 
-    split = cast(DTensor, tensor)
-    placements = [Replicate() if placement.is_partial() else placement for placement in split.placements]
-    return split if tuple(placements) == tuple(split.placements) else split.redistribute(placements=placements)
+
+def settled_placements(tensor: Tensor) -> list[Placement] | None:
+    """How a tensor must be split to be settled; None where it is.
+
+    Two kinds are not: summands that are still to be added up, and fused weights of whose every part a rank has a share.
+    """
+    if not is_dtensor(tensor):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    split = cast("DTensor", tensor)
+    placements: list[Placement] = []
+    for index, placement in enumerate(split.placements):
+        if placement.is_partial():
+            placements.append(Replicate())
+        elif isinstance(placement, _StridedShard):
+            # FSDP2 over a tensor axis splits the axis' pieces again, which gives blocks: as many strides as there are pieces.
+            later = [
+                split.device_mesh.size(other)
+                for other in range(index + 1, split.device_mesh.ndim)
+                if type(split.placements[other]) is Shard and cast(Shard, split.placements[other]).dim == placement.dim
+            ]
+            placements.append(placement if prod(later) == placement.split_factor else Shard(placement.dim))
+        else:
+            placements.append(placement)
+    return None if tuple(placements) == tuple(split.placements) else placements
+
+
+def room_for(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What to load a tensor's values into: itself where it is settled and of that dtype, else an empty one that is. Not
+    collective."""
+    placements = settled_placements(tensor)
+    if placements is None:
+        return tensor if dtype is None else torch.empty_like(tensor, dtype=dtype)
+    from torch.distributed.tensor import empty
+
+    mesh = cast("DTensor", tensor).device_mesh
+    return empty(*tensor.shape, dtype=dtype or tensor.dtype, device_mesh=mesh, placements=placements)
+
+
+def as_split(room: Tensor, tensor: Tensor) -> Tensor:
+    """Values that were loaded into `room_for(tensor)`, split as the tensor is. Collective where it is not settled."""
+    if settled_placements(tensor) is None:
+        return room
+    return cast("DTensor", room).redistribute(placements=cast("DTensor", tensor).placements)
 
 
 def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
@@ -206,7 +253,7 @@ def empty_state(parameter: Tensor, key: str, shape: torch.Size, dtype: torch.dty
     if key in ("step", "mu_product", "eta", "mu") and shape.numel() == 1:
         return torch.empty(shape, dtype=dtype, device=parameter.device if on_device or key != "step" else "cpu")
     if shape == parameter.shape:
-        return torch.empty_like(parameter.detach(), dtype=dtype)
+        return room_for(parameter.detach(), dtype)
     if not is_dtensor(parameter):
         return torch.empty(shape, dtype=dtype, device=parameter.device)
     if "/" in key:
