@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from shardwise.data.gather import Arrays
 from shardwise.data.source import Splits
 from shardwise.data.stream import Stream
 from shardwise.errors import CheckpointError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
+from shardwise.run import checkpoint
 from shardwise.spec.events import EvaluationEvent, RestartEvent, RunEvent, SummaryEvent, read_events
 from shardwise.spec.job import Job
 
@@ -336,3 +338,24 @@ def test_start_takes_the_fields_of_a_job() -> None:
     assert live.model is model and not torch.equal(next(model.parameters()), before)
     with pytest.raises(JobError, match="no argument 'batchsize'"):
         shardwise.start(batchsize=3)
+
+
+@pytest.mark.parametrize("plan", ["serial", "data=2"])
+def test_disk_that_is_full_fails_the_run_and_leaves_nothing_half(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that cannot be written is a failed training, not wrong input; the last complete one counts."""
+    write = checkpoint.write_aside
+
+    def full(path: Path, data: bytes) -> None:
+        if "step-00000020" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_aside", full)
+    with pytest.raises(RunFailed, match=r"cannot be written.*No space left.*ended after step 20"):
+        _train(_job(), tmp_path / "run", plan, checkpoint_every="10")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
+    assert read_events(tmp_path / "run" / "events.jsonl")[-1].kind == "failure"
+    monkeypatch.undo()
+    assert _train(_job(), tmp_path / "run", plan, resume=True).summary["first_step"] == 10

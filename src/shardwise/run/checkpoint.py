@@ -7,6 +7,7 @@ brought to disk, and renamed; the rename is the moment from which it counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -109,13 +110,20 @@ def save(
                 _retire(old)
 
     collected = _on_every_rank(describe)
-    dcp.write(
-        aside,
-        collected.tensors,
-        collected.structure,
-        clear=lambda: _clear_leftovers(folder.checkpoints),
-        complete=complete,
-    )
+    try:
+        dcp.write(
+            aside,
+            collected.tensors,
+            collected.structure,
+            clear=lambda: _clear_leftovers(folder.checkpoints),
+            complete=complete,
+        )
+    except CheckpointError:
+        # On a full disk, what was written of it is in the way of all that could help.
+        if Group.world().rank == 0:
+            with contextlib.suppress(OSError):
+                dcp.remove(aside)
+        raise
     return place
 
 

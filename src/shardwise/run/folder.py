@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -71,8 +72,9 @@ class RunFolder:
                 "a run starts in a new or empty folder; give another --out"
             )
         record = {"version": VERSION, "name": name, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_aside(folder.path / _MARKER, json.dumps(record, indent=2).encode() + b"\n")
-        folder.checkpoints.mkdir()
+        with writing_in(folder.path):
+            write_aside(folder.path / _MARKER, json.dumps(record, indent=2).encode() + b"\n")
+            folder.checkpoints.mkdir()
         return folder
 
     @classmethod
@@ -137,8 +139,9 @@ class RunFolder:
         try:
             _take(descriptor, self.path)
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            with contextlib.suppress(OSError):  # on a full disk the holder stays unnamed; the lock holds all the same
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(holder).encode(), 0)
             yield
         finally:
             os.close(descriptor)
@@ -225,6 +228,15 @@ def _holder(descriptor: int) -> str:
         return f"process {record['pid']} on {record['host']} since {record['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"  # it took the lock and has not written its name yet
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Tells what the file system refuses in the block as a FolderError."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"cannot write in the run folder {folder}: {error.strerror}; give another place") from error
 
 
 def write_aside(path: Path, data: bytes) -> None:

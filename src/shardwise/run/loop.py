@@ -14,7 +14,7 @@ from shardwise.data.batch import Batch
 from shardwise.data.loader import batches, steps_per_epoch
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
-from shardwise.errors import DataError
+from shardwise.errors import CheckpointError, DataError, RunFailed
 from shardwise.parallel.replicas import check_replicas
 from shardwise.run.assemble import Assembly
 from shardwise.run.checkpoint import save
@@ -269,15 +269,20 @@ def _save(a: Assembly, course: Course) -> None:
         "metrics": dict(course.metrics),
         "loss": course.loss,
     }
-    path = save(
-        course.folder,
-        step=a.step,
-        model=a.model,
-        optimizer=a.optimizer,
-        scheduler=a.scheduler,
-        progress=progress,
-        keep_last=course.saving.keep_last,
-    )
+    try:
+        path = save(
+            course.folder,
+            step=a.step,
+            model=a.model,
+            optimizer=a.optimizer,
+            scheduler=a.scheduler,
+            progress=progress,
+            keep_last=course.saving.keep_last,
+        )
+    except CheckpointError as error:  # not wrong input: the training was under way
+        raise RunFailed(
+            f"{error}. The training ended after step {a.step}; --resume goes on from the last complete checkpoint"
+        ) from error
     course.saved_step = a.step
     course.last_save = perf_counter()
     course.tell(

@@ -19,12 +19,12 @@ import torch
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
-from shardwise.errors import FolderError, PlanError, UserError
+from shardwise.errors import CheckpointError, FolderError, PlanError, RunFailed, UserError
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.checkpoint import latest, load
 from shardwise.run.eventlog import EventLog
 from shardwise.run.export import save_weights
-from shardwise.run.folder import RunFolder, write_aside
+from shardwise.run.folder import RunFolder, write_aside, writing_in
 from shardwise.run.loop import Course, Position, Saving, run_loop, total_steps, warn
 from shardwise.run.progress import Display, Silent, make_display
 from shardwise.run.signals import StopRequest
@@ -142,11 +142,16 @@ def _train(
             warn(course, remark)
         run_loop(assembly, course)
         summary = _summary(assembly, course, rank, work, first_step, total)
-        if not course.stopped:
-            save_weights(assembly.model, folder.weights_path)
-        if is_first:
-            course.tell(SummaryEvent(summary=summary))
-            write_aside(folder.path / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+        try:
+            if not course.stopped:
+                save_weights(assembly.model, folder.weights_path)
+            if is_first:
+                write_aside(folder.path / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+                course.tell(SummaryEvent(summary=summary))
+        except (CheckpointError, OSError) as error:
+            raise RunFailed(
+                f"the training is done, but its end cannot be written: {error}. Resume it with more space"
+            ) from error
         world.barrier()
         return summary
 
@@ -199,7 +204,8 @@ def _check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: b
     if not path.exists():
         world.barrier()
         if world.rank == 0:
-            write_aside(path, json.dumps(dict(identity), indent=2, default=str).encode() + b"\n")
+            with writing_in(folder.path):
+                write_aside(path, json.dumps(dict(identity), indent=2, default=str).encode() + b"\n")
         return
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -216,8 +222,9 @@ def _check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: b
 
 
 def _write_record(folder: RunFolder, work: Work) -> None:
-    write_aside(folder.plan_path, json.dumps(work.plan.to_dict(), indent=2).encode() + b"\n")
-    write_aside(folder.settings_path, json.dumps(work.settings.to_dict(), indent=2, default=str).encode() + b"\n")
+    with writing_in(folder.path):
+        write_aside(folder.plan_path, json.dumps(work.plan.to_dict(), indent=2).encode() + b"\n")
+        write_aside(folder.settings_path, json.dumps(work.settings.to_dict(), indent=2, default=str).encode() + b"\n")
 
 
 def _run_event(job: Job, work: Work, world: Group, first_step: int, total: int | None) -> RunEvent:
