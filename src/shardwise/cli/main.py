@@ -91,6 +91,7 @@ def _run(words: list[str]) -> int:
         _print_failure(words, error.format_message(), "UserError")
         return 2
     except click.exceptions.Abort:  # click's name for a KeyboardInterrupt
+        print("interrupted", file=sys.stderr)
         _print_failure(words, "interrupted", "Stopped")
         return 1
     except ShardwiseError as error:

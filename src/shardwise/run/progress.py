@@ -117,11 +117,12 @@ class Bar(Display):
 
 
 def make_display(*, show: bool, total_steps: int | None, epochs: int | None, first_step: int) -> Display:
-    """A bar where stderr is a terminal, lines where it is not, nothing with `show=False`."""
+    """A bar where stderr is a terminal that can move its cursor, lines elsewhere, nothing with `show=False`."""
+    import os
     import sys
 
     if not show:
         return Silent()
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown"):
         return Bar(total_steps, epochs, first_step)
     return Lines(total_steps, epochs, first_step)

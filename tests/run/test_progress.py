@@ -1,0 +1,40 @@
+"""Where a bar can be drawn and where lines are better."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from shardwise.run.progress import Bar, Lines, Silent, make_display
+
+
+@pytest.mark.parametrize(
+    ("terminal", "name", "kind"),
+    [(True, "xterm-256color", Bar), (True, "dumb", Lines), (True, None, Lines), (False, "xterm-256color", Lines)],
+)
+def test_display_fits_the_terminal(
+    terminal: bool, name: str | None, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    if name is None:
+        monkeypatch.delenv("TERM", raising=False)
+    else:
+        monkeypatch.setenv("TERM", name)
+    display = make_display(show=True, total_steps=10, epochs=None, first_step=0)
+    display.close()
+    assert type(display) is kind
+
+
+def test_nothing_is_shown_when_not_wanted() -> None:
+    assert type(make_display(show=False, total_steps=10, epochs=None, first_step=0)) is Silent
+
+
+def test_lines_name_what_they_show(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(total_steps=10, epochs=2, first_step=0)
+    lines.steps(step=1, epoch=0, loss=0.5, samples_per_second=1234.0)
+    lines.steps(step=2, epoch=0, loss=0.4, samples_per_second=1234.0)  # too soon for another line
+    lines.steps(step=10, epoch=1, loss=float("nan"), samples_per_second=1234.0)
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("epoch 1/2  step 1/10  loss 0.5000  1,234 samples/s, ") and first.endswith(" left")
+    assert last == "epoch 2/2  step 10/10  loss nan  1,234 samples/s"
