@@ -21,7 +21,6 @@ from shardwise.errors import PlanError
 from shardwise.parallel.data import GradientSum, sparse_parameters
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
-from shardwise.spec.layout import Layout
 from shardwise.spec.plan import Plan
 
 if TYPE_CHECKING:
@@ -53,18 +52,28 @@ class Composed:
     remarks: tuple[str, ...]
 
 
-def check_layout(layout: Layout) -> None:
-    """Refuse axes that cannot run.
+def check_layout(plan: Plan) -> None:
+    """Refuse axes and settings that cannot run: none is ignored.
 
     Raises:
-        PlanError: the layout has a degree above 1 on such an axis.
+        PlanError: the layout has a degree above 1 on such an axis, or a setting that would have no effect.
     """
+    layout = plan.layout
     for axis, degree in layout.degrees.items():
         if degree > 1 and axis not in READY_AXES:
             raise PlanError(
                 f"plan {layout}: this version splits over data and shard only, not yet over {axis}; "
                 f"use --plan data={layout.workers} or serial"
             )
+    if plan.recompute != "none":
+        raise PlanError(
+            f"plan recompute={plan.recompute!r}: activations cannot be computed again yet; leave recompute out, or use a "
+            "smaller micro_batch to save memory"
+        )
+    if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
+        raise PlanError(
+            f"plan {layout}: schedule and cuts belong to a pipeline, which this layout has not; leave them out"
+        )
 
 
 def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: str) -> None:
@@ -73,7 +82,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
     Raises:
         PlanError: names the module or setting, the rule, and what to do.
     """
-    check_layout(plan.layout)
+    check_layout(plan)
     replicas = plan.layout.replicas
     if batch_size < replicas:
         raise PlanError(
