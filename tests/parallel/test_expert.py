@@ -286,8 +286,6 @@ def test_what_cannot_be_split_is_refused() -> None:
         check(nn.Linear(3, 3), "expert=2")
     with pytest.raises(PlanError, match=r"mix\.0 has 4 experts.*use one of 1, 2, 4"):
         check(build("plain"), "expert=3")
-    with pytest.raises(PlanError, match="use data=4"):
-        check(build("plain"), "expert=2,shard=2,data=2")
     with pytest.raises(PlanError, match=r"balance=0\.7 looks at all tokens.*micro_batch"):
         check(build("balanced"), "data=2", splits_share=True)
     with pytest.raises(PlanError, match=r"capacity_factor=0\.6.*context"):

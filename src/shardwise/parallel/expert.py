@@ -18,7 +18,7 @@ from torch import nn
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.errors import PlanError
-from shardwise.nn.experts import Place, modules_with_experts
+from shardwise.nn.experts import Place, declared_experts, modules_with_experts
 from shardwise.nn.moe import MoE
 from shardwise.parallel.norm import BatchState
 from shardwise.spec.layout import Layout
@@ -50,11 +50,6 @@ def check_experts(model: nn.Module, layout: Layout, *, splits_share: bool) -> No
                     f"not divide; use one of {', '.join(fitting)}"
                 )
         _check_owners(model, layout)
-        if layout.shard > 1:
-            raise PlanError(
-                f"plan {layout}: experts cannot be split over shard as well; use data={layout.data * layout.shard} "
-                f"instead of shard={layout.shard}, or a higher expert degree to save memory"
-            )
     for name, module, _ in found:
         if isinstance(module, MoE):
             _check_moe(name, module, layout, splits_share=splits_share)
@@ -118,17 +113,13 @@ def _deal(whole: nn.Parameter, experts: Group, mesh: Mesh) -> nn.Parameter:
 
 def _check_owners(model: nn.Module, layout: Layout) -> None:
     """A parameter that is declared in one place and used as a plain one in another cannot be dealt out."""
-    declared = {
-        id(module.get_parameter(name))
-        for _, module, experts in modules_with_experts(model)
-        for name in experts.names
-    }  # fmt: skip
+    found = modules_with_experts(model)
+    dealt = {id(module.get_parameter(name)) for _, module, experts in found for name in experts.names}
     for prefix, module in model.named_modules():
-        own = {
-            (prefix, name) for _, m, experts in modules_with_experts(module) if m is module for name in experts.names
-        }
+        experts = declared_experts(module)
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in declared and (prefix, name) not in own:
+            declared = experts is not None and name in experts.names
+            if parameter is not None and id(parameter) in dealt and not declared:
                 raise PlanError(
                     f"plan {layout}: parameter {f'{prefix}.{name}'.strip('.')} is declared as stacked experts elsewhere "
                     "and used here as a whole; untie the two, or leave expert out of the plan"
