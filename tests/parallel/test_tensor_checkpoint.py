@@ -38,7 +38,7 @@ def build(layout: Layout, seed: int = 0) -> tuple[nn.Module, Optimizer, Callable
     torch.manual_seed(seed)
     model = CharGPT(17, 8, 16, 1, 4).double()
     mesh = Mesh(layout, Group.world().rank)
-    sharded, no_units = None, ()
+    sharded, no_units = None, tuple[str, ...]()
     if layout.tensor > 1:
         plan = find_split(model, lambda m: next_character_loss(m(tokens(0)), tokens(0)), layout.tensor)
         assert plan.shares["blocks.0.attention.qkv.weight"].outer == 3

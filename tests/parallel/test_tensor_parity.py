@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
@@ -172,6 +173,44 @@ class Recurrent(nn.Module):
         return torch.as_tensor(self.down(torch.tanh(self.up(self.lstm(x)[0][:, -1]))))
 
 
+class Masked(nn.Module):
+    """torch's own transformer, with a causal and a padding mask."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(17, width)
+        self.transformer = nn.Transformer(width, 4, 1, 1, 24, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, 17)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        causal = torch.ones(8, 8, dtype=torch.bool).triu(1)
+        padding = torch.arange(8)[None] > torch.tensor([[3], [7]]).repeat(source.shape[0] // 2, 1)
+        mixed = self.transformer(
+            self.embedding(source), self.embedding(target), tgt_mask=causal, src_key_padding_mask=padding
+        )
+        return torch.as_tensor(self.head(mixed))
+
+
+class Transposed(nn.Module):
+    """A projection whose weight has its inputs first, as in GPT-2; recomputed in the backward pass."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(width, 3 * width)), nn.Parameter(torch.randn(3 * width))
+        self.down, self.down_bias = nn.Parameter(torch.randn(3 * width, width)), nn.Parameter(torch.randn(width))
+        self.scale = nn.Parameter(torch.rand(3 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(checkpoint(self.body, x, use_reentrant=False))
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x + 0
+        x *= 0.5
+        hidden = F.gelu(torch.addmm(self.up_bias, x, self.up)) * self.scale
+        hidden += 1.0
+        return torch.as_tensor(hidden @ self.down + self.down_bias)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, samples `(inputs, targets)`, and the names of parameters that must be split on two ranks."""
@@ -241,6 +280,19 @@ CASES = {
         _shifted,
         ("embedding.weight", "cross.key.weight", "encoder.out.weight", "encoder_mlp.both.weight"),
         _ignoring,
+    ),
+    "torch_transformer": Case(
+        Masked,
+        _tokens(2),
+        _shifted,
+        (
+            "transformer.encoder.layers.0.self_attn.in_proj_weight",
+            "transformer.encoder.layers.0.self_attn.in_proj_bias",
+        ),
+        next_character_loss,
+    ),
+    "weights_used_directly": Case(
+        Transposed, _values(6, 8), lambda: torch.ones(6), ("up", "up_bias", "scale", "down"), _regression
     ),
     "residual_batch_norm": Case(Residual, _values(6, 3, 5, 5), _classes, ("head.0.weight", "first.weight")),
     "lstm_with_head": Case(Recurrent, _values(6, 4, 7), _classes, ("up.weight", "down.weight")),

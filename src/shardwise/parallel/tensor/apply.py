@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from inspect import isfunction
 from typing import Any, final
 
 import torch
@@ -72,8 +73,7 @@ def apply_split(
                 module._parameters[key] = replaced[id(parameter)]
                 own = True
         if own or not name:
-            forward = functools.partial(wires.call, module.forward, not name)
-            module.forward = forward
+            wires.connect(module)
 
 
 def _split_parameter(parameter: nn.Parameter, share: Share, ring: Ring, mesh: DeviceMesh) -> nn.Parameter:
@@ -107,14 +107,25 @@ class _Wires:
     """Runs forward functions with the mode switched on.
 
     The model's own forward switches it on for everything below. Modules with split parameters switch it on too, for calls
-    from elsewhere: a method of the model, or recomputation in the backward pass.
+    from elsewhere: an objective that calls a method of the model, or recomputation in the backward pass.
     """
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._active = 0
 
-    def call(self, forward: Callable[..., Any], is_root: bool, *args: Any, **kwargs: Any) -> Any:
+    def connect(self, module: nn.Module) -> None:
+        """Let the module's forward, and the other functions that its author wrote, run with the mode."""
+        names = {"forward"}
+        for kind in type(module).__mro__:
+            if kind.__module__.startswith("torch.") or kind is object:
+                break
+            names |= {name for name, value in vars(kind).items() if isfunction(value) and not name.startswith("__")}
+        for name in names:
+            setattr(module, name, functools.partial(self.call, getattr(module, name)))
+
+    def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a bound function of a module."""
         if self._active:
             return forward(*args, **kwargs)
         self._active += 1

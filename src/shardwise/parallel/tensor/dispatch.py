@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from shardwise.errors import PlanError
-from shardwise.parallel.tensor import loss, maths, products, shapes
+from shardwise.parallel.tensor import loss, maths, multihead, products, shapes
 from shardwise.parallel.tensor.part import SplitTensor, WholeNeeded, like, whole
 from shardwise.parallel.tensor.ring import Watcher
 
@@ -65,6 +65,7 @@ def _rules() -> dict[str, Rule]:
         addmm=products.addmm,
         baddbmm=products.baddbmm,
         einsum=products.einsum,
+        multi_head_attention_forward=multihead.multi_head_attention,
         as_tensor=maths.as_it_is,
         register_hook=maths.hooked,
         retain_grad=maths.hooked,

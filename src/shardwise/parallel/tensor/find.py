@@ -60,7 +60,11 @@ def find_split(model: nn.Module, program: Program, ranks: int, *, rules: Mapping
     if not drew:
         _check_same(expected, result, ranks)
     return TensorPlan(
-        ranks=ranks, shares=rehearsal.shares, rows=rows, inside=tuple(sorted(rehearsal.inside)), remarks=_remarks(drew)
+        ranks=ranks,
+        shares=rehearsal.shares,
+        rows=rows,
+        inside=tuple(sorted(rehearsal.inside)),
+        remarks=_remarks(rehearsal.drops),
     )
 
 
@@ -278,7 +282,7 @@ def _check_same(expected: Any, found: Any, ranks: int) -> None:
             )
 
 
-def _remarks(drew: bool) -> tuple[str, ...]:
-    if not drew:
+def _remarks(drops: bool) -> tuple[str, ...]:
+    if not drops:
         return ()
     return ("dropout inside split layers draws other masks than a serial run: equal in distribution, not in value",)

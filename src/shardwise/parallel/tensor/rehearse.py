@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from shardwise.parallel.tensor import multihead
 from shardwise.parallel.tensor.dispatch import METADATA, dispatch, split_arguments
 from shardwise.parallel.tensor.part import SplitTensor, whole
 from shardwise.parallel.tensor.plan import Share
@@ -69,7 +70,8 @@ class Family:
 
 @final
 class Rehearsal(Watcher):
-    """One run. `shares` holds the splits that were tried, `families` how they ended."""
+    """One run. `shares` holds the splits that were tried, `families` how they ended, `inside` the modules that pieces pass
+    in or out of, `drops` whether split tensors met dropout."""
 
     def __init__(self, names: dict[int, str], book: Book, ranks: int) -> None:
         self.names = names
@@ -77,6 +79,7 @@ class Rehearsal(Watcher):
         self.ring = Ring.rehearsal(ranks, self)
         self.shares: dict[str, Share] = {}
         self.inside: set[str] = set()
+        self.drops = False
         self._parts: dict[str, SplitTensor] = {}
         self._families: dict[int, Family] = {}
         self._parent: dict[int, int] = {}
@@ -146,6 +149,9 @@ class Rehearsal(Watcher):
             if known in self.book.vocabulary and isinstance(weight, Tensor):
                 self._start(known, weight, 0)
             return
+        if name == multihead.NAME:
+            self._open_attention(multihead.named(args, kwargs))
+            return
         if name not in _COLUMN_DIM:
             return
         place = _WEIGHT_AT.get(name, 1)
@@ -158,6 +164,18 @@ class Rehearsal(Watcher):
             return
         if weight.dim() == 2 or name.startswith("conv"):
             self._start(known, weight, self.book.forced.get(known, _COLUMN_DIM[name]))
+
+    def _open_attention(self, given: dict[str, Any]) -> None:
+        weight = given.get("in_proj_weight")
+        name = self.names.get(id(weight))
+        if name is None or not isinstance(weight, Tensor):
+            return
+        reason = multihead.obstacle(given, self.ring.size)
+        if reason is not None:
+            self.book.refused[name] = reason
+            return
+        self.book.outers.setdefault(name, [3])
+        self._start(name, weight, 0)
 
     def used(self, func: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
         """Note which functions see which parameters."""
@@ -220,9 +238,30 @@ class _Mode(TorchFunctionMode):
         rehearsal.used(func, tensors)
         rehearsal.open(func, args, kwargs)
         args, kwargs = pytree.tree_map_only(nn.Parameter, rehearsal.part_of, (args, kwargs))
+        args, kwargs, drops = _quiet(name, args, kwargs)
+        rehearsal.drops |= drops and bool(split_arguments(args, kwargs))
         if split_arguments(args, kwargs):
             return dispatch(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+_DROPOUT_AT = {"scaled_dot_product_attention": 4, multihead.NAME: 10}
+_DROPOUTS = frozenset(["dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"])
+
+
+def _quiet(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """The call without dropout, so that two rehearsals compute the same; and whether it had any."""
+    if name in _DROPOUTS:
+        asked, p = "p", 1
+    elif name in _DROPOUT_AT:
+        asked, p = "dropout_p", _DROPOUT_AT[name]
+    else:
+        return args, kwargs, False
+    before = args[p] if len(args) > p else kwargs.get(asked, 0.5 if asked == "p" else 0.0)
+    training = kwargs.get("training", args[2] if asked == "p" and len(args) > 2 else True)
+    if len(args) > p:
+        return (*args[:p], 0.0, *args[p + 1 :]), kwargs, bool(before and training)
+    return args, {**kwargs, asked: 0.0}, bool(before and training)
 
 
 @contextmanager
