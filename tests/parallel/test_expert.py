@@ -296,9 +296,13 @@ def test_what_cannot_be_split_is_refused() -> None:
 
 
 def test_undeclared_stacked_parameters_are_named() -> None:
-    model = nn.Module()
+    class Stacked(nn.Module):
+        pass
+
+    model = Stacked()
+    model.conv = nn.Conv2d(2, 2, 3)
     model.stack = nn.Parameter(torch.zeros(4, 2, 2))
-    with pytest.raises(PlanError, match=r"undeclared.*stack \(4, 2, 2\)"):
+    with pytest.raises(PlanError, match=r"ones: stack \(4, 2, 2\)\)"):
         check(model, "expert=2")
 
 

@@ -153,7 +153,13 @@ def _check_moe(name: str, module: MoE, layout: Layout, *, splits_share: bool) ->
 
 
 def _looked_at(model: nn.Module) -> str:
-    stacked = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters() if p.dim() >= 3]
+    stacked = [
+        f"{prefix}.{name} {tuple(parameter.shape)}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        # Torch's own layers with three dims and more are convolutions.
+        if parameter is not None and parameter.dim() >= 3 and not type(module).__module__.startswith("torch.nn.")
+    ]
     if stacked:
         return "undeclared parameters that look like stacked ones: " + ", ".join(stacked[:5])
-    return "no parameter has three dims"
+    return "no parameter of a module of your own has three dims"

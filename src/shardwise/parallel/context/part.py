@@ -38,8 +38,8 @@ class Part:
     def __post_init__(self) -> None:
         if self.length < self.degree:
             raise PlanError(
-                f"sequences of {self.length} tokens over context={self.degree}: some ranks would have none; use at most "
-                f"context={self.length}"
+                f"sequences of {self.length} tokens (dim 1 of the inputs) over context={self.degree}: some ranks would have none; "
+                f"use at most context={self.length}, or data instead"
             )
 
     @property
