@@ -209,7 +209,7 @@ def start_up(rounds: int) -> dict[str, Any]:
             marks = [Path(folder) / f"{name}{index}" for name in ("shardwise", "torchrun")]
             job = f"{HERE.with_name('startup_job.py')}:startup"
             ours = [
-                *(sys.executable, "-m", "shardwise.cli.main", "train", job, "--set", f"mark={marks[0]}"),
+                *(str(Path(sys.executable).with_name("shardwise")), "train", job, "--set", f"mark={marks[0]}"),
                 *("--plan", "data=2", "--quiet", "--out", f"{folder}/run{index}"),
             ]
             theirs = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

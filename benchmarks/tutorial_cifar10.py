@@ -139,7 +139,7 @@ def compare(data: Path, epochs: int, rounds: int) -> dict[str, Any]:
             theirs = _timed([*here, "--tutorial", str(result)])
             settings = [f"data={data}", "lr=0.001", "schedule=constant", f"seed={index}"]
             ours = _timed([
-                *(sys.executable, "-m", "shardwise.cli.main", "train", "cifar10", "--quiet", "--out", str(run)),
+                *(str(Path(sys.executable).with_name("shardwise")), "train", "cifar10", "--quiet", "--out", str(run)),
                 *("--epochs", str(epochs), "--batch-size", str(BATCH)),
                 *(word for text in settings for word in ("--set", text)),
             ])  # fmt: skip

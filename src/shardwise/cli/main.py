@@ -146,4 +146,4 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    entry()
+    main()
