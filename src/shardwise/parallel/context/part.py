@@ -38,7 +38,7 @@ class Part:
     def __post_init__(self) -> None:
         if self.length < self.degree:
             raise PlanError(
-                f"sequences of {self.length} tokens (dim 1 of the inputs) over context={self.degree}: some ranks would have none; "
+                f"sequences of {self.length} tokens (dim 1 of the inputs) over context={self.degree}: some would have none; "
                 f"use at most context={self.length}, or data instead"
             )
 
