@@ -106,7 +106,7 @@ class Watcher(ABC):
 
     @abstractmethod
     def reshape(self, part: SplitTensor, outers: Sequence[int]) -> None:
-        """A split dim is looked at in a way that its cut does not allow; these numbers of blocks would."""
+        """A split dim is viewed as several, along others of which it would be split with these numbers of blocks."""
 
     @abstractmethod
     def block(self, parts: Sequence[SplitTensor], reason: str) -> None:

@@ -40,9 +40,9 @@ def reshape_to(part: SplitTensor, shape: Sequence[int], how: str = "reshape") ->
     found = None
     if cut.even or after == 1:
         found = _place(before * cut.outer, cut.length * after, new[c:d], cut.ranks, unevenly=not cut.even)
+    if part.ring.watcher is not None and d - c > 1:
+        part.ring.watcher.reshape(part, _other_cuts(part, before, new[c:d]))
     if found is None:
-        if part.ring.watcher is not None:
-            part.ring.watcher.reshape(part, _other_cuts(part, before, new[c:d]))
         raise WholeNeeded(f"its shape {old} is viewed as {new}, which cuts across the shares of {cut.ranks} ranks")
     index, outer, length = found
     made = Cut(c + index, outer, length, cut.ranks)
