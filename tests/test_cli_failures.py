@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -190,6 +192,37 @@ def test_stdout_is_for_json_alone(plan: str, folder: Path, capfd: pytest.Capture
     code, document, err = _run(["train", f"{file.name}:prints", "--plan", plan], capfd)
     assert code == 0 and document["steps"] == 4
     assert "from the job function" in err and "from the model" in err
+
+
+@pytest.mark.parametrize("plan", ["serial", "data=2"])
+def test_training_outlives_the_reader_of_its_progress(plan: str, folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "shardwise.cli.main", "train", "digits", "--plan", plan, "--steps", "3", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, timeout=120, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["steps"] == 3
+
+
+def test_closed_streams_and_full_disks(folder: Path) -> None:
+    command = f"exec {sys.executable} -m shardwise.cli.main train digits --steps 3 --plan serial --json"
+    closed = subprocess.run(["bash", "-c", f"{command} 2>&-"], capture_output=True, timeout=120, check=False)
+    assert json.loads(closed.stdout)["steps"] == 3
+    if Path("/dev/full").exists():
+        words = ["bash", "-c", f"{command} >/dev/full"]
+        full = subprocess.run(words, stderr=subprocess.PIPE, timeout=120, check=False)
+        assert full.returncode == 1 and b"No space left" in full.stderr, "a document that was lost is no success"
+
+
+def test_torchrun_that_restarts_needs_a_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**torchrun, "TORCHELASTIC_MAX_RESTARTS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    code, document, _ = _run(["train", "digits"], capfd)
+    assert code == 2 and "find the run again by its folder" in document["error"]
 
 
 def test_second_interrupt_ends_a_step_that_hangs() -> None:

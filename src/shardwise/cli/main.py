@@ -81,6 +81,7 @@ def entry() -> NoReturn:
 
 
 def _run(words: list[str]) -> int:
+    _open_standard_streams()
     try:
         code = shardwise.main(words, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -102,6 +103,17 @@ def _run(words: list[str]) -> int:
         traceback.print_exc()
         _print_failure(words, f"{type(error).__name__}: {error}", type(error).__name__)
         return 1
+
+
+def _open_standard_streams() -> None:
+    """Where the caller closed stdin, stdout or stderr, a file opened later would get its number and all that is printed."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _print_failure(words: list[str], message: str, kind: str) -> None:
@@ -130,7 +142,8 @@ def stdout_to_stderr(active: bool) -> Iterator[None]:
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout; numbers that JSON lacks become null."""
-    print(json.dumps(_plain(document), indent=2, ensure_ascii=False))
+    # Flushed here, where a disk that is full still is an error and not a shorter document.
+    print(json.dumps(_plain(document), indent=2, ensure_ascii=False), flush=True)
 
 
 def _plain(value: Any) -> Any:

@@ -77,6 +77,7 @@ def train(
     from shardwise.cli.main import print_json, stdout_to_stderr
     from shardwise.run.command import TrainCommand, train_command
     from shardwise.run.launch import Nodes
+    from shardwise.run.progress import tell
     from shardwise.run.summary import closing_lines
     from shardwise.units import parse_seconds
 
@@ -102,7 +103,7 @@ def train(
     if as_json:
         print_json(run.summary)
     if not quiet:
-        print("\n".join(closing_lines(run)), file=sys.stderr)
+        tell("\n".join(closing_lines(run)))
 
 
 def _prove(job: Job, plan: Plan) -> None:

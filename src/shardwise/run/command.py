@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, final
@@ -13,6 +12,7 @@ from shardwise.run.choose import choose_device
 from shardwise.run.jobfile import JobFunction, LoadedJob, Reference, find_job
 from shardwise.run.launch import current_rank
 from shardwise.run.options import TrainOptions, make_options, read_plan, resolve_plan
+from shardwise.run.progress import tell
 from shardwise.run.result import Run
 from shardwise.run.train import job_identity, train
 from shardwise.spec.job import Job
@@ -68,7 +68,7 @@ def train_command(command: TrainCommand, *, before: Callable[[Job, Plan], None] 
         if before is not None:
             before(job, plan)
         if is_first and options.progress:
-            print("\n".join(opening_lines(job, plan, device, settings)), file=sys.stderr)  # noqa: T201
+            tell("\n".join(opening_lines(job, plan, device, settings)))
 
     values = {f"set.{name}": value for name, (value, _) in loaded.hyper_parameters.items()}
     run = train(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousGrac
 from shardwise import errors
 from shardwise.run import network
 from shardwise.run.process import StartMethod, default_start_method, set_threads
+from shardwise.run.progress import tell
 from shardwise.run.rendezvous import FixedRendezvous
 from shardwise.run.signals import STOP_SIGNALS, handling
 from shardwise.run.supervise import Crew, RankAgent
@@ -79,7 +79,7 @@ class Nodes:
 
 def print_report(text: str) -> None:
     """Where the launcher's own messages go by default: standard error."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    tell(text)
 
 
 def launch(

@@ -12,6 +12,21 @@ from shardwise.units import format_seconds
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+
+def tell(text: str) -> None:
+    """A line for people, to stderr. Where its reader went away (a closed pipe, a lost terminal), the training goes on."""
+    import os
+    import sys
+
+    try:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+    except OSError:
+        # Whatever is written from now on, also by Python at its end, goes nowhere and fails no more.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+
+
 LINE_SECONDS = 5.0
 """Least time between two plain lines."""
 
@@ -70,9 +85,7 @@ class Lines(Display):
         )
 
     def say(self, message: str) -> None:
-        import sys
-
-        print(message, file=sys.stderr, flush=True)  # noqa: T201
+        tell(message)
 
     def close(self) -> None:
         """Nothing to put back."""

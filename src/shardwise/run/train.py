@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -56,6 +57,11 @@ def train(
     chosen = make_options(options, given)
     device = choose_device(chosen.device)
     rank = current_rank()
+    if rank is not None and chosen.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise UserError(
+            "torchrun may restart the workers (--max-restarts), and they find the run again by its folder alone: "
+            "give one with --out (out=)"
+        )
     plan = resolve_plan(job, chosen, device=device, world=rank.workers if rank is not None else None)
     check_job(job, plan)
     splits = as_splits(job.data)
