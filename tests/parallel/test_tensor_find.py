@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwise.dist.collectives import Group
+from shardwise.dist.mesh import Mesh
 from shardwise.errors import PlanError
+from shardwise.parallel.tensor.apply import apply_split
 from shardwise.parallel.tensor.find import find_split
+from shardwise.parallel.tensor.optimizer import check_optimizer
 from shardwise.parallel.tensor.plan import TensorPlan
 from shardwise.parallel.tensor.ring import Cut
+from shardwise.spec.layout import Layout
 
 
 class Heads(nn.Module):
@@ -226,3 +231,46 @@ def test_pieces_join_to_the_whole(build: Callable[[], Cut]) -> None:
     assert sum(piece.shape[cut.dim] for piece in pieces) == cut.total
     assert all(piece.shape[cut.dim] == cut.outer * cut.share(rank) for rank, piece in enumerate(pieces))
     assert torch.equal(cut.join(pieces), whole)
+
+
+def test_optimizers_that_cannot_step_on_split_parameters_are_refused(ranks: Callable[..., list[Any]]) -> None:
+    assert (
+        ranks(2, stepping)
+        == [
+            {
+                "AdamW": "stepped",
+                "Adagrad": "stepped",
+                "NAdam": "stepped",
+                "Adafactor": "refused",
+                "Rprop": "refused",
+                "foreach": "refused",
+                "fused": "refused",
+            }
+        ]
+        * 2
+    )
+    plain = nn.Linear(3, 3)
+    assert check_optimizer(torch.optim.AdamW(plain.parameters(), foreach=True)) == ()
+
+
+def stepping() -> dict[str, str]:
+    """What becomes of a step with each optimizer, on a model with whole and split parameters."""
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    mesh = Mesh(Layout(tensor=2), Group.world().rank)
+    apply_split(model, found(model, 3, 6), mesh.group("tensor"), mesh.device_mesh("tensor"))
+    model(torch.ones(2, 6)).sum().backward()
+    kinds: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        name: getattr(torch.optim, name) for name in ("AdamW", "Adagrad", "NAdam", "Adafactor", "Rprop")
+    }
+    kinds["foreach"] = lambda p: torch.optim.AdamW(p, foreach=True)
+    kinds["fused"] = lambda p: torch.optim.AdamW(p, fused=True)
+    outcome = {}
+    for name, make in kinds.items():
+        try:
+            optimizer = make(list(model.parameters()))
+            check_optimizer(optimizer)
+            optimizer.step()
+            outcome[name] = "stepped"
+        except PlanError:
+            outcome[name] = "refused"
+    return outcome

@@ -1,0 +1,46 @@
+"""Which optimizers can step on split parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardwise.errors import PlanError
+
+UNABLE = (torch.optim.Adafactor, torch.optim.Rprop, torch.optim.SparseAdam, torch.optim.LBFGS)
+"""Optimizers whose step torch (2.13) cannot do on DTensors, or that need the loss several times."""
+
+
+def check_optimizer(optimizer: Optimizer) -> tuple[str, ...]:
+    """Refuse an optimizer that cannot step on split parameters, before the first step.
+
+    Returns:
+        What will not equal the serial run, one sentence each.
+
+    Raises:
+        PlanError: torch does not do this optimizer's step on DTensors, or not with `foreach=True` or `fused=True` where
+            whole and split parameters are in one group.
+    """
+    split = any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
+    if not split:
+        return ()
+    name = type(optimizer).__name__
+    if isinstance(optimizer, UNABLE):
+        raise PlanError(
+            f"{name} cannot step on parameters that are split by tensor parallelism: use SGD, Adam, AdamW or another optimizer "
+            "that works element by element, or a layout without tensor"
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        together = [option for option in ("foreach", "fused") if group.get(option)]
+        kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
+        if together and len(kinds) == 2:
+            raise PlanError(
+                f"parameter group {index} of {name} has {together[0]}=True and holds whole and split parameters, which torch "
+                f"cannot step together: leave out {together[0]}, or give split and whole parameters in groups of their own"
+            )
+    if isinstance(optimizer, torch.optim.Muon):
+        return (
+            "Muon orthogonalises its updates in bfloat16: with split parameters they agree with a serial run to that",
+        )
+    return ()
