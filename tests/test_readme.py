@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 
 from shardwise.cli.main import main
+from shardwise.dist.group import process_group
 from shardwise.run.launch import launch
 from shardwise.spec.rank import Rank
 
@@ -169,23 +170,20 @@ class _HalfUsed(nn.Module):
         return out
 
 
-def _ddp_rows(_rank: Rank, *, find_unused: bool) -> tuple[str, str]:
+def _ddp_rows(rank: Rank, *, find_unused: bool) -> tuple[str, str]:
     """How DistributedDataParallel takes an unused parameter, and SyncBatchNorm a CPU."""
-    # torchrun's variables, which our workers carry for code such as this, name the rank and the store.
-    torch.distributed.init_process_group("gloo", init_method="env://")
-    model = nn.parallel.DistributedDataParallel(_HalfUsed(), find_unused_parameters=find_unused)
-    failure = ""
-    try:
-        for _ in range(2):
-            model(torch.ones(4, 3)).sum().backward()
-    except RuntimeError as error:
-        failure = str(error)
-    try:
-        nn.SyncBatchNorm(3)(torch.ones(4, 3))
-        norm = ""
-    except ValueError as error:
-        norm = str(error)
-    torch.distributed.destroy_process_group()
+    failure = norm = ""
+    with process_group(rank, "cpu", timeout_seconds=60):
+        model = nn.parallel.DistributedDataParallel(_HalfUsed(), find_unused_parameters=find_unused)
+        try:
+            for _ in range(2):
+                model(torch.ones(4, 3)).sum().backward()
+        except RuntimeError as error:
+            failure = str(error)
+        try:
+            nn.SyncBatchNorm(3)(torch.ones(4, 3))
+        except ValueError as error:
+            norm = str(error)
     return failure, norm
 
 

@@ -8,7 +8,7 @@ used gets that rank's gradient.
 
 torch's DistributedDataParallel does the same job for the common case. It is not used because it averages over ranks
 instead of samples, needs a forward pass on every rank in every step, fails over tensor-parallel parameters and inside
-pipeline stages, and turns unused parameters into zero gradients.
+pipeline stages, and takes a parameter without gradient for an error unless it may walk the graph in every step.
 """
 
 from __future__ import annotations
