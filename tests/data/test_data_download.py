@@ -147,9 +147,9 @@ def test_two_processes_fetch_once(server: Server, tmp_path: Path) -> None:
     ]
     for child in children:
         child.start()
-    ready.wait(60)
+    ready.wait(180)  # each imports torch first, which takes long on a busy machine
     for child in children:
-        child.join(30)
+        child.join(60)
     assert [child.exitcode for child in children] == [0, 0]
     assert server.asked == [("/ok", None)]
 

@@ -23,6 +23,7 @@ from shardwise.data.source import Splits
 from shardwise.data.stream import Stream
 from shardwise.errors import CheckpointError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
 from shardwise.run import checkpoint
+from shardwise.run.folder import write_aside
 from shardwise.spec.events import EvaluationEvent, RestartEvent, RunEvent, SummaryEvent, read_events
 from shardwise.spec.job import Job
 
@@ -347,7 +348,7 @@ def test_disk_that_is_full_fails_the_run_and_leaves_nothing_half(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint that cannot be written is a failed training, not wrong input; the last complete one counts."""
-    write = checkpoint.write_aside
+    write = write_aside
 
     def full(path: Path, data: bytes) -> None:
         if "step-00000020" in str(path):

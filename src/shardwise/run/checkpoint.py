@@ -123,6 +123,7 @@ def save(
         if Group.world().rank == 0:
             with contextlib.suppress(OSError):
                 dcp.remove(aside)
+        Group.world().barrier()  # the first rank to leave with an error ends the others, rank 0 in the middle of removing
         raise
     return place
 

@@ -21,9 +21,9 @@ class Comparison:
     """One tensor (or number) of the candidate against the float64 serial run.
 
     Attributes:
-        kind: `loss`, `gradient` (step 1, unclipped), `applied gradient` (step 1, as the optimizer got it), `last gradient` (last
-            step, unclipped), `gradient norm`, `parameter`, `buffer`, `optimizer state` or `option` (learning rates and the like), the last four after the
-            last step.
+        kind: `loss`, `gradient` (step 1, unclipped), `applied gradient` (step 1, as the optimizer got it), `last gradient`
+            (last step, unclipped), `gradient norm`, `parameter`, `buffer`, `optimizer state` or `option` (learning rates and
+            the like), the last four after the last step.
         name: the user's own name of the tensor; `step 2` for a loss.
         distance: 2-norm of candidate minus float64 reference.
         serial_distance: the largest such distance of the float32 serial runs.
