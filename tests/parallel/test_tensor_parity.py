@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
-from shardwise.jobs.charlm import CharGPT, next_character_loss
+from shardwise.jobs.charlm import CharGPT, bits_per_character, next_character_loss
 from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.parallel.data import GradientSum
 from shardwise.parallel.shard import shard_model
@@ -435,3 +435,48 @@ def test_shard_and_tensor_equal_serial(name: str, ranks: Ranks) -> None:
     for found_gradients, found_state in ranks(4, shard_and_tensor, name, 0.05):
         assert_same(found_gradients, gradients)
         assert_same(found_state, state)
+
+
+def measured(size: int) -> list[Tensor]:
+    """What evaluation does with a model's output: metrics of many kinds, without gradients."""
+    case = CASES["gpt_fused_qkv_tied"]
+    model = build(case)
+    if size > 1:
+        split(case, model, Mesh(Layout(tensor=size), Group.world().rank))
+    model.eval()
+    with torch.no_grad():
+        scores, target = model(*case.inputs()), case.targets()
+        bits, count = bits_per_character(scores, target)
+        top = scores.topk(3, dim=-1).indices
+        return [
+            bits,
+            count,
+            (scores.argmax(-1) == target).double().mean(),
+            (top == target.unsqueeze(-1)).any(-1).double().mean(),
+            scores.softmax(-1).max(),
+            torch.as_tensor(scores[0, 0].tolist()),
+            F.nll_loss(F.log_softmax(scores, -1).flatten(0, 1), target.flatten()),
+        ]
+
+
+def test_metrics_see_whole_outputs(ranks: Ranks) -> None:
+    expected = measured(1)
+    for found in ranks(2, measured, 2):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_an_output_in_pieces_can_be_used_as_any_tensor(ranks: Ranks) -> None:
+    """The seven metrics above depend on it; here the values themselves."""
+    case = CASES["gpt_fused_qkv_tied"]
+    with torch.no_grad():
+        expected = build(case)(*case.inputs())
+    for found in ranks(2, outputs):
+        torch.testing.assert_close(found, expected.numpy().tolist(), rtol=1e-12, atol=1e-12)
+
+
+def outputs() -> Any:
+    case = CASES["gpt_fused_qkv_tied"]
+    model = build(case)
+    split(case, model, Mesh(Layout(tensor=2), Group.world().rank))
+    with torch.no_grad():
+        return model(*case.inputs()).cpu().numpy().tolist()

@@ -207,7 +207,8 @@ class Rehearsal(Watcher):
             return None
         self.shares[name] = Share(dim=cut.dim, outer=cut.outer)
         self._families[family].members.add(name)
-        pieces = self.ring.scatter(tensor, cut)
+        # Views where possible: a rehearsal needs no gradients, only to know which tensors would have one.
+        pieces = [cut.piece(tensor.detach(), rank).requires_grad_(tensor.requires_grad) for rank in self.ring.members]
         part = SplitTensor(pieces, cut, self.ring, family=family, parameter=True)
         self._parts[name] = part
         return part
