@@ -16,6 +16,7 @@ from shardwise.dist.collectives import Group
 from shardwise.parallel import data as parallel_data
 from shardwise.parallel import norm as parallel_norm
 from shardwise.parallel.clip import clip_by_global_norm
+from shardwise.parallel.data import GradientSum
 from shardwise.prove.proof import prove
 from shardwise.run import loop, step
 from shardwise.run.assemble import Assembly
@@ -56,7 +57,9 @@ def _before_sum(change: Callable[[Assembly], None]) -> Callable[[Assembly], None
 
 
 def no_reduction(a: Assembly) -> None:
-    a.composed.gradients._group = Group()
+    gradients = a.composed.gradients
+    assert isinstance(gradients, GradientSum)
+    gradients._group = Group()
 
 
 def _scale(factor: Callable[[Assembly], float], only: str = "") -> Callable[[Assembly], None]:

@@ -18,7 +18,9 @@ from torch.nn.parameter import is_lazy
 
 from shardwise.dist.mesh import Mesh
 from shardwise.errors import PlanError
-from shardwise.parallel.data import GradientSum, sparse_parameters
+from shardwise.parallel.context.split import Checked, ContextSplit
+from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
+from shardwise.parallel.expert import check_experts, forward_meets_others, split_experts
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
 from shardwise.spec.plan import Plan
@@ -26,7 +28,7 @@ from shardwise.spec.plan import Plan
 if TYPE_CHECKING:
     from shardwise.parallel.shard import Sharded
 
-READY_AXES = ("data", "shard")
+READY_AXES = ("data", "shard", "context", "expert")
 """Axes that this version can run; the others are planned for and refused."""
 
 _STOCHASTIC = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
@@ -46,10 +48,11 @@ class Composed:
     """
 
     model: nn.Module
-    gradients: GradientSum
+    gradients: GradientSum | GradientSums
     state: BatchState
     forward_communicates: bool
     remarks: tuple[str, ...]
+    context: ContextSplit | None = None
 
 
 def check_layout(plan: Plan) -> None:
@@ -62,7 +65,7 @@ def check_layout(plan: Plan) -> None:
     for axis, degree in layout.degrees.items():
         if degree > 1 and axis not in READY_AXES:
             raise PlanError(
-                f"plan {layout}: this version splits over data and shard only, not yet over {axis}; "
+                f"plan {layout}: this version splits over {', '.join(READY_AXES)} only, not yet over {axis}; "
                 f"use --plan data={layout.workers} or serial"
             )
     if plan.recompute != "none":
@@ -101,6 +104,11 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
         check_shard(model)
     share = -(-batch_size // replicas)
     splits = plan.micro_batch is not None and plan.micro_batch < share
+    check_experts(model, plan.layout, splits_share=splits)
+    if plan.layout.context > 1 and plan.compile:
+        raise PlanError(
+            f"plan {plan.layout} with compile: compiled code does not ask for whole sequences; leave one of them out"
+        )
     norms = batch_norms(model)
     if norms and splits and batch_norm == "global":
         raise PlanError(
@@ -116,7 +124,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
             )
 
 
-def compose(model: nn.Module, plan: Plan, mesh: Mesh, *, batch_norm: str) -> Composed:
+def compose(model: nn.Module, plan: Plan, mesh: Mesh, *, batch_norm: str, checked: Checked | None = None) -> Composed:
     """Apply the plan to the model, in place and in the order stated above.
 
     Args:
@@ -126,21 +134,38 @@ def compose(model: nn.Module, plan: Plan, mesh: Mesh, *, batch_norm: str) -> Com
         batch_norm: `global` or `local`, as in `Job.batch_norm`.
     """
     state = BatchState()
-    samples = mesh.samples
-    communicates = batch_norm == "global" and samples.size > 1 and globalize_batch_norm(model, samples, state) > 0
+    tokens = mesh.group("data", "shard", "context", "expert")
+    communicates = batch_norm == "global" and tokens.size > 1 and globalize_batch_norm(model, tokens, state) > 0
     broadcast_state(model, mesh.world)
     sparse = sparse_parameters(model)
+    context: ContextSplit | None = None
+    if checked is not None:
+        context = ContextSplit(mesh.group("context"), checked)
+        context.wire(model)
+    experts = split_experts(model, mesh, state)
+    communicates = communicates or context is not None or forward_meets_others(model, plan.layout)
     sharded: Sharded | None = None
     if plan.layout.shard > 1:
         from shardwise.parallel.shard import shard_model
 
-        sharded = shard_model(model, mesh)
+        dealt = {p for name, p in model.named_parameters() if name in experts}
+        sharded = shard_model(model, mesh, ignored=dealt)
         communicates = True
-    gradients = GradientSum(model.named_parameters(), mesh.group("data"), sparse=sparse, sharded=sharded)
+    named = list(model.named_parameters())
+    dense = GradientSum(
+        [(name, p) for name, p in named if name not in experts],
+        mesh.group("data", "context", "expert"),
+        sparse=sparse,
+        sharded=sharded,
+    )
+    gradients: GradientSum | GradientSums = dense
+    if experts:
+        dealt_out = [(name, p) for name, p in named if name in experts]
+        gradients = GradientSums(dense, GradientSum(dealt_out, mesh.group("data", "shard", "context")))
     remarks = _remarks(model, plan, batch_norm)
     if plan.compile:
         model.compile()
-    return Composed(model, gradients, state, communicates, remarks)
+    return Composed(model, gradients, state, communicates, remarks, context)
 
 
 def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:

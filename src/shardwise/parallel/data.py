@@ -179,6 +179,29 @@ class GradientSum:
         ).coalesce()
 
 
+@final
+class GradientSums:
+    """Several sums, of parameters whose replicas are on different ranks."""
+
+    def __init__(self, *sums: GradientSum) -> None:
+        self._sums = sums
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of dense gradients that each rank puts into the sums every step."""
+        return sum(each.bytes_per_step for each in self._sums)
+
+    def expect(self) -> None:
+        """The next backward pass is the last of this step."""
+        for each in self._sums:
+            each.expect()
+
+    def finish(self, *, scale: float | Tensor | None = None) -> None:
+        """As `GradientSum.finish`."""
+        for each in self._sums:
+            each.finish(scale=scale)
+
+
 def sparse_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of `Embedding` and `EmbeddingBag` modules that were built with `sparse=True`."""
     found = set()

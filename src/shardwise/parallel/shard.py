@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -47,9 +48,9 @@ class Sharded:
     parameter that no rank used gets back the missing gradient it would have in a serial run.
     """
 
-    def __init__(self, model: nn.Module, units: list[str], samples: Group) -> None:
+    def __init__(self, model: nn.Module, units: list[str], samples: Group, ignored: set[nn.Parameter]) -> None:
         self.units = units
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad and p not in ignored]
         self._samples = samples
         self._used: set[int] = set()
         for module in model.modules():
@@ -85,7 +86,9 @@ class Sharded:
         group.post_backward = post_backward
 
 
-def shard_model(model: nn.Module, mesh: Mesh, *, no_units: Collection[str] = ()) -> Sharded:
+def shard_model(
+    model: nn.Module, mesh: Mesh, *, no_units: Collection[str] = (), ignored: set[nn.Parameter] | None = None
+) -> Sharded:
     """Split the model's parameters over the mesh's shard axis (and replicate the shards over its data axis), in place.
 
     Gradients come out as sums over the samples' ranks: each rank's loss is already its share of the global mean.
@@ -93,21 +96,38 @@ def shard_model(model: nn.Module, mesh: Mesh, *, no_units: Collection[str] = ())
     Args:
         model: with parameters that are plain or DTensors over the tensor axis.
         mesh: all ranks.
+        ignored: parameters that are split otherwise (experts).
         no_units: names of modules that must not become units, because tensors that only tensor parallelism understands pass
             in or out of them.
     """
-    device_mesh = mesh.device_mesh("data", "shard")
+    device_mesh = _mesh(mesh)
+    ignored = ignored or set()
     names = unit_names(model, no_units)
     modules = dict(model.named_modules())
     for name in names:
-        fully_shard(modules[name], mesh=device_mesh, shard_placement_fn=_other_dim)
+        fully_shard(modules[name], mesh=device_mesh, shard_placement_fn=_other_dim, ignored_params=ignored)
     # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
-    fully_shard(model, mesh=device_mesh, reshard_after_forward=False, shard_placement_fn=_other_dim)
+    fully_shard(
+        model, mesh=device_mesh, reshard_after_forward=False, shard_placement_fn=_other_dim, ignored_params=ignored
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return Sharded(model, [*names, ""], mesh.samples)
+    return Sharded(model, [*names, ""], mesh.group("data", "shard", "context", "expert"), ignored)
+
+
+def _mesh(mesh: Mesh) -> DeviceMesh:
+    """Replicas over data; parts over shard, and over context and expert too, whose ranks need the same sums of gradients."""
+    layout = mesh.layout
+    if layout.context * layout.expert == 1:
+        return mesh.device_mesh("data", "shard")
+    parts = mesh.device_mesh("shard", "context", "expert")
+    flat = parts._flatten("parts")
+    if layout.data == 1:
+        return flat
+    # torch is about to forbid slicing a mesh by a flattened dim, so the two dims are put together anew.
+    return DeviceMesh._concatenate([mesh.device_mesh("data"), flat])
 
 
 def _other_dim(parameter: nn.Parameter) -> Shard | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,10 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from shardwise.data.loader import eval_batches
+from shardwise.data.source import as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import Composed, check_model, compose
+from shardwise.parallel.context.check import Objective, check_context
+from shardwise.parallel.context.split import Checked
 from shardwise.run.clock import PhaseClock
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.spec.job import Job
@@ -56,9 +61,19 @@ class Assembly:
         return self.mesh.samples
 
     @property
+    def shares(self) -> Group:
+        """The ranks whose losses add up to that of a global batch: those with other samples, or other tokens of them."""
+        return self.mesh.group("data", "shard", "context", "expert")
+
+    @property
+    def token_share(self) -> float:
+        """The fraction of a sample's tokens that this rank has."""
+        return 1.0 if self.composed.context is None else self.composed.context.share
+
+    @property
     def counts_loss(self) -> bool:
         """Whether this rank's losses count: of the ranks that compute the same losses, one does."""
-        others = [axis for axis in AXES if axis not in SAMPLE_AXES]
+        others = [axis for axis in AXES if axis not in (*SAMPLE_AXES, "context")]
         return all(self.mesh.coordinate(axis) == 0 for axis in others)
 
     @property
@@ -158,6 +173,19 @@ def check_job(job: Job, plan: Plan) -> None:
         except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
             model = build_model(job, None)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
+    if plan.layout.context > 1:
+        with torch.random.fork_rng(devices=[]):
+            check_sequences(job, plan, build_model(job, torch.device("cpu")))
+
+
+def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
+    """Try out the context axis on the first samples of the training data; None where the plan has none."""
+    if plan.layout.context == 1:
+        return None
+    with closing(eval_batches(as_splits(job.data).train, batch_size=4, stop=1, prefetch=0)) as stream:
+        batch = next(stream)
+    objective = Objective(loss=job.loss, objective=job.objective, weight=job.weight)
+    return check_context(model, plan.layout.context, batch.inputs, batch.targets, objective)
 
 
 def assemble(
@@ -179,7 +207,8 @@ def assemble(
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     mesh = Mesh(plan.layout, world.rank, device.type)
     mesh.share_memory(timeout_seconds)
-    composed = compose(model, plan, mesh, batch_norm=job.batch_norm)
+    checked = check_sequences(job, plan, model)
+    composed = compose(model, plan, mesh, batch_norm=job.batch_norm, checked=checked)
     optimizer = build_optimizer(job, model)
     scheduler = build_scheduler(job, optimizer, total_steps)
     return Assembly(

@@ -12,7 +12,7 @@ from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
 from shardwise.errors import JobError
 from shardwise.run.assemble import Assembly
-from shardwise.run.step import autocast, call_model
+from shardwise.run.step import autocast, call_model, own_tokens
 
 LOSS = "loss"
 """Name under which the mean loss over the split is reported beside the job's metrics."""
@@ -42,27 +42,35 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         ranks=a.samples.size,
         prefetch=0 if a.device.type == "cpu" else 2,
     )
+    once = a.mesh.coordinate("context") == 0  # whole outputs are the same on all ranks of the context axis
     for batch in batches:
         a.composed.state.phantom = batch.phantom
         if batch.count == 0:
             if a.composed.forward_communicates:
-                call_model(a.model, batch.to(a.device).inputs)
+                # As often as the ranks with samples do: each pass holds collectives.
+                inputs = own_tokens(a, batch).to(a.device).inputs
+                for _ in range((a.job.objective is not None) + (a.job.objective is None or bool(a.job.metrics))):
+                    call_model(a.model, inputs)
             continue
         batch = batch.to(a.device)
+        mine = own_tokens(a, batch)
         with autocast(a):
             if a.job.objective is not None:
-                value = a.job.objective(a.model, (batch.inputs, batch.targets))
-                totals[0] += _pair(value, batch.count, LOSS).to(a.device)
-                output = call_model(a.model, batch.inputs) if a.job.metrics else None
+                value = a.job.objective(a.model, (mine.inputs, mine.targets))
+                totals[0] += _pair(value, batch.count * a.token_share, LOSS).to(a.device)
+                output = call_model(a.model, mine.inputs) if a.job.metrics else None
             else:
                 assert a.job.loss is not None
-                output = call_model(a.model, batch.inputs)
+                output = whole_output(a, call_model(a.model, mine.inputs))
                 weight = batch.count if a.job.weight is None else float(a.job.weight(batch.targets))
-                if weight:
+                if weight and once:
                     totals[0] += _pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
-        _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
-        totals[-1, 0] += batch.count
-    a.samples.sum_(totals)
+        if a.job.objective is not None and a.job.metrics:
+            output = whole_output(a, output)
+        if once:
+            _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
+            totals[-1, 0] += batch.count
+    a.shares.sum_(totals)
     for module, training in modes:
         module.training = training
     values = {
@@ -70,6 +78,11 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         for name, row in zip(names, totals.cpu(), strict=False)
     }
     return values, int(totals[-1, 0].item())
+
+
+def whole_output(a: Assembly, output: Any) -> Any:
+    """The output for whole sequences."""
+    return output if a.composed.context is None else a.composed.context.whole(output)
 
 
 def _add_metrics(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -53,7 +53,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
     a, clock, model = assembly, assembly.clock, assembly.model
-    seed_step(a.job.seed, a.step, a.samples.rank, a.device)
+    seed_step(a.job.seed, a.step, a.shares.rank, a.device)
     for parameter in model.parameters():
         parameter.grad = None
     parts = _micro_batches(a, batch)
@@ -105,7 +105,16 @@ def autocast(assembly: Assembly) -> AbstractContextManager[Any]:
 def _micro_batches(a: Assembly, batch: Batch) -> list[Batch]:
     """Pieces to walk through; empty ones only where the forward pass meets other ranks."""
     parts = [batch] if a.plan.micro_batch is None else batch.split(a.plan.micro_batch)
-    return parts if a.composed.forward_communicates else [part for part in parts if not part.phantom]
+    parts = parts if a.composed.forward_communicates else [part for part in parts if not part.phantom]
+    return [own_tokens(a, part) for part in parts]
+
+
+def own_tokens(a: Assembly, batch: Batch) -> Batch:
+    """The batch with this rank's tokens of each sample."""
+    if a.composed.context is None:
+        return batch
+    inputs, targets = a.composed.context.local(batch.inputs, batch.targets)
+    return replace(batch, inputs=inputs, targets=targets)
 
 
 def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
@@ -156,8 +165,9 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
                 counted = True
                 objective, count = _scalar(value[0], "objective sum"), torch.as_tensor(value[1], device=a.device)
             else:
-                objective, count = _scalar(value, "objective"), torch.tensor(part.count, device=a.device)
-                objective = objective * part.count
+                share = part.count * a.token_share
+                objective = _scalar(value, "objective") * share
+                count = torch.tensor(share, dtype=torch.float64, device=a.device)
             if part.phantom:
                 objective, count = objective * 0, count * 0
             loss_sum = loss_sum + _at_least_float32(objective.detach())
@@ -167,8 +177,8 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
     if not parts:
         a.composed.gradients.expect()
     weight: float | Tensor = float(batch.global_count)
-    if counted or a.samples.size > 1:
-        weight = a.samples.sum_(count_sum)
+    if counted or a.shares.size > 1:
+        weight = a.shares.sum_(count_sum)
     if not weight > 0:
         raise JobError(
             f"step {a.step + 1}: the objective's count over the global batch is 0: there is nothing to average over"
@@ -183,11 +193,11 @@ def _weigh(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[list[float], 
     Samples need no message: every rank knows the global count from the order. Anything else is one small sum.
     """
     if a.job.weight is None:
-        return [0.0 if part.phantom else float(part.count) for part in parts], float(batch.global_count)
+        return [0.0 if part.phantom else float(part.count) * a.token_share for part in parts], float(batch.global_count)
     weights = [0.0 if part.phantom else float(a.job.weight(part.targets)) for part in parts]
     total = torch.tensor(sum(weights), dtype=torch.float64, device=a.device)
     a.clock.mark("other")
-    total = a.samples.sum_(total)
+    total = a.shares.sum_(total)
     a.clock.mark("synchronisation")
     if not total.item() > 0:
         raise JobError(
