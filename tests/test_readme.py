@@ -13,10 +13,10 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +25,6 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 
 from shardwise.cli.main import main
-from shardwise.dist.group import process_group
-from shardwise.run.launch import launch
-from shardwise.spec.rank import Rank
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -170,29 +167,28 @@ class _HalfUsed(nn.Module):
         return out
 
 
-def _ddp_rows(rank: Rank, *, find_unused: bool) -> tuple[str, str]:
+def _ddp_rows(find_unused: bool) -> tuple[str, str]:
     """How DistributedDataParallel takes an unused parameter, and SyncBatchNorm a CPU."""
     failure = norm = ""
-    with process_group(rank, "cpu", timeout_seconds=60):
-        model = nn.parallel.DistributedDataParallel(_HalfUsed(), find_unused_parameters=find_unused)
-        try:
-            for _ in range(2):
-                model(torch.ones(4, 3)).sum().backward()
-        except RuntimeError as error:
-            failure = str(error)
-        try:
-            nn.SyncBatchNorm(3)(torch.ones(4, 3))
-        except ValueError as error:
-            norm = str(error)
+    model = nn.parallel.DistributedDataParallel(_HalfUsed(), find_unused_parameters=find_unused)
+    try:
+        for _ in range(2):
+            model(torch.ones(4, 3)).sum().backward()
+    except RuntimeError as error:
+        failure = str(error)
+    try:
+        nn.SyncBatchNorm(3)(torch.ones(4, 3))
+    except ValueError as error:
+        norm = str(error)
     return failure, norm
 
 
-def test_rows_on_ddp() -> None:
+def test_rows_on_ddp(ranks: Callable[..., list[Any]]) -> None:
     """The table "What differs": an unused parameter, SyncBatchNorm on CPU, repeated samples."""
-    failure, norm = launch(partial(_ddp_rows, find_unused=False), workers=2, threads=1)
-    assert "Expected to have finished reduction" in failure
-    assert "on GPU" in norm
-    assert launch(partial(_ddp_rows, find_unused=True), workers=2, threads=1)[0] == ""
+    for failure, norm in ranks(2, _ddp_rows, False):
+        assert "Expected to have finished reduction" in failure
+        assert "on GPU" in norm
+    assert [failure for failure, _ in ranks(2, _ddp_rows, True)] == ["", ""]
     five = [list(DistributedSampler(range(5), 2, rank, shuffle=False)) for rank in range(2)]  # type: ignore[arg-type, var-annotated]
     assert five == [[0, 2, 4], [1, 3, 0]]
 
