@@ -26,7 +26,8 @@ ROOMS: dict[str, set[str]] = {
     "planner": {"spec"},
     "monitor": {"spec"},
     "data": {"spec"},
-    "probe": {"spec", "dist"},
+    # A probe starts its processes as a training does, and counts the operations of the step that a training takes.
+    "probe": {"spec", "dist", "parallel", "data", "run"},
     "dist": {"spec"},
     # Layers that are made to be split; trained serially, they need no room above them.
     "nn": {"spec", "dist"},

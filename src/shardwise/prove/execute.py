@@ -14,10 +14,10 @@ import torch
 
 from shardwise.data.source import Splits
 from shardwise.errors import JobError, PlanError, RunFailed
-from shardwise.prove.child import call_in_child
 from shardwise.prove.compare import Yardstick, norm
 from shardwise.prove.record import RankReport, Record, read_record
 from shardwise.prove.runs import Fault, Task, run_rank
+from shardwise.run.apart import call_in_child
 from shardwise.run.assemble import check_job
 from shardwise.run.launch import launch
 from shardwise.spec.job import Job

@@ -14,7 +14,6 @@ from typing import Any, final
 
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import RunFailed, ShardwiseError, UserError
-from shardwise.prove.child import call_in_child
 from shardwise.prove.compare import MULTIPLE, Yardstick, compare, initial_differences, norm, worst_of_each_kind
 from shardwise.prove.diagnose import diagnose
 from shardwise.prove.evidence import Evidence, listed
@@ -23,6 +22,7 @@ from shardwise.prove.guards import check_guards, sample_faults
 from shardwise.prove.pieces import Pieces, read_pieces, write_pieces
 from shardwise.prove.record import Record
 from shardwise.prove.runs import Fault
+from shardwise.run.apart import call_in_child
 from shardwise.run.choose import choose_device, usable_cores
 from shardwise.run.launch import current_rank, print_report
 from shardwise.run.options import TrainOptions, resolve_plan

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tomli_w
 
 from shardwise.errors import UserError
+from shardwise.spec.measured import COLLECTIVES, Measured
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,7 +17,6 @@ else:
     import tomli as tomllib
 
 Origin = Literal["measured", "nominal"]
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Machine:
         rates: measured bus bandwidths of collectives; where present they replace the estimate from `inter`.
         pending_send_seconds: measured delay, per rank of the group, of a tensor collective that is issued while the
             pipeline waits for a transfer between nodes; None where nobody saw one.
+        measured: what `shardwise probe` found on this machine; None for a machine nobody probed.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Machine:
     inter: Link
     rates: tuple[CollectiveRate, ...] = field(default=())
     pending_send_seconds: Figure | None = None
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.gpus_per_node, int) or self.gpus_per_node < 1:
@@ -148,6 +150,7 @@ class Machine:
                 pending_send_seconds=_figure(record["pending_send_seconds"])
                 if "pending_send_seconds" in record
                 else None,
+                measured=Measured.from_dict(record["measured"]) if "measured" in record else None,
             )
         except KeyError as error:
             raise UserError(

@@ -21,20 +21,32 @@ _STARTING = threading.Lock()
 """One fork at a time: starting a process changes the warning filters and reaps what has ended, for all threads."""
 
 
-def call_in_child(function: Callable[[Rank], T], *, threads: int, device: str) -> T:
+def call_in_child(
+    function: Callable[[Rank], T], *, threads: int, device: str, timeout_seconds: float | None = None
+) -> T:
     """Call `function(SERIAL)` in a new process and return its picklable result.
 
     Call it from a thread that runs no tensor operations and lives until it returns: a forked child builds its own pool of
     compute threads only if the thread it was forked from had none, and it ends with that thread.
 
+    Args:
+        function: what to call.
+        threads: compute threads of the process.
+        device: kind of device it computes on.
+        timeout_seconds: the process is ended when it has not answered in this time; None waits for ever.
+
     Raises:
         UserError: the function raised one.
-        RunFailed: it raised anything else, or the process died; `details` holds its traceback.
+        RunFailed: it raised anything else, the process died, or it took too long; `details` holds its traceback.
     """
     setup = Setup(worker=function, threads=threads, environment={}, launcher_pid=os.getpid(), wants_result=True)
     with _STARTING:
         process, pipe = start(default_start_method(device), setup, SERIAL)
     try:
+        if timeout_seconds is not None and not pipe.poll(timeout_seconds):
+            process.kill()
+            process.join()
+            raise RunFailed(f"the process of a serial run gave no answer within {timeout_seconds:g} s and was ended")
         outcome = pipe.recv()
     except EOFError:
         raise _died(from_exit_code(_exit_code(process), 0)) from None
@@ -47,6 +59,25 @@ def call_in_child(function: Callable[[Rank], T], *, threads: int, device: str) -
         raise RunFailed(f"the serial run was stopped: {outcome.stopped}")
     result: Any = pickle.loads(outcome.result)
     return result  # type: ignore[no-any-return]
+
+
+def in_thread(function: Callable[[], T]) -> T:
+    """Call `function` in a fresh thread and wait: a thread that runs no tensor operation, as `call_in_child` needs it."""
+    results: list[T] = []
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001  # raised again in the calling thread
+            raised.append(error)
+
+    thread = threading.Thread(target=call, name="shardwise apart", daemon=True)
+    thread.start()
+    thread.join()
+    for error in raised:
+        raise error
+    return results[0]
 
 
 def _exit_code(process: BaseProcess) -> int:

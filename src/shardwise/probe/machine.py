@@ -1,0 +1,177 @@
+"""The machine at hand as a `Machine` whose figures were measured."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from shardwise.dist.collectives import Group
+from shardwise.dist.group import process_group
+from shardwise.probe.kernels import call_overheads, kernel_rates
+from shardwise.probe.messages import SIZES, message_times, overlap_slowdown
+from shardwise.probe.place import memory_bytes, this_place
+from shardwise.run.choose import usable_cores
+from shardwise.run.launch import launch
+from shardwise.run.process import set_threads
+from shardwise.spec.machine import Accelerator, Figure, Link, Machine
+from shardwise.spec.measured import KernelRate, Measured, MessageTime
+from shardwise.spec.rank import Rank
+
+MOST_WORKERS = 8
+"""Processes whose messages are timed at most: more take longer than a probe may."""
+
+LEAST_GROUP = 4
+"""Groups are timed up to this size even on fewer cores: people do start more workers than cores."""
+
+_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """What one process measures by itself."""
+
+    kernels: list[KernelRate]
+    call_seconds: float
+    graph_seconds: float
+
+
+@dataclass(frozen=True)
+class _Together:
+    """What a group of processes measures."""
+
+    ready: float
+    kernels: list[KernelRate]
+    messages: list[MessageTime]
+    overlap: float
+    resident: float
+
+
+def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: None) -> Machine:
+    """Measure this machine. Starts processes and ends them; takes 10 to 40 seconds on two cores.
+
+    Args:
+        quick: fewer sizes, for a training that is about to start: a few seconds.
+        tell: receives a sentence before each part.
+
+    Raises:
+        RunFailed: a process died.
+    """
+    cores = usable_cores()
+    tell(f"one process, 1 and {cores} threads: operations by kind and size")
+    silent: Callable[[str], None] = lambda text: None  # noqa: E731
+    alone = launch(lambda rank: _alone(rank, cores, quick), workers=1, threads=1, max_restarts=1, report=silent)
+    kernels = list(alone.kernels)
+    messages: list[MessageTime] = []
+    ready, overlap, resident = [], 1.0, []
+    sizes = sorted({min(cores, MOST_WORKERS)} if quick else {2, LEAST_GROUP, min(cores, MOST_WORKERS)})
+    for workers in (size for size in sizes if size > 1):
+        tell(f"{workers} processes at once: operations and messages")
+        busy = workers <= cores
+        began = time.time()
+        found = launch(
+            lambda rank, busy=busy: _together(rank, quick, busy),  # type: ignore[misc]
+            workers=workers,
+            threads=1,
+            report=silent,
+        )
+        kernels += found.kernels
+        messages += found.messages
+        resident.append(found.resident)
+        if workers <= max(2, cores):
+            ready.append(found.ready - began)
+            overlap = found.overlap
+    measured = Measured(
+        date=date.today().isoformat(),
+        place=this_place(),
+        cores=cores,
+        memory_bytes=memory_bytes(),
+        call_seconds=alone.call_seconds,
+        graph_seconds=alone.graph_seconds,
+        overlap_slowdown=overlap,
+        startup_seconds=ready[0] if ready else 1e-3,
+        worker_bytes=max(resident) if resident else _resident_bytes(),
+        kernels=tuple(kernels),
+        messages=tuple(messages),
+    )
+    return as_machine(measured)
+
+
+def as_machine(measured: Measured) -> Machine:
+    """The figures as a machine of equal devices, one a core, so that everything that reads machines can use them."""
+    source = f"shardwise probe, {measured.date}"
+
+    def figure(value: float) -> Figure:
+        return Figure(value, "measured", source)
+
+    peaks = {}
+    for precision in ("fp32", "bf16"):
+        rates = [
+            item.per_second
+            for item in measured.kernels
+            if item.kind == "matmul" and item.precision == precision and item.threads == 1
+        ]
+        peaks[precision] = figure(max(rates))
+    copies = [(item.size, item.per_second) for item in measured.kernels if item.kind == "copy" and item.threads == 1]
+    attention = measured.rate("attention", 1e7, workers=1, threads=1) or peaks["fp32"].value
+    large = measured.message_seconds("send", 16 * 2**20, ranks=2)
+    small = measured.message_seconds("send", 1024, ranks=2)
+    nobody = Figure(1e9, "nominal", "one core: there is no second worker to talk to")
+    link = Link(
+        bytes_per_second=figure(16 * 2**20 / large) if large else nobody,
+        latency_seconds=figure(small) if small else Figure(1e-4, "nominal", nobody.source),
+    )
+    outside = "one machine: no other node was seen; as inside"
+    return Machine(
+        name="this-machine",
+        accelerator=Accelerator(
+            name=f"core of {measured.place.get('processor', 'a processor')}",
+            memory_bytes=figure(measured.memory_bytes / measured.cores),
+            memory_bytes_per_second=figure(max(copies)[1]),
+            peak_flops=peaks,
+            matmul_fraction={name: figure(1.0) for name in peaks},
+            attention_fraction=figure(min(1.0, attention / peaks["fp32"].value)),
+            multiprocessors=Figure(1, "nominal", "one thread"),
+        ),
+        gpus_per_node=measured.cores,
+        intra=link,
+        inter=Link(
+            bytes_per_second=Figure(link.bytes_per_second.value, "nominal", outside),
+            latency_seconds=Figure(link.latency_seconds.value, "nominal", outside),
+        ),
+        measured=measured,
+    )
+
+
+def _alone(rank: Rank, cores: int, quick: bool) -> _Alone:
+    sizes = 2 if quick else 3
+    call, graph = call_overheads()
+    kernels = kernel_rates(1, 1, lambda: None, sizes)
+    if cores > 1:
+        set_threads(cores)
+        kernels += kernel_rates(1, cores, lambda: None, sizes)
+    return _Alone(kernels, call, graph)
+
+
+def _together(rank: Rank, quick: bool, busy: bool) -> _Together:
+    torch.set_num_threads(1)
+    with process_group(rank, "cpu", _TIMEOUT_SECONDS):
+        world = Group.world().with_shared_memory(_TIMEOUT_SECONDS)
+        world.sum_(torch.ones(1))
+        ready, resident = time.time(), _resident_bytes()
+        kernels = kernel_rates(world.size, 1, world.barrier, 2 if quick else 3) if busy else []
+        messages = message_times(world, SIZES[1:3] if quick else SIZES)
+        return _Together(ready, kernels, messages, overlap_slowdown(world) if busy else 1.0, resident)
+
+
+def _resident_bytes() -> float:
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return float(pages * resource.getpagesize())
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

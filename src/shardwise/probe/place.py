@@ -1,0 +1,99 @@
+"""What this machine is, as far as it can be read and not measured; where figures of machines are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from shardwise.run.choose import accelerators, usable_cores
+from shardwise.spec.machine import Machine
+from shardwise.spec.measured import Measured
+
+FRESH_DAYS = 90
+"""Older figures are still used, with a word about their age: kernels and drivers change more often than machines."""
+
+
+def this_place() -> dict[str, str]:
+    """What figures depend on: processor, cores, memory, system, torch, accelerators."""
+    device = torch.accelerator.current_accelerator() if accelerators() else None
+    name = "none"
+    if device is not None:
+        name = f"{accelerators()} x {device_name(device.type)}"
+    return {
+        "processor": _processor(),
+        "cores": str(usable_cores()),
+        "memory": f"{round(memory_bytes() / 2**30)} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "accelerators": name,
+    }
+
+
+def device_name(kind: str) -> str:
+    """What the driver calls the device, such as `NVIDIA H100 80GB HBM3`."""
+    module = torch.get_device_module(kind)
+    return str(module.get_device_name(0))
+
+
+def memory_bytes() -> float:
+    """Memory of the machine, or of the container's limit where that is less."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        return total if limit == "max" else min(total, float(limit))
+    except (OSError, ValueError):
+        return total
+
+
+def cache_folder() -> Path:
+    """Where figures of machines and models are kept between runs: `$XDG_CACHE_HOME/shardwise` or `~/.cache/shardwise`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "shardwise"
+
+
+def cached_path(place: Mapping[str, str]) -> Path:
+    """The machine file of a place: another machine with the same home folder has another one."""
+    text = "/".join(f"{name}={value}" for name, value in sorted(place.items()))
+    return cache_folder() / f"machine-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}.toml"
+
+
+def warnings_about(measured: Measured, place: Mapping[str, str], today: date | None = None) -> list[str]:
+    """Why figures may not hold here: taken elsewhere, on other software, or long ago. One sentence each."""
+    found = measured.differs_from(place)
+    try:
+        age = ((today or date.today()) - date.fromisoformat(measured.date)).days
+    except ValueError:
+        return [*found, f"its date {measured.date!r} is no date"]
+    if age > FRESH_DAYS:
+        found.append(f"it was measured {age} days ago")
+    if age < 0:
+        found.append(f"it was measured on {measured.date}, which is yet to come")
+    return found
+
+
+def cached_machine() -> Machine | None:
+    """The figures kept for this machine, None where there are none that hold."""
+    place = this_place()
+    path = cached_path(place)
+    if not path.is_file():
+        return None
+    machine = Machine.read(path)
+    if machine.measured is None or machine.measured.differs_from(place):
+        return None
+    return machine
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

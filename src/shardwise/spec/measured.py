@@ -1,0 +1,178 @@
+"""What `shardwise probe` measured on a machine: rates of computation, times of messages, and where all that was."""
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
+
+from shardwise.errors import UserError
+
+Way = Literal["shared memory", "gloo", "device"]
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+PLACEMENTS = ("all", "consecutive", "strided")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRate:
+    """Rate of one kind of operation at one size, of each process while all of them work at once.
+
+    Attributes:
+        kind: `matmul`, `convolution`, `copy`, or the name of an operation of torch.
+        precision: of its operands.
+        size: FLOPs of one call for products and convolutions, bytes read and written for anything else.
+        workers: processes that did the same at the same time.
+        threads: compute threads of each.
+        per_second: FLOP/s or bytes/s of one process.
+    """
+
+    kind: str
+    precision: str
+    size: float
+    workers: int
+    threads: int
+    per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageTime:
+    """Seconds of one collective.
+
+    Attributes:
+        collective: one of `COLLECTIVES`.
+        way: through shared memory of one machine, gloo's sockets, or the device's own library.
+        ranks: members of the group.
+        placement: `all` is one group of all processes; `consecutive` and `strided` are several groups at the same time,
+            of neighbours or of every n-th rank.
+        message_bytes: what one rank puts in (the whole result for all_gather).
+    """
+
+    collective: str
+    way: Way
+    ranks: int
+    placement: str
+    message_bytes: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if self.collective not in COLLECTIVES or self.placement not in PLACEMENTS:
+            raise UserError(
+                f"measured {self.collective!r} with placement {self.placement!r}: collectives are {', '.join(COLLECTIVES)}, "
+                f"placements {', '.join(PLACEMENTS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """All figures of one probe; each was measured on `date`.
+
+    Attributes:
+        date: day of the measurement, ISO 8601.
+        place: what identifies machine and software; figures hold only where these are the same.
+        cores: cores this process may use.
+        memory_bytes: memory of the machine, or of the container's limit.
+        kernels, messages: see there.
+        call_seconds: shortest forward call of an operation from Python.
+        graph_seconds: what one operation costs more when its gradient is computed: graph, engine, accumulation.
+        overlap_slowdown: how much longer a matrix product takes while a message is under way.
+        startup_seconds: from starting two workers to their first finished collective.
+        worker_bytes: resident memory of one worker that has done nothing yet.
+    """
+
+    date: str
+    place: Mapping[str, str]
+    cores: int
+    memory_bytes: float
+    call_seconds: float
+    graph_seconds: float
+    overlap_slowdown: float
+    startup_seconds: float
+    worker_bytes: float
+    kernels: tuple[KernelRate, ...] = field(default=())
+    messages: tuple[MessageTime, ...] = field(default=())
+
+    def rate(self, kind: str, size: float, *, workers: int, threads: int, precision: str = "fp32") -> float | None:
+        """FLOP/s or bytes/s of one of `workers` processes; between sizes on a straight line in logarithms.
+
+        The measured number of processes that is nearest to `workers` counts; None where the kind was not measured.
+        """
+        table = self._kernels.get((kind, precision))
+        if not table:
+            return None
+        key = min(table, key=lambda one: (one[1] != threads, abs(one[0] - workers), one[0] * one[1]))
+        return _between(table[key], size)
+
+    def message_seconds(
+        self, collective: str, size_bytes: float, *, ranks: int, way: Way | None = None, placement: str = "all"
+    ) -> float | None:
+        """Seconds of one collective; None where it was not measured. Between sizes on a straight line."""
+        tables = [
+            (abs(key[2] - ranks), key[3] != placement, points[-1][1], key)
+            for key, points in self._messages.items()
+            if key[0] == collective and (way is None or key[1] == way)
+        ]
+        if not tables:
+            return None
+        _, _, _, key = min(tables)
+        points = self._messages[key]
+        sizes = [size for size, _ in points]
+        right = min(max(bisect.bisect_left(sizes, size_bytes), 1), len(points) - 1)
+        if len(points) == 1 or size_bytes <= sizes[0]:
+            return points[0][1]
+        (low, low_seconds), (high, high_seconds) = points[right - 1], points[right]
+        slope = max(0.0, (high_seconds - low_seconds) / (high - low))
+        return low_seconds + slope * (size_bytes - low)
+
+    def differs_from(self, place: Mapping[str, str]) -> list[str]:
+        """What is not as it was where this was measured, one sentence each; empty where the figures hold."""
+        names = sorted({*self.place, *place})
+        return [
+            f"{name} was {self.place.get(name, 'unknown')} and is {place.get(name, 'unknown')}"
+            for name in names
+            if self.place.get(name) != place.get(name)
+        ]
+
+    @cached_property
+    def _kernels(self) -> dict[tuple[str, str], dict[tuple[int, int], list[tuple[float, float]]]]:
+        found: dict[tuple[str, str], dict[tuple[int, int], list[tuple[float, float]]]] = {}
+        for item in sorted(self.kernels, key=lambda one: one.size):
+            table = found.setdefault((item.kind, item.precision), {})
+            table.setdefault((item.workers, item.threads), []).append((item.size, item.per_second))
+        return found
+
+    @cached_property
+    def _messages(self) -> dict[tuple[str, str, int, str], list[tuple[float, float]]]:
+        found: dict[tuple[str, str, int, str], list[tuple[float, float]]] = {}
+        for item in sorted(self.messages, key=lambda one: one.message_bytes):
+            key = (item.collective, item.way, item.ranks, item.placement)
+            found.setdefault(key, []).append((item.message_bytes, item.seconds))
+        return found
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Measured":
+        """Build from plain data.
+
+        Raises:
+            TypeError: a part is missing or unknown.
+        """
+        values = dict(record)
+        values["kernels"] = tuple(KernelRate(**item) for item in values.get("kernels", ()))
+        values["messages"] = tuple(MessageTime(**item) for item in values.get("messages", ()))
+        unknown = set(values) - {item.name for item in fields(cls)}
+        if unknown:
+            raise TypeError(f"measured: {sorted(unknown)[0]!r} is unknown")
+        return cls(**values)
+
+
+def _between(points: list[tuple[float, float]], size: float) -> float:
+    """The value at `size`, on a straight line in logarithms between its neighbours, level outside of them."""
+    sizes = [point[0] for point in points]
+    if size <= sizes[0]:
+        return points[0][1]
+    if size >= sizes[-1]:
+        return points[-1][1]
+    right = bisect.bisect_left(sizes, size)
+    (low, low_rate), (high, high_rate) = points[right - 1], points[right]
+    part = (math.log(size) - math.log(low)) / (math.log(high) - math.log(low))
+    return float(low_rate * (high_rate / low_rate) ** part)
