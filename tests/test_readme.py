@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DistributedSampler
 
@@ -65,12 +66,19 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             name = re.findall(r"`(\w+\.py)`:\s*$", block.before)[0]
             (folder / name).write_text(block.text, encoding="utf-8")
     _write_cifar10(folder / "data" / "cifar10" / "cifar-10-batches-py")
+    _write_photos(folder / "photos")
     before, path = Path.cwd(), list(sys.path)
     os.chdir(folder)
     yield folder
     os.chdir(before)
     sys.path[:] = path
     sys.modules.pop("my_job", None)
+
+
+def _write_photos(folder: Path) -> None:
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir(parents=True)
+        Image.fromarray(np.full((40, 50, 3), len(name), np.uint8)).save(folder / "train" / name / "1.png")
 
 
 def _write_cifar10(folder: Path) -> None:

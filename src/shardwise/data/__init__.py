@@ -10,6 +10,7 @@ _WHERE = {
     "readers.cifar": ("cifar10", "cifar100"),
     "readers.mnist": ("mnist",),
     "readers.images": ("image_folder",),
+    "readers.packed": ("packed",),
     "readers.plain": ("arrays", "npy"),
     "readers.tables": ("csv", "parquet"),
     "readers.text": ("text",),

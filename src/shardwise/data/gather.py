@@ -16,6 +16,7 @@ from torch import Tensor
 from shardwise.data.batch import Batch, tree_leaves, tree_map
 from shardwise.data.randomness import BatchRandom
 from shardwise.data.reading import Reading, Request, Source, requests
+from shardwise.data.rows import Rows
 from shardwise.data.transforms import Transform, as_transform
 from shardwise.errors import JobError
 
@@ -70,15 +71,15 @@ class Arrays(Source):
     def _group_size(self, reading: Reading) -> int:
         """How many steps are gathered in one go, so that small batches do not pay a dozen calls each."""
         leaves = tree_leaves(self.inputs) + tree_leaves(self.targets)
-        row_bytes: int = sum(leaf.element_size() * max(1, leaf[0].numel()) for leaf in leaves)
+        row_bytes = sum(_row_bytes(leaf) for leaf in leaves)
         share = max(1, reading.bounds(reading.batch_size)[2])
         return max(1, min(GROUP_STEPS, GROUP_BYTES // max(1, row_bytes * share)))
 
     def _gather(self, group: list[Request], reading: Reading) -> Iterator[Batch]:
         rows = group[0].rows if len(group) == 1 else np.concatenate([request.rows for request in group])
         index = torch.from_numpy(rows)
-        inputs = tree_map(lambda leaf: leaf.index_select(0, index), self.inputs)
-        targets = None if self.targets is None else tree_map(lambda leaf: leaf.index_select(0, index), self.targets)
+        inputs = tree_map(lambda leaf: _gathered(leaf, index), self.inputs)
+        targets = None if self.targets is None else tree_map(lambda leaf: _gathered(leaf, index), self.targets)
         if self._transform is not None:
             random = BatchRandom(reading.seed, reading.epoch, rows) if reading.training else None
             inputs, targets = self._transform(inputs, targets, random)
@@ -91,6 +92,14 @@ class Arrays(Source):
             part = slice(start, start + len(request.rows))
             start = part.stop
             yield request.batch(_rows(inputs, part), None if targets is None else _rows(targets, part))
+
+
+def _gathered(leaf: Tensor | Rows, index: Tensor) -> Tensor:
+    return leaf.gather(index) if isinstance(leaf, Rows) else leaf.index_select(0, index)
+
+
+def _row_bytes(leaf: Tensor | Rows) -> int:
+    return leaf.row_bytes if isinstance(leaf, Rows) else leaf.element_size() * max(1, leaf[0].numel())
 
 
 def _rows(tree: Any, part: slice) -> Any:
@@ -115,8 +124,10 @@ def _check_rows(inputs: Any, targets: Any, count: int) -> None:
             )
 
 
-def _as_tensor(leaf: Any) -> Tensor:
+def _as_tensor(leaf: Any) -> Tensor | Rows:
     """The same memory as a tensor, where the byte order and alignment allow it."""
+    if isinstance(leaf, Rows):
+        return leaf
     if isinstance(leaf, Tensor):
         tensor = leaf.detach()
     elif isinstance(leaf, np.ndarray):

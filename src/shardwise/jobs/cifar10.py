@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from shardwise.data.readers.cifar import cifar10 as cifar10_images
+from shardwise.data.readers.packed import is_packed, packed
 from shardwise.data.transforms import Compose, Flip, Normalize, RandomCrop
 from shardwise.metrics import accuracy
 from shardwise.spec.job import Job
@@ -30,7 +31,8 @@ def cifar10(
     """Classify the photographs.
 
     Args:
-        data: the folder that holds cifar-10-batches-py, or that folder itself.
+        data: the folder that holds cifar-10-batches-py, or that folder itself; or the images as `shardwise data pack
+            DIR OUT --size 32` wrote them.
         download: fetch the images (170 MB) into `data` when they are not there.
         schedule: `cosine` lowers the learning rate to zero over the run, `constant` keeps it.
         augment: mirror and shift the training images at random; pays in long runs of larger models.
@@ -40,7 +42,9 @@ def cifar10(
     return Job(
         name="cifar10",
         model=LeNet,
-        data=cifar10_images(data, download=download, transform=transform),
+        data=packed(data, transform)
+        if is_packed(data)
+        else cifar10_images(data, download=download, transform=transform),
         loss=nn.functional.cross_entropy,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=momentum),
         schedule=(lambda optimizer, steps: CosineAnnealingLR(optimizer, steps or 1)) if schedule == "cosine" else None,

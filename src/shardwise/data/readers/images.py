@@ -7,17 +7,18 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from shardwise.data.gather import Arrays
+from shardwise.data.readers.decode import SUFFIXES, load_pillow, square_image
 from shardwise.data.readers.files import missing
 from shardwise.data.samples import Samples
 from shardwise.data.source import Source, Splits
 from shardwise.data.transforms import Normalize, Transform
 from shardwise.errors import DataError, JobError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 TEST_NAMES = ("val", "test", "validation")
 # channel means and deviations over the ImageNet training images, as torchvision documents them for its weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -76,20 +77,11 @@ def _layout(root: Path) -> str:
     return f"Expected {root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE, or {root}/CLASS/IMAGE without a test split."
 
 
-def load_pillow() -> Any:
-    """The `PIL.Image` module."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError('reading images needs Pillow: pip install "shardwise[images]"') from error
-    return Image
-
-
 @final
 class _Images(Dataset[tuple[Tensor, int]]):
     def __init__(self, folder: Path, classes: tuple[str, ...], size: int, layout: str) -> None:
         self._size = size
-        self._image = load_pillow()
+        load_pillow()  # told here where it is missing, and not from inside a worker
         number = {name: place for place, name in enumerate(classes)}
         unknown = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in number)
         if unknown:
@@ -122,18 +114,5 @@ class _Images(Dataset[tuple[Tensor, int]]):
                 pass
         return images, np.array([label for _, label in self._files], np.int64)
 
-    def _decode(self, path: Path) -> Any:
-        """uint8 (3, size, size)."""
-        try:
-            with self._image.open(path) as opened:
-                image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, self._image.DecompressionBombError) as error:
-            raise DataError(f"{path} is no readable image ({error}); replace or delete it") from error
-        width, height = image.size
-        scale = self._size / min(width, height)
-        if scale != 1:
-            width, height = max(self._size, round(width * scale)), max(self._size, round(height * scale))
-            image = image.resize((width, height), self._image.Resampling.BILINEAR)
-        left, top = (width - self._size) // 2, (height - self._size) // 2
-        image = image.crop((left, top, left + self._size, top + self._size))
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    def _decode(self, path: Path) -> NDArray[np.uint8]:
+        return square_image(path, self._size, str(path))
