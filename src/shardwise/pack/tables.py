@@ -85,9 +85,11 @@ def prepare_table(source: str, options: PackOptions, run: Run) -> Prepared:
     )
     if not parquet and not options.names:
         for url, _ in (file for listed in files.values() for file in listed):
-            if _header(url, options.delimiter) != reader.names:
+            columns = _header(url, options.delimiter)
+            if columns != reader.names:
                 raise DataError(
-                    f"{url} has the columns {list(_header(url, options.delimiter))}, the others {list(reader.names)}; if these are values, give --names"
+                    f"{url} has the columns {list(columns)}, the others {list(reader.names)}; if these are values, the files "
+                    "have no header line: give --names"
                 )
     summary, reader = _survey(pieces["train"], reader, form, run)
     parts = tuple(part for split, cuts in pieces.items() for part in numbered(split, [(piece,) for piece in cuts]))
