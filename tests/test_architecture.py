@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "monitor": {"spec"},
     "data": {"spec"},
     # A probe starts its processes as a training does, and counts the operations of the step that a training takes.
-    "probe": {"spec", "dist", "parallel", "data", "run"},
+    "probe": {"spec", "dist", "nn", "parallel", "data", "run"},
     "dist": {"spec"},
     # Layers that are made to be split; trained serially, they need no room above them.
     "nn": {"spec", "dist"},

@@ -115,6 +115,8 @@ def build_model(job: Job, device: torch.device | None) -> nn.Module:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise JobError(f"{name} of the model is on the meta device and has no values: build it on the CPU")
+    if all(tensor.device == device for tensor in (*model.parameters(), *model.buffers())):
+        return model  # tensors without memory, on which a step can be counted, do not allow `to`
     return model.to(device)
 
 

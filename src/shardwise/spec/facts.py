@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any, ClassVar
 
 from shardwise.errors import UserError
@@ -223,6 +224,16 @@ class ModelFacts:
     def forward_flops(self) -> float:
         """FLOPs of the forward pass of one sample."""
         return sum(block.forward_flops * block.repeats for block in self.blocks)
+
+    @property
+    def repeated(self) -> tuple[tuple[str, ...], ...]:
+        """Names of equal blocks in a row: same parameters, FLOPs, kept bytes and operations."""
+
+        def alike(block: BlockFacts) -> tuple[object, ...]:
+            return block.parameters, round(block.forward_flops), round(block.saved_bytes), block.kernels
+
+        groups = [tuple(block.name for block in group) for _, group in groupby(self.blocks, key=alike)]
+        return tuple(group for group in groups if len(group) > 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` reads it back."""

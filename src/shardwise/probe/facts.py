@@ -1,0 +1,265 @@
+"""A job as the planner sees it, counted in a step: a real one of few samples, or one on fake tensors that hold no memory."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.data.batch import Batch, tree_map
+from shardwise.data.loader import batches, eval_batches
+from shardwise.data.source import Splits
+from shardwise.dist.collectives import Group
+from shardwise.errors import PlanError, ShardwiseError
+from shardwise.nn.experts import modules_with_experts
+from shardwise.parallel.compose import READY_AXES
+from shardwise.parallel.norm import batch_norms
+from shardwise.probe.blocks import block_names, model_facts, operations_of, owners, parameter_bytes
+from shardwise.probe.count import Counted, counting
+from shardwise.probe.operations import size_bytes, tensors_in
+from shardwise.probe.place import this_place
+from shardwise.run.apart import call_in_child, in_thread
+from shardwise.run.assemble import Assembly, assemble
+from shardwise.run.loop import total_steps
+from shardwise.run.step import call_model, take_step
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+from shardwise.spec.rank import Rank
+from shardwise.spec.work import JobFacts, StepSeen
+
+ENOUGH_SECONDS = 0.1
+"""Time spent on timing steps of one size, after one to warm up."""
+
+SLOW_SECONDS = 1.5
+"""A step that takes longer is not repeated, and larger ones are not tried."""
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How to count.
+
+    Attributes:
+        fake: on tensors without memory; nothing is timed then.
+        tensor: also ask what tensor parallelism can split.
+    """
+
+    fake: bool = False
+    tensor: bool = False
+
+
+def facts_apart(job: Job, splits: Splits, *, fake: bool = False, timeout_seconds: float | None = None) -> JobFacts:
+    """Count `job` in a process of its own, which ends with all that it allocated. The calling process runs no operation.
+
+    Args:
+        job: what to train.
+        splits: its data, read already.
+        fake: count on fake tensors, and in a real step only where these do not work.
+        timeout_seconds: longest time for a real step; None waits for it.
+
+    Raises:
+        ShardwiseError: the job itself fails, or its process died or took too long.
+    """
+    how = Counting(fake=fake, tensor="tensor" in READY_AXES)
+
+    def apart(how: Counting) -> JobFacts:
+        work = functools.partial(_count, job=job, splits=splits, how=how)
+        return in_thread(lambda: call_in_child(work, threads=1, device="cpu", timeout_seconds=timeout_seconds))
+
+    if not fake:
+        return apart(how)
+    try:
+        return apart(how)
+    except ShardwiseError as error:
+        first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        real = apart(replace(how, fake=False))
+        note = f"counted in a real step, because fake tensors did not work: {first}"
+        return replace(real, model=replace(real.model, notes=(*real.model.notes, note)))
+
+
+def _count(rank: Rank, *, job: Job, splits: Splits, how: Counting) -> JobFacts:
+    if how.fake:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        batch = _first(splits, job.batch_size)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assembly = assemble(job, _serial(job), Group(), _CPU, total_steps=None)
+            fakes = [_on(part, mode.from_tensor) for part in _sizes(batch)]
+            return _facts(assembly, splits, fakes, how)
+    assembly = assemble(job, _serial(job), Group(), _CPU, total_steps=None)
+    batch = _first(splits, max(1, min(job.batch_size, -(-job.batch_size // 4))))
+    took = _seconds(assembly, batch)
+    sizes = [batch]
+    if took * 4 < SLOW_SECONDS and job.batch_size > batch.count:
+        sizes.append(_first(splits, job.batch_size))
+    elif batch.count > 1:
+        sizes.insert(0, _cut(batch, -(-batch.count // 2)))
+    return _facts(assembly, splits, sizes, how)
+
+
+def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting) -> JobFacts:
+    job, model = assembly.job, assembly.model
+    if how.fake:
+        take_step(assembly, sizes[-1])  # the optimizer makes its states in the first step
+    counts = [_counted(assembly, batch) for batch in (sizes[0], sizes[-1])]
+    low, high = counts
+    seen: list[StepSeen] = []
+    base, notes = 0.0, []
+    states = sum(size_bytes(tensor) for tensor in tensors_in(list(assembly.optimizer.state.values())))
+    if not how.fake:
+        seen = [StepSeen(samples=b.count, seconds=_seconds(assembly, b), threads=1) for b in dict.fromkeys(sizes)]
+        base = max(0.0, _peak_resident() - parameter_bytes(model) - states - high.peak_bytes)
+    names = block_names(model, high.calls)
+    operations, alike = operations_of(low, high, lambda calls: owners(names, calls))
+    if not alike:
+        notes.append("steps of two sizes called different operations: the larger one counts, in proportion to its size")
+    split, reason = _tensor_names(job, splits) if how.tensor else (frozenset[str](), None)
+    if reason is not None:
+        notes.append(reason)
+    slope = max(0.0, (high.peak_bytes - low.peak_bytes) / max(1, high.samples - low.samples))
+    fixed = max(0.0, high.peak_bytes - slope * high.samples)
+    return JobFacts(
+        model=model_facts(
+            model,
+            job.name,
+            names,
+            low,
+            high,
+            operations,
+            split,
+            tuple(notes),
+            origin="counted on fake tensors" if how.fake else "counted in a real step",
+        ),
+        operations=tuple(operations),
+        batch_size=job.batch_size,
+        steps=total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps),
+        peak_fixed_bytes=fixed,
+        peak_sample_bytes=slope,
+        optimizer_bytes=float(states),
+        gradient_bytes=float(sum(size_bytes(p) for p in model.parameters() if p.requires_grad)),
+        parameter_bytes=parameter_bytes(model),
+        expert_bytes=_expert_bytes(model),
+        message_parts=sum(1 for p in model.parameters() if p.requires_grad),
+        norm_layers=len(batch_norms(model)) if job.batch_norm == "global" else 0,
+        attention_bytes=high.attention_bytes / high.samples,
+        data_seconds=0.0 if how.fake else _data_seconds(splits, job),
+        base_bytes=base,
+        seen=tuple(seen),
+        place={} if how.fake else this_place(),
+        clip=job.clip_norm is not None,
+    )
+
+
+def _serial(job: Job) -> Plan:
+    """One worker that walks through its whole batch at once: compilation would hide the operations."""
+    return Plan(precision=job.precision, threads=1)
+
+
+def _counted(assembly: Assembly, batch: Batch) -> Counted:
+    with counting(assembly.model, batch.count) as mode:
+
+        def update_begins() -> None:
+            mode.updating = True
+
+        take_step(assembly, batch, on_gradients=update_begins)
+    return mode.counted
+
+
+def _seconds(assembly: Assembly, batch: Batch) -> float:
+    """Seconds of one step: the fastest of a few after the first."""
+    began = time.perf_counter()
+    take_step(assembly, batch)
+    took = time.perf_counter() - began
+    if took > SLOW_SECONDS:
+        return took
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 2 or (time.perf_counter() - began < ENOUGH_SECONDS and len(times) < 10):
+        start = time.perf_counter()
+        take_step(assembly, batch)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _first(splits: Splits, size: int) -> Batch:
+    """The first `size` training samples, fewer where there are no more."""
+    with closing(eval_batches(splits.train, batch_size=size, stop=1, prefetch=0)) as stream:
+        return next(stream)
+
+
+def _sizes(batch: Batch) -> list[Batch]:
+    return [_cut(batch, -(-batch.count // 2)), batch] if batch.count > 1 else [batch]
+
+
+def _cut(batch: Batch, size: int) -> Batch:
+    part = batch.split(size)[0]
+    return replace(part, global_count=part.count)
+
+
+def _on(batch: Batch, convert: Any) -> Batch:
+    return replace(
+        batch,
+        inputs=tree_map(convert, batch.inputs),
+        targets=None if batch.targets is None else tree_map(convert, batch.targets),
+    )
+
+
+def _data_seconds(splits: Splits, job: Job) -> float:
+    """Seconds of reading one sample in the training's own way, without reading ahead."""
+    times: list[float] = []
+    stream = batches(
+        splits.train, batch_size=job.batch_size, seed=job.seed, epoch=0, shuffle=job.shuffle, stop=4, prefetch=0
+    )
+    with closing(stream):
+        began = time.perf_counter()
+        for batch in _until_slow(stream):
+            times.append((time.perf_counter() - began) / max(1, batch.count))
+            began = time.perf_counter()
+    return min(times) if times else 0.0
+
+
+def _until_slow(stream: Iterator[Batch]) -> Iterator[Batch]:
+    began = time.perf_counter()
+    return itertools.takewhile(lambda batch: time.perf_counter() - began < SLOW_SECONDS, stream)
+
+
+def _expert_bytes(model: nn.Module) -> float:
+    found = {
+        id(parameter): size_bytes(parameter)
+        for _, module, declared in modules_with_experts(model)
+        for parameter in (module.get_parameter(name) for name in declared.names)
+    }
+    return float(sum(found.values()))
+
+
+def _tensor_names(job: Job, splits: Splits) -> tuple[frozenset[str], str | None]:
+    """Parameters that tensor parallelism can split, or why there are none."""
+    from shardwise.parallel.tensor.find import find_split
+    from shardwise.run.assemble import build_model
+
+    batch = _first(splits, 2)
+
+    def program(model: nn.Module) -> Any:
+        if job.objective is not None:
+            return job.objective(model, (batch.inputs, batch.targets))
+        assert job.loss is not None
+        return job.loss(call_model(model, batch.inputs), batch.targets)
+
+    try:
+        return frozenset(find_split(build_model(job, _CPU), program, 2).shares), None
+    except PlanError as error:
+        return frozenset(), str(error)
+
+
+def _peak_resident() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
