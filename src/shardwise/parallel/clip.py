@@ -7,7 +7,7 @@ over no others, so that nothing is counted twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], clip_norm: float, *, apart: Sequence[Group] = ()) -> Tensor:
+def clip_by_global_norm(
+    parameters: Iterable[nn.Parameter],
+    clip_norm: float,
+    *,
+    apart: Sequence[Group] = (),
+    counted: Callable[[nn.Parameter], bool] = lambda _: True,
+) -> Tensor:
     """Scale all gradients so that their joint 2-norm is at most `clip_norm`; sparse gradients count as well.
 
     A plain gradient is the complete one (as data parallelism leaves it); of a DTensor's, each rank has its piece.
@@ -31,8 +37,9 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], clip_norm: float, *,
     Args:
         parameters: those of this rank, in the same order on all ranks.
         clip_norm: the bound.
-        apart: groups whose ranks hold different parameters (pipeline stages), over which the squares are summed too; a
-            parameter that several of them hold must be given by one of them only.
+        apart: groups whose ranks hold different parameters (pipeline stages), over which the squares are summed too.
+        counted: whether a parameter counts in the norm: one that several ranks of `apart` hold must count on one of them
+            only. Its gradient is scaled everywhere.
 
     Returns:
         The norm before clipping, a scalar tensor, the same on all ranks.
@@ -40,10 +47,12 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], clip_norm: float, *,
     Raises:
         PlanError: a gradient still holds summands that were not added up.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = _norm(gradients)
+    every = list(parameters)
+    gradients = [parameter.grad for parameter in every if parameter.grad is not None]
+    norm = _norm([parameter.grad for parameter in every if parameter.grad is not None and counted(parameter)])
     if any(group.size > 1 for group in apart):
-        square = norm.square()
+        # A rank without a gradient does not know the dtype of the others.
+        square = norm.to(every[0].device, torch.float64).square()
         for group in apart:
             group.sum_(square)
         norm = square.sqrt()

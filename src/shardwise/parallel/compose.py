@@ -1,14 +1,17 @@
 """The one order in which the kinds of parallelism are applied to a model, and what each of them refuses.
 
-1. BatchNorm is made global, because every later step must see the final forward functions.
-2. Replicas get equal weights, while every rank still holds all of them.
-3. Parameters are sharded: from here on a rank holds a part of each.
-4. The gradient reduction is planned over what is not reduced yet.
-5. Compilation wraps what is left, so that it sees the model as it will run.
+1. A pipeline's cuts are found (`cut_model`), in the model as the user built it.
+2. BatchNorm is made global, because every later step must see the final forward functions.
+3. Replicas get equal weights, while every rank still holds all of them.
+4. A rank keeps its pipeline stages, before anything is split inside of them.
+5. Parameters are sharded: from here on a rank holds a part of each.
+6. The gradient reduction is planned over what is not reduced yet.
+7. Compilation wraps what is left, so that it sees the model as it will run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -16,7 +19,9 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
+from shardwise.dist.split import is_stand_in
 from shardwise.errors import PlanError
 from shardwise.parallel.context.split import Checked, ContextSplit
 from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
@@ -26,12 +31,20 @@ from shardwise.parallel.replicas import broadcast_state
 from shardwise.spec.plan import Plan
 
 if TYPE_CHECKING:
+    from shardwise.parallel.pipeline.stages import Cut, StageGradients, Stages
     from shardwise.parallel.shard import Sharded
 
-READY_AXES = ("data", "shard", "context", "expert")
+READY_AXES = ("data", "shard", "pipeline", "context", "expert")
 """Axes that this version can run; the others are planned for and refused."""
 
+_BESIDE_PIPELINE = ("data", "shard")
+"""Axes that a layout with a pipeline may have as well."""
+
 _STOCHASTIC = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+
+
+def _always(_: nn.Parameter) -> bool:
+    return True
 
 
 @final
@@ -45,14 +58,20 @@ class Composed:
         state: tells layers that look at the whole batch about the forward pass under way.
         forward_communicates: the forward pass holds collectives, so every rank must walk through it in every step.
         remarks: what will not equal the serial run, one sentence each.
+        stages: this rank's part of the pipeline, where the plan has one.
+        apart: groups of ranks with different parameters, for clipping.
+        counted: whether this rank is the one that counts a parameter in a norm over `apart`.
     """
 
     model: nn.Module
-    gradients: GradientSum | GradientSums
+    gradients: GradientSum | GradientSums | StageGradients
     state: BatchState
     forward_communicates: bool
     remarks: tuple[str, ...]
     context: ContextSplit | None = None
+    stages: Stages | None = None
+    apart: tuple[Group, ...] = ()
+    counted: Callable[[nn.Parameter], bool] = _always
 
 
 def check_layout(plan: Plan) -> None:
@@ -68,6 +87,12 @@ def check_layout(plan: Plan) -> None:
                 f"plan {layout}: this version splits over {', '.join(READY_AXES)} only, not yet over {axis}; "
                 f"use --plan data={layout.workers} or serial"
             )
+    beside = [axis for axis, d in layout.degrees.items() if d > 1 and axis not in (*_BESIDE_PIPELINE, "pipeline")]
+    if layout.pipeline > 1 and beside:
+        raise PlanError(
+            f"plan {layout}: beside pipeline this version splits over {' and '.join(_BESIDE_PIPELINE)} only, not over "
+            f"{beside[0]}; use --plan pipeline={layout.pipeline},data={layout.workers // layout.pipeline}"
+        )
     if plan.recompute != "none":
         raise PlanError(
             f"plan recompute={plan.recompute!r}: activations cannot be computed again yet; leave recompute out, or use a "
@@ -124,7 +149,15 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
             )
 
 
-def compose(model: nn.Module, plan: Plan, mesh: Mesh, *, batch_norm: str, checked: Checked | None = None) -> Composed:
+def compose(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    *,
+    batch_norm: str,
+    checked: Checked | None = None,
+    cut: Cut | None = None,
+) -> Composed:
     """Apply the plan to the model, in place and in the order stated above.
 
     Args:
@@ -132,6 +165,8 @@ def compose(model: nn.Module, plan: Plan, mesh: Mesh, *, batch_norm: str, checke
         plan: already accepted by `check_model`.
         mesh: all ranks of the run, arranged by the plan's layout.
         batch_norm: `global` or `local`, as in `Job.batch_norm`.
+        checked: how sequences are split, where the plan splits them.
+        cut: where the model is cut, where the plan has a pipeline.
     """
     state = BatchState()
     tokens = mesh.group("data", "shard", "context", "expert")
@@ -144,28 +179,42 @@ def compose(model: nn.Module, plan: Plan, mesh: Mesh, *, batch_norm: str, checke
         context.wire(model)
     experts = split_experts(model, mesh, state)
     communicates = communicates or context is not None or forward_meets_others(model, plan.layout)
+    stages: Stages | None = None
+    if cut is not None:
+        from shardwise.parallel.pipeline.stages import StageGradients, take_stages
+
+        stages = take_stages(cut, model, mesh.group("pipeline"), plan, next(model.parameters()).device)
     sharded: Sharded | None = None
     if plan.layout.shard > 1:
         from shardwise.parallel.shard import shard_model
 
         dealt = {p for name, p in model.named_parameters() if name in experts}
-        sharded = shard_model(model, mesh, ignored=dealt)
+        whole = None if stages is None else [name for name, _ in stages.part.units()]
+        sharded = shard_model(model, mesh, ignored=dealt, stage=whole)
         communicates = True
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if not is_stand_in(p)]
     dense = GradientSum(
         [(name, p) for name, p in named if name not in experts],
-        mesh.group("data", "context", "expert"),
+        tokens,  # what is sharded is left out, whatever its group
         sparse=sparse,
         sharded=sharded,
     )
-    gradients: GradientSum | GradientSums = dense
+    summed: GradientSum | GradientSums = dense
     if experts:
         dealt_out = [(name, p) for name, p in named if name in experts]
-        gradients = GradientSums(dense, GradientSum(dealt_out, mesh.group("data", "shard", "context")))
+        summed = GradientSums(dense, GradientSum(dealt_out, mesh.group("data", "shard", "context")))
+    gradients: GradientSum | GradientSums | StageGradients = summed
+    apart: tuple[Group, ...] = ()
+    counted: Callable[[nn.Parameter], bool] = _always
+    if stages is not None:
+        gradients, apart = StageGradients(summed, stages), (stages.group,)
+        counted = frozenset(p for name, p in named if stages.part.owns(name)).__contains__
     remarks = _remarks(model, plan, batch_norm)
-    if plan.compile:
+    if plan.compile and stages is not None:
+        stages.part.compile()
+    elif plan.compile:
         model.compile()
-    return Composed(model, gradients, state, communicates, remarks, context)
+    return Composed(model, gradients, state, communicates, remarks, context, stages, apart, counted)
 
 
 def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:
@@ -178,6 +227,11 @@ def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:
         )
     if batch_norm == "local" and batch_norms(model) and split:
         remarks.append("BatchNorm uses each worker's own samples (batch_norm='local'): not the serial run")
+    if plan.layout.pipeline > 1 and plan.micro_batch is None:
+        remarks.append(
+            "the pipeline has one micro-batch a step, so that its stages work one after the other: give micro_batch for them "
+            f"to overlap, best {2 * plan.layout.pipeline} or more micro-batches in a worker's share of the batch"
+        )
     if plan.precision == "bf16":
         remarks.append("bf16 autocast rounds to 8 bits: equal to a serial bf16 run up to that rounding")
     return tuple(remarks)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
-from shardwise.dist.split import is_dtensor, local_part
+from shardwise.dist.split import is_dtensor, is_stand_in, local_part
 from shardwise.errors import RunFailed
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -15,8 +15,9 @@ _PIECE = 1 << 22
 
 
 def named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter and buffer, shared ones once."""
-    return [*model.named_parameters(), *model.named_buffers()]
+    """(name, tensor) of every parameter and buffer that this rank has, shared ones once."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor) for name, tensor in named if not is_stand_in(tensor)]
 
 
 @torch.no_grad()

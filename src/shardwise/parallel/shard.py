@@ -8,7 +8,8 @@ gradients are then summed over the replicas.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, final
 
 import torch
@@ -48,9 +49,9 @@ class Sharded:
     parameter that no rank used gets back the missing gradient it would have in a serial run.
     """
 
-    def __init__(self, model: nn.Module, units: list[str], samples: Group, ignored: set[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, units: list[str], samples: Group, held: AbstractSet[nn.Parameter]) -> None:
         self.units = units
-        self.parameters = [p for p in model.parameters() if p.requires_grad and p not in ignored]
+        self.parameters = [p for p in model.parameters() if p.requires_grad and p in held]
         self._samples = samples
         self._used: set[int] = set()
         for module in model.modules():
@@ -60,6 +61,8 @@ class Sharded:
 
     def finish(self) -> None:
         """After the last backward pass of a step: drop the gradients of parameters that no rank used. Collective."""
+        if not self.parameters:
+            return
         unused = [index for index, parameter in enumerate(self.parameters) if id(parameter) not in self._used]
         flags = torch.ones(len(self.parameters), dtype=torch.int32, device=local_part(self.parameters[0]).device)
         flags[unused] = 0
@@ -87,7 +90,12 @@ class Sharded:
 
 
 def shard_model(
-    model: nn.Module, mesh: Mesh, *, no_units: Collection[str] = (), ignored: set[nn.Parameter] | None = None
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    no_units: Collection[str] = (),
+    ignored: set[nn.Parameter] | None = None,
+    stage: Sequence[str] | None = None,
 ) -> Sharded:
     """Split the model's parameters over the mesh's shard axis (and replicate the shards over its data axis), in place.
 
@@ -99,22 +107,27 @@ def shard_model(
         ignored: parameters that are split otherwise (experts).
         no_units: names of modules that must not become units, because tensors that only tensor parallelism understands pass
             in or out of them.
+        stage: names of modules that run as a whole on this rank's pipeline stages and that no other stage shares: they are
+            split, and what lies around them is not. None splits the whole model.
     """
     device_mesh = _mesh(mesh)
     ignored = ignored or set()
-    names = unit_names(model, no_units)
     modules = dict(model.named_modules())
+    names = unit_names(model, no_units) if stage is None else _stage_units(model, stage)
     for name in names:
         fully_shard(modules[name], mesh=device_mesh, shard_placement_fn=_other_dim, ignored_params=ignored)
-    # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
-    fully_shard(
-        model, mesh=device_mesh, reshard_after_forward=False, shard_placement_fn=_other_dim, ignored_params=ignored
-    )
+    if stage is None:
+        # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
+        fully_shard(
+            model, mesh=device_mesh, reshard_after_forward=False, shard_placement_fn=_other_dim, ignored_params=ignored
+        )
+        names = [*names, ""]
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return Sharded(model, [*names, ""], mesh.group("data", "shard", "context", "expert"), ignored)
+    held = dict.fromkeys(parameter for name in names for parameter in model.get_submodule(name).parameters())
+    return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored)
 
 
 def _mesh(mesh: Mesh) -> DeviceMesh:
@@ -154,15 +167,32 @@ def unit_names(model: nn.Module, no_units: Collection[str] = ()) -> list[str]:
     transformer, the stages of a ResNet). A module that shares a parameter with the rest of the model is no unit, because
     a shared parameter must be gathered with all its users: it stays with the root.
     """
-    holders: Counter[int] = Counter()
-    for module in model.modules():
-        holders.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    holders = _holders(model)
     chosen = [name for name, module in model.named_modules() if _is_block(model, name, module)]
     if not chosen and isinstance(model, nn.Sequential):
         chosen = [name for name, _ in model.named_children()]
     outermost = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
     modules = dict(model.named_modules())
     return [name for name in outermost if name not in no_units and _can_stand_alone(modules[name], holders)]
+
+
+def _stage_units(model: nn.Module, stage: Sequence[str]) -> list[str]:
+    """The units of a pipeline stage, inner ones first: the modules that run as a whole, and repeated blocks inside them."""
+    holders = _holders(model)
+    found = []
+    for name in stage:
+        module = model.get_submodule(name)
+        if _can_stand_alone(module, holders):
+            found += [*(f"{name}.{inner}" for inner in unit_names(module)), name]
+    return found
+
+
+def _holders(model: nn.Module) -> Counter[int]:
+    """Identity of a parameter -> how many modules hold it."""
+    holders: Counter[int] = Counter()
+    for module in model.modules():
+        holders.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    return holders
 
 
 def _is_block(model: nn.Module, name: str, module: nn.Module) -> bool:

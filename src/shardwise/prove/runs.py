@@ -178,7 +178,7 @@ def walk_batches(a: Assembly, splits: Splits, steps: int) -> Iterator[Batch]:
 def _from_epoch(a: Assembly, splits: Splits, epoch: int, start: int, count: int) -> Iterator[Batch]:
     with closing(open_epoch(a, splits, epoch=epoch, start=start)) as stream:
         for _ in range(count):
-            batch = next_batch(stream, a.world, a.device)
+            batch = next_batch(stream, a.samples, a.device)
             if batch is None:
                 return
             yield batch

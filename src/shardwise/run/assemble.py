@@ -6,17 +6,19 @@ import inspect
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from shardwise.data.batch import Batch
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import SAMPLE_AXES, Mesh
+from shardwise.dist.split import is_stand_in
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import Composed, check_model, compose
 from shardwise.parallel.context.check import Objective, check_context
@@ -27,6 +29,11 @@ from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
 
+if TYPE_CHECKING:
+    from shardwise.parallel.pipeline.stages import Cut
+
+CPU = torch.device("cpu")
+
 
 @final
 @dataclass
@@ -34,6 +41,8 @@ class Assembly:
     """Everything one rank needs to take steps.
 
     Attributes:
+        parameters: what this rank holds of the model's, split as they are between passes. FSDP2 shows whole ones in the
+            module's own list for as long as a forward pass, such as one of an evaluation, has left them gathered.
         step: optimizer steps taken so far.
         total_steps: steps the whole training will take, None when the data has no known length.
     """
@@ -48,6 +57,7 @@ class Assembly:
     scheduler: LRScheduler | None
     clock: PhaseClock
     total_steps: int | None
+    parameters: tuple[nn.Parameter, ...] = ()
     step: int = 0
 
     @property
@@ -66,6 +76,12 @@ class Assembly:
         return self.mesh.group("data", "shard", "context", "expert")
 
     @property
+    def reports(self) -> Group:
+        """The ranks that together have all losses of a global batch: `shares`, and pipeline stages, the last of which has
+        them and the others zeros."""
+        return self.mesh.group("data", "shard", "context", "expert", "pipeline")
+
+    @property
     def token_share(self) -> float:
         """The fraction of a sample's tokens that this rank has."""
         return 1.0 if self.composed.context is None else self.composed.context.share
@@ -73,7 +89,7 @@ class Assembly:
     @property
     def counts_loss(self) -> bool:
         """Whether this rank's losses count: of the ranks that compute the same losses, one does."""
-        others = [axis for axis in AXES if axis not in (*SAMPLE_AXES, "context")]
+        others = [axis for axis in AXES if axis not in (*SAMPLE_AXES, "context", "pipeline")]
         return all(self.mesh.coordinate(axis) == 0 for axis in others)
 
     @property
@@ -143,7 +159,19 @@ def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
                     f"Job.optimizer was made with a parameter of shape {tuple(parameter.shape)} that is none of the "
                     "model's: make it of the parameters that it is given, or add that parameter to the model"
                 )
+    _leave_to_other_stages(optimizer)
     return optimizer
+
+
+def _leave_to_other_stages(optimizer: Optimizer) -> None:
+    """Take out the parameters that only other pipeline stages hold; the groups stay, so that they mean the same everywhere."""
+    for group in optimizer.param_groups:
+        here = [not is_stand_in(parameter) for parameter in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [item for item, is_here in zip(group[key], here, strict=True) if is_here]
+    for parameter in [parameter for parameter in optimizer.state if is_stand_in(parameter)]:
+        del optimizer.state[parameter]
 
 
 def build_scheduler(job: Job, optimizer: Optimizer, total_steps: int | None) -> LRScheduler | None:
@@ -175,19 +203,35 @@ def check_job(job: Job, plan: Plan) -> None:
         except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
             model = build_model(job, None)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
-    if plan.layout.context > 1:
+    if plan.layout.context > 1 or plan.layout.pipeline > 1:
         with torch.random.fork_rng(devices=[]):
-            check_sequences(job, plan, build_model(job, torch.device("cpu")))
+            model = build_model(job, CPU)
+            check_sequences(job, plan, model)
+            find_cut(job, plan, model, CPU)
 
 
 def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
     """Try out the context axis on the first samples of the training data; None where the plan has none."""
     if plan.layout.context == 1:
         return None
-    with closing(eval_batches(as_splits(job.data).train, batch_size=4, stop=1, prefetch=0)) as stream:
-        batch = next(stream)
+    batch = _first_samples(job)
     objective = Objective(loss=job.loss, objective=job.objective, weight=job.weight)
     return check_context(model, plan.layout.context, batch.inputs, batch.targets, objective)
+
+
+def find_cut(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> Cut | None:
+    """Where a pipeline cuts the model, told by the first samples of the training data; None where the plan has none."""
+    if plan.layout.pipeline == 1:
+        return None
+    from shardwise.parallel.pipeline.stages import cut_model  # tracing takes half a second to import
+
+    batch = _first_samples(job).to(device)
+    return cut_model(model, plan, batch.inputs, batch.targets, job.objective, device=device)
+
+
+def _first_samples(job: Job) -> Batch:
+    with closing(eval_batches(as_splits(job.data).train, batch_size=4, stop=1, prefetch=0)) as stream:
+        return next(stream)
 
 
 def assemble(
@@ -210,7 +254,8 @@ def assemble(
     mesh = Mesh(plan.layout, world.rank, device.type)
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
-    composed = compose(model, plan, mesh, batch_norm=job.batch_norm, checked=checked)
+    cut = find_cut(job, plan, model, device)
+    composed = compose(model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut)
     optimizer = build_optimizer(job, model)
     scheduler = build_scheduler(job, optimizer, total_steps)
     return Assembly(
@@ -224,6 +269,7 @@ def assemble(
         scheduler=scheduler,
         clock=PhaseClock(device),
         total_steps=total_steps,
+        parameters=tuple(parameter for parameter in model.parameters() if not is_stand_in(parameter)),
     )
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from shardwise.data.batch import Batch
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
 from shardwise.errors import JobError
 from shardwise.run.assemble import Assembly
 from shardwise.run.step import autocast, call_model, own_tokens
+
+if TYPE_CHECKING:
+    from shardwise.parallel.pipeline.stages import Stages
 
 LOSS = "loss"
 """Name under which the mean loss over the split is reported beside the job's metrics."""
@@ -42,6 +47,22 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         ranks=a.samples.size,
         prefetch=0 if a.device.type == "cpu" else 2,
     )
+    if a.composed.stages is not None:
+        _through_stages(a, a.composed.stages, batches, totals)
+    else:
+        _on_whole_model(a, batches, totals)
+    a.reports.sum_(totals)
+    for module, training in modes:
+        module.training = training
+    values = {
+        name: (float(row[0] / row[1]) if row[1] else float("nan"))
+        for name, row in zip(names, totals.cpu(), strict=False)
+    }
+    return values, int(totals[-1, 0].item())
+
+
+def _on_whole_model(a: Assembly, batches: Iterator[Batch], totals: Tensor) -> None:
+    """Add up over all batches."""
     once = a.mesh.coordinate("context") == 0  # whole outputs are the same on all ranks of the context axis
     for batch in batches:
         a.composed.state.phantom = batch.phantom
@@ -60,24 +81,51 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
                 totals[0] += _pair(value, batch.count * a.token_share, LOSS).to(a.device)
                 output = call_model(a.model, mine.inputs) if a.job.metrics else None
             else:
-                assert a.job.loss is not None
                 output = whole_output(a, call_model(a.model, mine.inputs))
-                weight = batch.count if a.job.weight is None else float(a.job.weight(batch.targets))
-                if weight and once:
-                    totals[0] += _pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
+                if once:
+                    _add_loss(a, totals, output, batch)
         if a.job.objective is not None and a.job.metrics:
             output = whole_output(a, output)
         if once:
             _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
             totals[-1, 0] += batch.count
-    a.shares.sum_(totals)
-    for module, training in modes:
-        module.training = training
-    values = {
-        name: (float(row[0] / row[1]) if row[1] else float("nan"))
-        for name, row in zip(names, totals.cpu(), strict=False)
-    }
-    return values, int(totals[-1, 0].item())
+
+
+def _through_stages(a: Assembly, stages: Stages, batches: Iterator[Batch], totals: Tensor) -> None:
+    """Add up over all batches on the rank of the last stage. A few batches at a time, so that stages overlap."""
+    while few := [batch.to(a.device) for batch in islice(batches, 2 * stages.group.size)]:
+        if not a.composed.forward_communicates:
+            few = [batch for batch in few if batch.count]
+        _evaluate_few(a, stages, few, totals)
+
+
+def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor) -> None:
+    def add_value(value: Any, index: int) -> None:
+        if few[index].count:
+            totals[0] += _pair(value, few[index].count, LOSS).to(a.device)
+
+    def add_output(output: Any, index: int) -> None:
+        batch = few[index]
+        if not batch.count:
+            return
+        if not stages.own_loss:
+            with autocast(a):
+                _add_loss(a, totals, output, batch)
+        _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
+
+    if stages.own_loss:
+        stages.runner.evaluate([(batch.inputs, batch.targets) for batch in few], add_value)
+    if a.job.metrics or not stages.own_loss:
+        stages.outputs.evaluate([batch.inputs for batch in few], add_output)
+    if stages.runner.has_output:
+        totals[-1, 0] += sum(batch.count for batch in few)
+
+
+def _add_loss(a: Assembly, totals: Tensor, output: Any, batch: Batch) -> None:
+    assert a.job.loss is not None
+    weight = batch.count if a.job.weight is None else float(a.job.weight(batch.targets))
+    if weight:
+        totals[0] += _pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
 
 
 def whole_output(a: Assembly, output: Any) -> Any:

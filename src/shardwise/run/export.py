@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group
-from shardwise.dist.split import is_dtensor
+from shardwise.dist.p2p import start_receive, start_send
+from shardwise.dist.split import is_dtensor, is_stand_in
 from shardwise.errors import CheckpointError
 from shardwise.run.folder import sync_folder
 from shardwise.run.names import own_model, own_name, reshard
@@ -26,27 +27,50 @@ from shardwise.run.names import own_model, own_name, reshard
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write parameters and persistent buffers; every rank calls, rank 0 writes.
 
-    Split parameters are put together one at a time, so a rank needs room for the largest, and rank 0 for all in host
-    memory. The file is written aside and renamed: it is complete or absent.
+    Split parameters are put together one at a time, and those of other pipeline stages sent to rank 0, so a rank needs room
+    for the largest, and rank 0 for all in host memory. The file is written aside and renamed: it is complete or absent.
 
     Raises:
         CheckpointError: on rank 0: the disk refuses, or safetensors has no such dtype.
     """
     model = own_model(model)
     reshard(model)
-    keep = Group.world().rank == 0
+    world = Group.world()
+    keep = world.rank == 0
     tensors, metadata = {}, {"format": "pt"}
     state = {own_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    first = _stored_names(model, state)
+    holders = _holders(state, world)
+    # Where tensors lie in each other's memory, no rank that lacks one of them can tell.
+    first = _stored_names(model, state, by_memory=not holders)
     for name, tensor in state.items():
         if first[name] != name:
             metadata[name] = first[name]
             continue
         whole = cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
-        if keep:
-            tensors[name] = whole.detach().cpu().contiguous()
+        if keep or holders.get(name) == world.rank:
+            if name in holders:
+                whole = _moved(whole, world, holders[name])
+            if keep:
+                tensors[name] = whole.detach().cpu().contiguous()
     if keep:
         _write(path, _unshared(tensors), metadata)
+
+
+def _holders(state: dict[str, Tensor], world: Group) -> dict[str, int]:
+    """The lowest rank that has a tensor, of those that rank 0 has not. Collective."""
+    lacking = {name for name, tensor in state.items() if is_stand_in(tensor)}
+    every: list[set[str]] = world.gather_objects(lacking)
+    return {
+        name: next(rank for rank, names in enumerate(every) if name not in names) for name in state if name in every[0]
+    }
+
+
+def _moved(tensor: Tensor, world: Group, holder: int) -> Tensor:
+    """A tensor of rank `holder`, on rank 0; called on these two."""
+    if world.rank == holder:
+        start_send(tensor.detach().cpu().contiguous(), world, 0).wait()
+        return tensor
+    return start_receive(torch.empty(tensor.shape, dtype=tensor.dtype), world, holder).wait()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -92,11 +116,11 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _stored_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
+def _stored_names(model: nn.Module, state: dict[str, Tensor], *, by_memory: bool) -> dict[str, str]:
     """Name -> the name under which its values are stored.
 
     Names share values where the model registers one tensor several times, or where a plain tensor lies within the
-    memory of another, as `load_model` of safetensors expects it.
+    memory of another (looked for with `by_memory`), as `load_model` of safetensors expects it.
     """
     owner: dict[int, str] = {}
     first = {}
@@ -105,6 +129,8 @@ def _stored_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
         if name in state:
             first[name] = owner.setdefault(id(tensor), name)
     first = {name: first.get(name, name) for name in state}
+    if not by_memory:
+        return first
     whole = {
         (tensor.device, tensor.untyped_storage().data_ptr()): name
         for name, tensor in reversed(state.items())

@@ -94,7 +94,7 @@ class LiveRun:
     def step(self, batch: Batch) -> float:
         """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective."""
         result = take_step(self.assembly, batch)
-        total = self.assembly.shares.sum_(result.loss_sum.detach().clone())
+        total = self.assembly.reports.sum_(result.loss_sum.detach().clone())
         return float(total / result.weight)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:

@@ -8,6 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from shardwise.dist.split import is_stand_in
+
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """Modules that torch.compile and activation checkpointing put between a module and its parent."""
 
@@ -38,7 +40,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
-    """Every parameter and buffer of a model once.
+    """Every parameter and buffer that this rank has of a model, once.
 
     Returns:
         tensors by name; for a tensor with several names the first in the order of `named_parameters`;
@@ -51,6 +53,8 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], 
     parameters = [(own_name(name), tensor) for name, tensor in model.named_parameters(remove_duplicate=False)]
     buffers = [(own_name(name), tensor) for name, tensor in model.named_buffers(remove_duplicate=False)]
     for name, tensor in parameters + buffers:
+        if is_stand_in(tensor):
+            continue
         if id(tensor) in first:
             if name != first[id(tensor)]:
                 aliases[name] = first[id(tensor)]

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from shardwise.data.batch import Batch
 from shardwise.errors import JobError
 from shardwise.parallel.clip import clip_by_global_norm
-from shardwise.run.assemble import Assembly
+from shardwise.run.assemble import CPU, Assembly
 
-CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from shardwise.parallel.pipeline.stages import Stages
 
 
 @final
@@ -52,19 +53,24 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
         batch: this rank's part.
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
-    a, clock, model = assembly, assembly.clock, assembly.model
-    seed_step(a.job.seed, a.step, a.shares.rank, a.device)
-    for parameter in model.parameters():
+    a, clock = assembly, assembly.clock
+    seed_step(a.job.seed, a.step, a.reports.rank, a.device)
+    for parameter in a.parameters:
         parameter.grad = None
     parts = _micro_batches(a, batch)
-    if a.job.objective is None:
+    if a.composed.stages is not None:
+        result = _stage_passes(a, batch, parts, a.composed.stages)
+    elif a.job.objective is None:
         result = _loss_passes(a, batch, parts)
     else:
         result = _objective_passes(a, batch, parts)
     clock.mark("synchronisation")
     if on_gradients is not None:
         on_gradients()
-    norm = clip_by_global_norm(model.parameters(), a.job.clip_norm) if a.job.clip_norm is not None else None
+    norm = None
+    if a.job.clip_norm is not None:
+        apart, counted = a.composed.apart, a.composed.counted
+        norm = clip_by_global_norm(a.parameters, a.job.clip_norm, apart=apart, counted=counted)
     a.update()
     if a.scheduler is not None:
         a.scheduler.step()
@@ -161,15 +167,8 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
         part = part.to(a.device)
         with autocast(a):
             value = objective_function(a.model, (part.inputs, part.targets))
-            if isinstance(value, tuple):
-                counted = True
-                objective, count = _scalar(value[0], "objective sum"), torch.as_tensor(value[1], device=a.device)
-            else:
-                share = part.count * a.token_share
-                objective = _scalar(value, "objective") * share
-                count = torch.tensor(share, dtype=torch.float64, device=a.device)
-            if part.phantom:
-                objective, count = objective * 0, count * 0
+            counted = counted or isinstance(value, tuple)
+            objective, count = _summed(a, value, part)
             loss_sum = loss_sum + _at_least_float32(objective.detach())
             count_sum = count_sum + count
         a.clock.mark("forward")
@@ -178,13 +177,62 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
         a.composed.gradients.expect()
     weight: float | Tensor = float(batch.global_count)
     if counted or a.shares.size > 1:
-        weight = a.shares.sum_(count_sum)
+        weight = _count(a, a.shares.sum_(count_sum))
+    a.composed.gradients.finish(scale=1.0 / weight)
+    return loss_sum, weight
+
+
+def _summed(a: Assembly, value: Any, part: Batch) -> tuple[Tensor, Tensor]:
+    """An objective's answer as a sum over its items, and their count."""
+    if isinstance(value, tuple):
+        objective, count = _scalar(value[0], "objective sum"), torch.as_tensor(value[1], device=a.device)
+    else:
+        share = part.count * a.token_share
+        objective = _scalar(value, "objective") * share
+        count = torch.tensor(share, dtype=torch.float64, device=a.device)
+    return (objective * 0, count * 0) if part.phantom else (objective, count)
+
+
+def _count(a: Assembly, weight: Tensor) -> Tensor:
+    """The count of the whole global batch, which must not be 0."""
     if not weight > 0:
         raise JobError(
             f"step {a.step + 1}: the objective's count over the global batch is 0: there is nothing to average over"
         )
+    return weight
+
+
+def _stage_passes(a: Assembly, batch: Batch, parts: list[Batch], stages: Stages) -> tuple[Tensor, float | Tensor]:
+    """As `_loss_passes` and `_objective_passes`, through the stages of a pipeline; losses are known to the last stage."""
+    parts = [part.to(a.device) for part in parts]
+    weights, total = (None, 0.0) if stages.own_loss else _weigh(a, batch, parts)
+    sums = torch.zeros((2,), dtype=torch.float64, device=a.device)  # of losses, and of what they are means over
+
+    def objective(output: Any, index: int) -> Tensor:
+        part = parts[index]
+        if weights is None:
+            value, count = _summed(a, output, part)
+            sums.add_(torch.stack([value.detach().double(), count.double()]))
+            return value
+        if weights[index] == 0:
+            return _zero_of(output)
+        with autocast(a):
+            assert a.job.loss is not None
+            loss = _scalar(a.job.loss(output, part.targets), "loss")
+        sums[0] += loss.detach().double() * weights[index]
+        return loss * (weights[index] / total)
+
+    # Layers that ask have one micro-batch a step.
+    a.composed.state.phantom = any(part.phantom for part in parts)
+    inputs = [(part.inputs, part.targets) if stages.own_loss else part.inputs for part in parts]
+    stages.runner.step(inputs, objective, on_last_backward=a.composed.gradients.expect)
+    a.clock.mark("backward")
+    if weights is not None:
+        a.composed.gradients.finish()
+        return sums[0], total
+    weight = _count(a, a.reports.sum_(sums[1].clone()))
     a.composed.gradients.finish(scale=1.0 / weight)
-    return loss_sum, weight
+    return sums[0], weight
 
 
 def _weigh(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[list[float], float]:

@@ -138,6 +138,8 @@ def _train(
             display.say(f"resuming from {source}")
             if total is not None and first_step >= total:
                 display.say(f"nothing left to train: {first_step} of {total} steps are done")
+        if assembly.composed.stages is not None:
+            display.say(str(assembly.composed.stages.part.table))
         for remark in assembly.composed.remarks:
             warn(course, remark)
         run_loop(assembly, course)

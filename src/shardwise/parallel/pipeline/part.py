@@ -9,12 +9,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from shardwise.dist.split import is_stand_in
 from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.cuts import StageTable
 from shardwise.parallel.pipeline.gate import Gate, Session, install, units
 from shardwise.parallel.pipeline.program import Cutting, Forward, Program, describe, find_cuts
 from shardwise.parallel.pipeline.schedule import rank_of
-from shardwise.parallel.pipeline.skeleton import is_fake
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -71,7 +71,7 @@ class PipelinePart:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what this rank holds, tied ones once, with the user's names."""
-        return ((name, value) for name, value in self.model.named_parameters() if not is_fake(value))
+        return ((name, value) for name, value in self.model.named_parameters() if not is_stand_in(value))
 
     def units(self) -> list[tuple[str, nn.Module]]:
         """(name, module) of every unit whose parameters this rank holds and no other rank does: what runs here as a whole
@@ -81,7 +81,7 @@ class PipelinePart:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for name, module in units(self.model, self.program.opened):
             parameters = list(module.parameters())
-            if parameters and not any(is_fake(p) or names[id(p)] in shared for p in parameters):
+            if parameters and not any(is_stand_in(p) or names[id(p)] in shared for p in parameters):
                 found.append((name, module))
         return found
 
@@ -93,12 +93,12 @@ class PipelinePart:
         for name, unit in units(self.model, self.program.opened):
             gate = self._gates.get(name)
             parameters = list(unit.parameters())
-            if gate is not None and parameters and not any(is_fake(parameter) for parameter in parameters):
+            if gate is not None and parameters and not any(is_stand_in(parameter) for parameter in parameters):
                 gate.run = torch.compile(gate.run, **options)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name, buffer) of what this rank holds."""
-        return ((name, value) for name, value in self.model.named_buffers() if not is_fake(value))
+        return ((name, value) for name, value in self.model.named_buffers() if not is_stand_in(value))
 
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that counts or saves a parameter or buffer that several may hold."""
@@ -112,7 +112,7 @@ class PipelinePart:
         canonical = {id(value): name for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]}
         owned = {}
         for name, value in self.model.state_dict(keep_vars=True).items():
-            if isinstance(value, Tensor) and not is_fake(value) and self.owns(canonical[id(value)]):
+            if isinstance(value, Tensor) and not is_stand_in(value) and self.owns(canonical[id(value)]):
                 owned[name] = value.detach()
         return owned
 
@@ -197,7 +197,7 @@ def take_part(split: Split, model: nn.Module, rank: int, ranks: int) -> Pipeline
     originals = [*model.parameters(), *model.buffers()]  # alive until all names of each are replaced
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and not is_fake(tensor) and names[id(tensor)] not in held:
+            if tensor is not None and not is_stand_in(tensor) and names[id(tensor)] not in held:
                 setattr(module, name, split.program.fakes.like(tensor))
     split.program.fakes.forget()
     del originals

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shardwise.parallel.pipeline.skeleton import Fakes, is_fake
+from shardwise.dist.split import is_stand_in
+from shardwise.parallel.pipeline.skeleton import Fakes
 from shardwise.parallel.pipeline.watch import storage_key
 
 
@@ -50,7 +51,7 @@ def rehearse(
     originals: dict[int, int] = {}
 
     def real(tensor: Tensor) -> Tensor:
-        if not is_fake(tensor):
+        if not is_stand_in(tensor):
             return tensor
         if id(tensor) not in made:
             sample = samples.get(id(tensor))
@@ -71,7 +72,7 @@ def rehearse(
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) in back:
             return back[id(tensor)]
-        if is_fake(tensor):
+        if is_stand_in(tensor):
             return tensor
         stand_in: Tensor = fakes.mode.from_tensor(tensor.detach())
         if tensor.requires_grad:

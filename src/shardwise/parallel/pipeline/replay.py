@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
 from torch.utils import _pytree as pytree
 
+from shardwise.dist.split import is_stand_in
 from shardwise.errors import RunFailed
 from shardwise.parallel.pipeline.gate import Session
 from shardwise.parallel.pipeline.program import Cutting, Forward
-from shardwise.parallel.pipeline.skeleton import is_fake
 from shardwise.parallel.pipeline.trace import Own
 
 
@@ -185,7 +185,7 @@ class _Replay(TorchFunctionMode):
         return pytree.tree_map_only(Tensor, self._filled, tree)
 
     def _filled(self, tensor: Tensor) -> Tensor:
-        return self.values[self._numbers[id(tensor)]] if is_fake(tensor) and id(tensor) in self._numbers else tensor
+        return self.values[self._numbers[id(tensor)]] if is_stand_in(tensor) and id(tensor) in self._numbers else tensor
 
     def check_end(self) -> None:
         """The pass must have made all calls of its trace."""

@@ -6,10 +6,12 @@ It stands in for the stages that live on other ranks, and forward passes over it
 from __future__ import annotations
 
 import copy
+import functools
 from typing import final
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.errors import PlanError
 
@@ -38,11 +40,6 @@ class Fakes:
         self._made.clear()
 
 
-def is_fake(value: object) -> bool:
-    """Whether a value is a tensor without memory."""
-    return isinstance(value, FakeTensor)
-
-
 def skeleton_of(model: nn.Module, fakes: Fakes) -> nn.Module:
     """A copy of the model whose parameters and buffers are stand-ins.
 
@@ -51,10 +48,26 @@ def skeleton_of(model: nn.Module, fakes: Fakes) -> nn.Module:
     """
     memo: dict[int, object] = {id(tensor): fakes.like(tensor) for tensor in (*model.parameters(), *model.buffers())}
     try:
-        return copy.deepcopy(model, memo)
+        skeleton = copy.deepcopy(model, memo)
     except Exception as error:
         raise PlanError(
             f"a pipeline needs a copy of the model's structure, but copy.deepcopy of {type(model).__name__} failed with "
             f"{type(error).__name__}: {error}. Keep locks, files, generators and process groups out of the module, or use "
             "a plan without pipeline"
         ) from error
+    for module in skeleton.modules():
+        if isinstance(module, _BatchNorm):
+            module.forward = functools.partial(_batch_norm, module)  # type: ignore[method-assign]
+    return skeleton
+
+
+def _batch_norm(module: _BatchNorm, x_NC: Tensor) -> Tensor:
+    """What `_BatchNorm.forward` takes, makes and changes, also for one sample: the others may be on other ranks."""
+    module._check_input_dim(x_NC)
+    if module.training and module.track_running_stats:
+        for buffer in (module.running_mean, module.running_var, module.num_batches_tracked):
+            if buffer is not None:
+                buffer.mul_(1)
+    statistic_C = module.running_mean if module.running_mean is not None else x_NC.new_zeros(x_NC.shape[1])
+    y_NC: Tensor = nn.functional.batch_norm(x_NC, statistic_C, statistic_C, module.weight, module.bias)
+    return y_NC

@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
+from shardwise.dist.split import is_stand_in
 from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.gate import Session
 from shardwise.parallel.pipeline.rehearse import rehearse
-from shardwise.parallel.pipeline.skeleton import Fakes, is_fake
+from shardwise.parallel.pipeline.skeleton import Fakes
 from shardwise.parallel.pipeline.trace import Call, Own, Trace, Value
 from shardwise.parallel.pipeline.watch import Watch, storage_key
 
@@ -299,7 +300,7 @@ class _Tracer(TorchFunctionMode):
         for tensor in tensors:
             if id(tensor) in self._numbers or id(tensor) in self._names:
                 continue  # handed back unchanged
-            if not is_fake(tensor):
+            if not is_stand_in(tensor):
                 self._force(number)
             self._numbers[id(tensor)] = len(self._values)
             self._values.append(Value(tensor, storage_key(tensor)))

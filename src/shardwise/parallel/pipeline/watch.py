@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from shardwise.parallel.pipeline.skeleton import is_fake
+from shardwise.dist.split import is_stand_in
 
 FLOP_PER_BYTE = 10.0
 """Floating-point operations a worker does in the time it moves one byte: a rough machine balance that lets layers
@@ -77,7 +77,7 @@ class Watch(TorchDispatchMode):
         self.read.update(storage_key(tensor) for tensor in given)
         fresh = {storage_key(tensor) for tensor in results} - self.read - self.written
         self.made |= fresh
-        self.made_fake |= any(is_fake(tensor) for tensor in results)
+        self.made_fake |= any(is_stand_in(tensor) for tensor in results)
         self._alive.extend(results)
         if name not in _QUIET:
             self.cost += _work(func, args, kwargs, out, given, results)

@@ -1,0 +1,132 @@
+"""What a training needs of a pipeline: the cut, found before anything is changed, and this rank's part, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import nn
+
+from shardwise.dist.collectives import Group
+from shardwise.parallel.data import GradientSum, GradientSums
+from shardwise.parallel.pipeline.part import PipelinePart, Split, call_model, split, take_part
+from shardwise.parallel.pipeline.program import Forward, Program
+from shardwise.parallel.pipeline.runner import PipelineRunner
+from shardwise.parallel.pipeline.schedule import stages_for
+from shardwise.parallel.pipeline.shared import SharedGradientSum
+from shardwise.spec.plan import Plan
+
+OwnLoss: TypeAlias = Callable[[nn.Module, Any], Any]
+"""`(model, (inputs, targets))` -> what the job's objective returns."""
+
+
+@final
+@dataclass(frozen=True)
+class Cut:
+    """A model and where it is cut; nothing is given away yet.
+
+    Attributes:
+        outputs: the forward pass of the model alone, where that of `split` computes the loss as well.
+    """
+
+    split: Split
+    outputs: Program | None
+
+
+@final
+@dataclass(frozen=True)
+class Stages:
+    """This rank's part of a pipeline.
+
+    Attributes:
+        runner: takes steps, and evaluates; its inputs are `(inputs, targets)` pairs where the job computes its own loss.
+        outputs: gives outputs of the model; the same as `runner` where that does.
+        group: the ranks of this pipeline, in the order of their stages.
+    """
+
+    part: PipelinePart
+    runner: PipelineRunner
+    outputs: PipelineRunner
+    group: Group
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether what runs through the pipeline includes the loss."""
+        return self.outputs is not self.runner
+
+
+def cut_model(
+    model: nn.Module, plan: Plan, inputs: Any, targets: Any, own_loss: OwnLoss | None, *, device: torch.device
+) -> Cut:
+    """Find where to cut the model for a plan with a pipeline. Changes nothing; all ranks come to the same cuts.
+
+    Args:
+        model: the user's module on `device`, before any other kind of parallelism changed it.
+        inputs: of a few samples, on `device`.
+        targets: of the same.
+        own_loss: the job's objective, None where it has a loss of outputs and targets.
+
+    Raises:
+        PlanError: the model cannot be cut so, or the schedule does not fit.
+    """
+    stages = stages_for(plan.schedule, plan.layout.pipeline, plan.cuts)
+    outputs = _in_precision(call_model, plan, device)
+    if own_loss is None:
+        return Cut(split(model, inputs, stages, plan.cuts, forward=outputs), None)
+    made = split(model, (inputs, targets), stages, plan.cuts, forward=_in_precision(own_loss, plan, device))
+    return Cut(made, Program(model, outputs, made.program.cuts))
+
+
+def take_stages(cut: Cut, model: nn.Module, group: Group, plan: Plan, device: torch.device) -> Stages:
+    """Keep this rank's stages of the model, in place.
+
+    Args:
+        cut: of this very model.
+        group: the ranks of this pipeline.
+    """
+    part = take_part(cut.split, model, group.rank, group.size)
+    runner = PipelineRunner(part, group, schedule=plan.schedule, device=device)
+    outputs = runner
+    if cut.outputs is not None:
+        alone = replace(part, program=cut.outputs, _accepted=set())
+        outputs = PipelineRunner(alone, group, schedule=plan.schedule, device=device)
+    return Stages(part, runner, outputs, group)
+
+
+@final
+class StageGradients:
+    """Sums gradients over the ranks that run the same stages, and then over the stages that hold the same parameter."""
+
+    def __init__(self, same_stages: GradientSum | GradientSums, stages: Stages) -> None:
+        self._same_stages = same_stages
+        self._shared = SharedGradientSum(stages.part, stages.group)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of dense gradients that each rank puts into the sums every step."""
+        return self._same_stages.bytes_per_step + self._shared.bytes_per_step
+
+    def expect(self) -> None:
+        """The next backward pass is the last of this step."""
+        self._same_stages.expect()
+
+    def finish(self, *, scale: float | torch.Tensor | None = None) -> None:
+        """As `GradientSum.finish`."""
+        self._same_stages.finish(scale=scale)
+        self._shared.finish()
+
+
+def _in_precision(forward: Forward, plan: Plan, device: torch.device) -> Forward:
+    """The forward pass under the plan's precision; backward passes, which come between, are not to be under it."""
+
+    def context() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, dtype=torch.bfloat16) if plan.precision == "bf16" else nullcontext()
+
+    def run(model: nn.Module, inputs: Any) -> Any:
+        with context():
+            return forward(model, inputs)
+
+    return run
