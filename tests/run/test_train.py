@@ -24,6 +24,7 @@ from shardwise.data.stream import Stream
 from shardwise.errors import CheckpointError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
 from shardwise.run import checkpoint
 from shardwise.run.folder import write_aside
+from shardwise.run.record import Recording, record_path
 from shardwise.spec.events import EvaluationEvent, RestartEvent, RunEvent, SummaryEvent, read_events
 from shardwise.spec.job import Job
 
@@ -72,6 +73,45 @@ def test_same_run_under_every_plan(tmp_path: Path) -> None:
         torch.testing.assert_close(run.model.state_dict(), serial.model.state_dict(), rtol=1e-3, atol=1e-4)
         assert run.metrics["accuracy"] == pytest.approx(serial.metrics["accuracy"], abs=1e-9)
         assert run.summary["workers"] == shardwise.Layout.parse(plan).workers
+
+
+class _Flat(nn.Module):
+    """Two layers side by side, of which none is a unit of its own under `shard`: the whole model holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(9, 15), nn.Linear(15, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scores: Tensor = self.second(self.first(inputs).relu())
+        return scores
+
+
+def test_evaluation_leaves_nothing_in_the_next_step(tmp_path: Path) -> None:
+    job = _job(model=_Flat, epochs=2, clip_norm=None)
+    serial = _train(job, tmp_path / "serial", "serial")
+    sharded = _train(job, tmp_path / "shard", "shard=2")
+    torch.testing.assert_close(sharded.history, serial.history, rtol=1e-4, atol=1e-5)
+
+
+def test_measured_run_keeps_a_record_of_every_rank(tmp_path: Path) -> None:
+    job = _job(epochs=None, steps=12)  # over the end of an epoch, which is no step
+    for plan, calls in (("data=2", 1), ("shard=2", 2)):
+        run = _train(job, tmp_path / plan, plan, recording=Recording(3, 4))
+        for rank in range(2):
+            record = json.loads(record_path(run.folder, rank).read_text())
+            rows = record["steps"]
+            assert record["rank"] == rank
+            assert [row["step"] for row in rows] == list(range(12))
+            for row in rows:
+                assert {"data", "forward", "backward", "optimizer"} <= set(row["busy"])
+                assert 0 < sum(row["busy"].values()) + sum(row["waited"].values()) <= row["ended"] - row["began"] + 1e-3
+                assert row["calls"] >= calls and row["began"] < row["arrived"] < row["ended"]
+                assert ("spans" in row) == ("flights" in row) == (row["step"] in (3, 4))
+            assert sum(row["waited"]["collective"] for row in rows) > 0
+            assert len(rows[3]["flights"]) == rows[3]["calls"]
+    plain = _train(job, tmp_path / "plain", "data=2")
+    assert not record_path(plain.folder, 0).exists()
 
 
 def test_run_folder_holds_everything(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -16,6 +16,7 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from shardwise.dist.exchange import Exchange, Message, create_memory, machine_identity, open_memory
+from shardwise.dist.meter import Kind, Meter
 
 
 @final
@@ -28,19 +29,21 @@ class Group:
         size: number of members.
         handle: torch's process group; None for a group of one, or for the default group of all ranks.
         memory: shared memory of the members, where they are processes of one machine; see `with_shared_memory`.
+        meter: counts what this rank sends and how long it waits; None in a run that is not measured.
     """
 
     rank: int = 0
     size: int = 1
     handle: c10d.ProcessGroup | None = None
     memory: Exchange | None = None
+    meter: Meter | None = None
 
     @classmethod
-    def world(cls) -> Group:
+    def world(cls, meter: Meter | None = None) -> Group:
         """All ranks of the run; a group of one where no process group was started."""
         if not c10d.is_available() or not c10d.is_initialized():
-            return cls()
-        return cls(rank=c10d.get_rank(), size=c10d.get_world_size())
+            return cls(meter=meter)
+        return cls(rank=c10d.get_rank(), size=c10d.get_world_size(), meter=meter)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the members, in place."""
@@ -51,19 +54,21 @@ class Group:
         """Begin `sum_` and return at once; the tensor holds the sum after `Work.wait`."""
         if self.size == 1:
             return Work(None)
+        began = self._start("all_reduce", tensor)
         if self.memory is not None and self.memory.takes(tensor):
-            return Work(None, self.memory.put(tensor))
-        return Work(c10d.all_reduce(tensor, group=self.handle, async_op=True))
+            return Work(None, self.memory.put(tensor), self.meter, began)
+        return Work(c10d.all_reduce(tensor, group=self.handle, async_op=True), (), self.meter, began)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every member's tensor (all of one shape), stacked along a new first dim of length `size`."""
         if self.size == 1:
             return tensor.unsqueeze(0)
-        if self.memory is not None and self.memory.takes(tensor):
-            return self.memory.gather(tensor)
-        gathered = tensor.new_empty((self.size, *tensor.shape))
-        c10d.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.handle)
-        return gathered
+        with self._blocking("all_gather", tensor):
+            if self.memory is not None and self.memory.takes(tensor):
+                return self.memory.gather(tensor)
+            gathered = tensor.new_empty((self.size, *tensor.shape))
+            c10d.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.handle)
+            return gathered
 
     def gather_uneven(self, tensor: Tensor) -> list[Tensor]:
         """Every member's tensor, whose first dims may differ in length; the other dims agree."""
@@ -88,7 +93,10 @@ class Group:
         if self.size == 1:
             return tensor
         received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
-        c10d.all_to_all_single(received, tensor, list(receive), list(send), group=self.handle)
+        rows = sum(send)
+        others = _bytes(tensor) * (rows - send[self.rank]) // rows if rows else 0
+        with self._blocking("all_to_all", tensor, others_bytes=others):
+            c10d.all_to_all_single(received, tensor, list(receive), list(send), group=self.handle)
         return received
 
     def with_shared_memory(self, timeout_seconds: float) -> Group:
@@ -126,7 +134,8 @@ class Group:
         if self.size == 1:
             return self
         members = c10d.get_process_group_ranks(self.handle)
-        return Group(self.rank, self.size, c10d.new_group(members, use_local_synchronization=True))
+        handle = c10d.new_group(members, use_local_synchronization=True)
+        return Group(self.rank, self.size, handle, meter=self.meter)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every member's picklable value, in rank order."""
@@ -139,13 +148,29 @@ class Group:
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` with that of member 0, in place."""
         if self.size > 1:
-            c10d.broadcast(tensor, group=self.handle, group_src=0)
+            with self._blocking("broadcast", tensor):
+                c10d.broadcast(tensor, group=self.handle, group_src=0)
         return tensor
 
     def barrier(self) -> None:
         """Wait until every member has come here."""
         if self.size > 1:
-            c10d.barrier(group=self.handle)
+            with self._blocking("barrier"):
+                c10d.barrier(group=self.handle)
+
+    def _start(self, kind: Kind, tensor: Tensor | None, others_bytes: int | None = None) -> float:
+        if self.meter is None:
+            return 0.0
+        size = _bytes(tensor) if tensor is not None else 0
+        return self.meter.start(kind, size, self.size, others_bytes=others_bytes)
+
+    def _blocking(
+        self, kind: Kind, tensor: Tensor | None = None, *, others_bytes: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Around a collective that returns when it is over."""
+        if self.meter is None:
+            return nullcontext()
+        return self.meter.waiting(kind, self._start(kind, tensor, others_bytes))
 
 
 @final
@@ -155,10 +180,23 @@ class Work:
 
     handle: c10d.Work | None
     messages: Sequence[Message] = ()
+    meter: Meter | None = None
+    began: float = 0.0
 
     def wait(self) -> None:
         """Block until the result is there (on an accelerator: until the stream is ordered after it)."""
+        if self.meter is None or (self.handle is None and not self.messages):
+            self._wait()
+            return
+        with self.meter.waiting("all_reduce", self.began):
+            self._wait()
+
+    def _wait(self) -> None:
         if self.handle is not None:
             self.handle.wait()
         for message in self.messages:
             message.sum_()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -15,6 +15,7 @@ import torch.distributed as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.meter import Meter
 from shardwise.spec.layout import AXES, Layout
 
 SAMPLE_AXES = ("data", "shard", "expert")
@@ -30,11 +31,13 @@ class Mesh:
         layout: the degree of each axis.
         rank: this process's global rank.
         device_type: `cpu`, `cuda`, ...
+        meter: counts what this rank sends, in a run that is measured.
     """
 
     layout: Layout
     rank: int
     device_type: str = "cpu"
+    meter: Meter | None = None
     _groups: dict[tuple[str, ...], Group] = field(default_factory=dict)
     _device_mesh: DeviceMesh | None = None
     _world: Group | None = None
@@ -64,7 +67,7 @@ class Mesh:
     def world(self) -> Group:
         """All ranks."""
         if self._world is None:
-            self._world = Group.world()
+            self._world = Group.world(self.meter)
         return self._world
 
     def share_memory(self, timeout_seconds: float) -> None:
@@ -110,7 +113,7 @@ class Mesh:
                 members.append(self._rank_at({**place, **dict(zip(key, free, strict=True))}))
             handle = c10d.new_group(members)
             if self.rank in members:
-                mine = Group(rank=members.index(self.rank), size=size, handle=handle)
+                mine = Group(rank=members.index(self.rank), size=size, handle=handle, meter=self.meter)
         return mine
 
     def _rank_at(self, place: dict[str, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import final
@@ -10,6 +11,7 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.meter import Meter
 
 
 @final
@@ -19,6 +21,8 @@ class Transfer:
 
     handle: c10d.Work
     tensor: Tensor
+    meter: Meter | None = None
+    began: float = 0.0
 
     def wait(self, timeout_seconds: float | None = None) -> Tensor:
         """Block until the message was handed over, and return its tensor.
@@ -29,10 +33,11 @@ class Transfer:
         Raises:
             RuntimeError: it was not handed over in time, or the peer is gone.
         """
-        if timeout_seconds is None:
-            self.handle.wait()
-        else:
-            self.handle.wait(timedelta(seconds=timeout_seconds))
+        with self.meter.waiting("message", self.began) if self.meter is not None else nullcontext():
+            if timeout_seconds is None:
+                self.handle.wait()
+            else:
+                self.handle.wait(timedelta(seconds=timeout_seconds))
         return self.tensor
 
 
@@ -41,13 +46,15 @@ def start_send(tensor: Tensor, group: Group, peer: int) -> Transfer:
 
     Two ranks must begin the messages between them in the same order.
     """
+    began = group.meter.start("message", tensor.numel() * tensor.element_size(), 2) if group.meter is not None else 0.0
     work = c10d.isend(tensor, group=group.handle, group_dst=peer)
     assert work is not None  # None is for ranks outside of the group
-    return Transfer(work, tensor)
+    return Transfer(work, tensor, group.meter, began)
 
 
 def start_receive(tensor: Tensor, group: Group, peer: int) -> Transfer:
     """Begin to receive into a contiguous tensor, from the group's member `peer`."""
+    began = group.meter.start("message", 0, 2) if group.meter is not None else 0.0  # the sender counts its bytes
     work = c10d.irecv(tensor, group=group.handle, group_src=peer)
     assert work is not None
-    return Transfer(work, tensor)
+    return Transfer(work, tensor, group.meter, began)

@@ -24,6 +24,7 @@ from shardwise.dist.mesh import Mesh
 from shardwise.dist.split import local_part
 from shardwise.errors import PlanError
 from shardwise.parallel.data import sparse_parameters
+from shardwise.parallel.metered import meter_collectives
 
 
 def check_shard(model: nn.Module) -> None:
@@ -126,8 +127,21 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.meter is not None:
+                meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data)
     held = dict.fromkeys(parameter for name in names for parameter in model.get_submodule(name).parameters())
     return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored)
+
+
+def split_again(model: nn.Module) -> None:
+    """Put the model's parameters back into their split form after forward passes that no backward pass followed.
+
+    FSDP2 does that in the backward pass. Until then `model.parameters()` are the whole ones, whose gradients are others
+    than those the optimizer uses: clearing them would leave the last step's gradients to be added to the next step's.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _mesh(mesh: Mesh) -> DeviceMesh:

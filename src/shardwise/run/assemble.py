@@ -25,6 +25,7 @@ from shardwise.parallel.context.check import Objective, check_context
 from shardwise.parallel.context.split import Checked
 from shardwise.run.clock import PhaseClock
 from shardwise.run.optimize import OptimizerStep, building_optimizers
+from shardwise.run.record import Recorder
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
@@ -235,7 +236,14 @@ def _first_samples(job: Job) -> Batch:
 
 
 def assemble(
-    job: Job, plan: Plan, world: Group, device: torch.device, *, total_steps: int | None, timeout_seconds: float = 600.0
+    job: Job,
+    plan: Plan,
+    world: Group,
+    device: torch.device,
+    *,
+    total_steps: int | None,
+    timeout_seconds: float = 600.0,
+    recorder: Recorder | None = None,
 ) -> Assembly:
     """Build, split and wire up everything, on this rank.
 
@@ -246,12 +254,13 @@ def assemble(
         device: where this rank computes.
         total_steps: for the learning-rate schedule.
         timeout_seconds: how long a collective may wait for a missing rank.
+        recorder: keeps where the time goes and what is sent; None for a run that is not measured.
     """
     if plan.layout.workers != world.size:
         raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers but {world.size} were started")
     model = build_model(job, device)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
-    mesh = Mesh(plan.layout, world.rank, device.type)
+    mesh = Mesh(plan.layout, world.rank, device.type, recorder.meter if recorder is not None else None)
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
     cut = find_cut(job, plan, model, device)
@@ -267,7 +276,7 @@ def assemble(
         optimizer=optimizer,
         update=OptimizerStep(optimizer),
         scheduler=scheduler,
-        clock=PhaseClock(device),
+        clock=PhaseClock(device, recorder=recorder),
         total_steps=total_steps,
         parameters=tuple(parameter for parameter in model.parameters() if not is_stand_in(parameter)),
     )

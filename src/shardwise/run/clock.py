@@ -7,6 +7,8 @@ from typing import final
 
 import torch
 
+from shardwise.run.record import Recorder
+
 PHASES = ("data", "forward", "backward", "synchronisation", "optimizer", "other")
 
 
@@ -18,23 +20,35 @@ class PhaseClock:
     on an accelerator only every `sample_every`-th step is timed, with waits, and shares are taken over those steps.
     """
 
-    def __init__(self, device: torch.device, *, sample_every: int = 25) -> None:
+    def __init__(self, device: torch.device, *, sample_every: int = 25, recorder: Recorder | None = None) -> None:
         self._waits = device.type != "cpu"
         self._sample_every = sample_every if self._waits else 1
         self._device = device
+        self._recorder = recorder
         self._steps = 0
         self._last = perf_counter()
         self._timing = True
         self._taken = dict.fromkeys(PHASES, 0.0)
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
-    def begin_step(self) -> None:
-        """Start of a step; decides whether it is timed."""
+    def begin_step(self, step: int = 0) -> None:
+        """Start of a step; decides whether it is timed.
+
+        Args:
+            step: its global number, for the record of a measured run.
+        """
         self._timing = self._steps % self._sample_every == 0
         self._steps += 1
         if self._waits and self._timing:
             torch.accelerator.synchronize(self._device)
             self._last = perf_counter()
+        if self._recorder is not None:
+            self._recorder.begin_step(perf_counter(), step)
+
+    def end_step(self) -> None:
+        """The step is over; `begin_step` without it was the end of an epoch and no step."""
+        if self._recorder is not None:
+            self._recorder.end_step(perf_counter())
 
     def restart(self) -> None:
         """Forget the time since the last mark."""
@@ -48,6 +62,8 @@ class PhaseClock:
             torch.accelerator.synchronize(self._device)
         now = perf_counter()
         self.seconds[phase] += now - self._last
+        if self._recorder is not None:
+            self._recorder.phase(phase, self._last, now)
         self._last = now
 
     def take(self) -> dict[str, float]:

@@ -141,7 +141,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
         while True:
             if a.job.steps is not None and a.step >= a.job.steps:
                 return False
-            a.clock.begin_step()
+            a.clock.begin_step(a.step)
             batch = next_batch(stream, a.samples, a.device)
             a.clock.mark("data")
             if batch is None:
@@ -161,6 +161,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
                 if course.stopped:
                     return False
             a.clock.mark("other")
+            a.clock.end_step()
 
 
 def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Generator[Batch, None, None]:

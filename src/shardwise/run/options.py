@@ -12,6 +12,7 @@ from shardwise.run.assemble import settle_plan
 from shardwise.run.choose import accelerators, choose_plan, with_threads
 from shardwise.run.launch import Nodes
 from shardwise.run.loop import Saving
+from shardwise.run.record import Recording
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout
 from shardwise.spec.plan import Plan
@@ -36,6 +37,7 @@ class TrainOptions:
         nodes: this node's place among several.
         progress: show progress on stderr.
         timeout_seconds: how long a collective may wait for a missing rank.
+        recording: what every rank keeps of a run that is measured, in the folder's `records/`; None for nothing.
     """
 
     plan: Plan | str | Path | None = None
@@ -50,6 +52,7 @@ class TrainOptions:
     nodes: Nodes = field(default_factory=Nodes)
     progress: bool = True
     timeout_seconds: float = 600.0
+    recording: Recording | None = None
 
 
 def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> TrainOptions:

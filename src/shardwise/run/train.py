@@ -83,6 +83,7 @@ def train(
         settings=settings if settings is not None else job_settings(job, plan, chosen),
         identity=dict(identity) if identity is not None else job_identity(job),
         began=began,
+        recording=chosen.recording,
     )
     if announce is not None:
         announce()

@@ -19,6 +19,7 @@ import torch
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
+from shardwise.dist.meter import Meter
 from shardwise.errors import CheckpointError, FolderError, PlanError, RunFailed, UserError
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.checkpoint import latest, load
@@ -27,6 +28,7 @@ from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder, write_aside, writing_in
 from shardwise.run.loop import Course, Position, Saving, run_loop, total_steps, warn
 from shardwise.run.progress import Display, Silent, make_display
+from shardwise.run.record import Recorder, Recording
 from shardwise.run.signals import StopRequest
 from shardwise.spec.events import RestartEvent, RunEvent, SummaryEvent
 from shardwise.spec.job import Job
@@ -44,6 +46,7 @@ class Work:
         out: the run folder; None lets rank 0 make one.
         folder_ready: the launching process made the folder and holds its lock.
         began: unix seconds at which the user's call began.
+        recording: what to keep of a run that is measured.
     """
 
     job: Job | None
@@ -60,6 +63,7 @@ class Work:
     settings: Settings
     identity: Mapping[str, Any]
     began: float
+    recording: Recording | None = None
 
     def for_new_process(self) -> Work:
         """The same without what cannot be sent to a process that inherits nothing."""
@@ -98,7 +102,10 @@ def _train(
     resume: bool,
 ) -> dict[str, Any]:
     total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
-    assembly = assemble(job, work.plan, world, device, total_steps=total, timeout_seconds=work.timeout_seconds)
+    recorder = Recorder(work.recording, world.rank, Meter()) if work.recording is not None else None
+    assembly = assemble(
+        job, work.plan, world, device, total_steps=total, timeout_seconds=work.timeout_seconds, recorder=recorder
+    )
     position, metrics, loss = Position(), {}, float("nan")
     checkpoint = latest(folder) if resume else None
     if checkpoint is not None:
@@ -143,6 +150,9 @@ def _train(
         for remark in assembly.composed.remarks:
             warn(course, remark)
         run_loop(assembly, course)
+        if recorder is not None:
+            with writing_in(folder.path):
+                recorder.write(folder)
         summary = _summary(assembly, course, rank, work, first_step, total)
         try:
             if not course.stopped:

@@ -1,0 +1,56 @@
+"""The collectives of FSDP2, counted: they do not go through `dist`, but FSDP2 lets its communication be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, final
+
+import torch.distributed as c10d
+from torch import Tensor
+
+from shardwise.dist.meter import Meter
+
+
+def meter_collectives(groups: Iterable[Any], meter: Meter, replicas: int) -> None:
+    """Count and time what FSDP2's parameter groups gather, reduce and scatter.
+
+    Args:
+        groups: FSDP2's own records of what it gathers and reduces together.
+        meter: of this rank.
+        replicas: ranks over which the scattered gradients are summed again (hybrid sharding). That sum is counted, but
+            FSDP2 has no place to time it, so its seconds stay in the backward pass.
+    """
+    for group in groups:
+        group._all_gather_comm = _Gather(group._all_gather_comm, meter)
+        group._reduce_scatter_comm = _Scatter(group._reduce_scatter_comm, meter, replicas)
+
+
+@final
+class _Gather:
+    def __init__(self, inner: Any, meter: Meter) -> None:
+        self._inner, self._meter = inner, meter
+        self.allocate = inner.allocate
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: c10d.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        began = self._meter.start("all_gather", input_tensor.numel() * input_tensor.element_size(), group.size())
+        with self._meter.waiting("all_gather", began):
+            return self._inner(output_tensor, input_tensor, group, async_op)
+
+
+@final
+class _Scatter:
+    def __init__(self, inner: Any, meter: Meter, replicas: int) -> None:
+        self._inner, self._meter, self._replicas = inner, meter, replicas
+        self.allocate = inner.allocate
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: c10d.ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        began = self._meter.start("reduce_scatter", input_tensor.numel() * input_tensor.element_size(), group.size())
+        with self._meter.waiting("reduce_scatter", began):
+            result = self._inner(output_tensor, input_tensor, group, op, async_op)
+        if self._replicas > 1:
+            self._meter.start("all_reduce", output_tensor.numel() * output_tensor.element_size(), self._replicas)
+        return result

@@ -1,0 +1,122 @@
+"""What every rank of a measured run keeps about its steps: where their time went, what they sent, when they waited.
+
+The seconds of a phase are divided into *busy* ones, in which this rank did something, and those in which it stood still
+for other ranks (see `shardwise.dist.meter`). A collective makes the slow rank's delay everybody's, so wall seconds of
+phases look alike on all ranks; busy seconds do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter, process_time, time
+from typing import Any, final
+
+from shardwise.dist.meter import Meter
+from shardwise.run.folder import RunFolder, write_aside
+
+_SAMPLE_SECONDS = 0.25
+"""How often the system is asked how long this process stood in line for a core; asking takes some 20 us."""
+
+
+@final
+@dataclass(frozen=True)
+class Recording:
+    """What to keep beside the seconds of every step.
+
+    Attributes:
+        first, last: global numbers of the steps of which every phase and message is kept; the first of a run is 0.
+    """
+
+    first: int
+    last: int
+
+
+@final
+@dataclass
+class Recorder:
+    """The record of one rank. `PhaseClock` and `Meter` tell it what happens."""
+
+    recording: Recording
+    rank: int
+    meter: Meter
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _row: dict[str, Any] = field(default_factory=dict)
+    _spans: list[tuple[str, float, float]] | None = None
+    _waited: dict[str, float] = field(default_factory=dict)
+    _sent: tuple[float, int, int] = (0.0, 0, 0)
+    _machine: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def begin_step(self, now: float, step: int) -> None:
+        """A step may begin: at the end of an epoch it turns out that there was none."""
+        meter = self.meter
+        keep = self.recording.first <= step <= self.recording.last
+        meter.begin_step(keep=keep)
+        self._spans = [] if keep else None
+        self._row = {"step": step, "began": now, "busy": {}, "waited": {}}
+        self._waited = dict(meter.waited_seconds)
+        self._sent = (meter.traffic_bytes, meter.payload_bytes, meter.calls)
+        if not self._machine or now - self._machine[-1][0] >= _SAMPLE_SECONDS:
+            self._machine.append((now, process_time(), waiting_for_core_seconds()))
+
+    def phase(self, name: str, began: float, ended: float) -> None:
+        """A phase ended, or a piece of it."""
+        if not self._row:
+            return
+        waited = {kind: seconds - self._waited[kind] for kind, seconds in self.meter.waited_seconds.items()}
+        self._waited = dict(self.meter.waited_seconds)
+        for kind, seconds in waited.items():
+            self._row["waited"][kind] = self._row["waited"].get(kind, 0.0) + seconds
+        busy = max(0.0, ended - began - sum(waited.values()))
+        self._row["busy"][name] = self._row["busy"].get(name, 0.0) + busy
+        if self._spans is not None:
+            self._spans.append((name, began, ended))
+
+    def end_step(self, now: float) -> None:
+        """The step is over."""
+        if not self._row:
+            return
+        meter, row = self.meter, self._row
+        row["ended"] = now
+        row["arrived"] = meter.first_arrival
+        row["traffic_bytes"] = meter.traffic_bytes - self._sent[0]
+        row["payload_bytes"] = meter.payload_bytes - self._sent[1]
+        row["calls"] = meter.calls - self._sent[2]
+        if self._spans is not None:
+            row["spans"] = self._spans
+            row["flights"] = [(each.kind, each.began, each.waited, each.ended) for each in meter.flights or ()]
+        self.rows.append(row)
+        self._row = {}
+
+    def write(self, folder: RunFolder) -> None:
+        """Keep it with the run, where `record_path` says."""
+        record = {
+            "version": 1,
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "clock": {"unix": time(), "perf_counter": perf_counter()},
+            "steps": self.rows,
+            "machine": self._machine,
+        }
+        path = record_path(folder, self.rank)
+        path.parent.mkdir(exist_ok=True)
+        write_aside(path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+
+
+def record_path(folder: RunFolder, rank: int) -> Path:
+    """Where a rank's record is."""
+    return folder.path / "records" / f"rank-{rank:05d}.json"
+
+
+def waiting_for_core_seconds() -> float:
+    """Seconds that the threads of this process were ready to run and had no core (Linux); nan where nobody counts them."""
+    total, counted = 0.0, False
+    with suppress(OSError):
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(OSError, ValueError, IndexError):
+                total += int((thread / "schedstat").read_text().split()[1]) / 1e9
+                counted = True
+    return total if counted else float("nan")
