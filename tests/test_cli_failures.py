@@ -19,6 +19,9 @@ from shardwise.run.signals import StopRequest
 from shardwise.spec.events import FailureEvent, read_events
 
 JOBS = """
+import os
+import signal
+
 import torch
 from torch import nn
 
@@ -91,6 +94,40 @@ def no_schedule():
 
 def plateau():
     return job(schedule=lambda optimizer, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+
+
+class BreaksStage(nn.Sequential):
+    # Breaks in its third pass: in the first forward or backward pass of the second step.
+
+    def __init__(self, how):
+        super().__init__(nn.Linear(8, 8), nn.Tanh())
+        self.how, self.calls = how, 0
+
+    def forward(self, x):
+        if type(x) is torch.Tensor:  # nothing breaks while the pipeline is traced
+            self.calls += 1
+        if self.calls == 3 and self.how == "forward":
+            raise ValueError("the planted failure")
+        if self.calls == 3 and self.how == "memory":
+            torch.empty(1 << 50)
+        if self.calls == 3 and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        y = super().forward(x)
+        if self.calls == 3 and self.how == "backward":
+            y.register_hook(breaks)
+        return y
+
+
+def breaks(gradient):
+    raise ValueError("the planted failure")
+
+
+def breaks_stage(how: str = "forward"):
+    def layers():
+        plain = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        return nn.Sequential(next(plain), BreaksStage(how), next(plain), nn.Linear(8, 3))
+
+    return job(model=layers, micro_batch=8)
 
 
 def ends_python():
@@ -184,6 +221,32 @@ def test_bad_jobs(job: str, code: int, words: str, plan: str, folder: Path, capf
     if job != "ends_python":
         last = read_events(folder / "run" / "events.jsonl")[-1]
         assert isinstance(last, FailureEvent) and words in f"{last.message} {last.details}"
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "tracebacks"),
+    [
+        ("forward", "rank 1 failed with ValueError: the planted failure", 1),
+        ("backward", "rank 1 failed with ValueError: the planted failure", 1),
+        ("memory", "allocate memory", 1),
+        ("killed", "rank 1 was killed by signal 9", 0),
+    ],
+)
+def test_a_broken_stage_ends_the_others(
+    how: str, words: str, tracebacks: int, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first error is shown, once; if the other stages waited, it would be about the time they waited."""
+    file = next(folder.glob("jobs_*.py"))
+    plan = folder / "plan.toml"
+    plan.write_text('layout = "pipeline=3"\ncuts = ["1", "2"]\n')
+    command = ["train", f"{file.name}:breaks_stage", "--set", f"how={how}", "--plan", plan.name, "--timeout", "60s"]
+    code, document, err = _run([*command, "--out", "run"], capfd)
+    assert code == 1 and words in document["error"]
+    assert document["error"].startswith("rank 1 ")
+    assert err.count("Traceback") == tracebacks
+    assert "did not get from stage" not in err
+    last = read_events(folder / "run" / "events.jsonl")[-1]
+    assert isinstance(last, FailureEvent) and last.rank == 1
 
 
 @pytest.mark.parametrize("plan", ["serial", "data=2"])

@@ -103,7 +103,7 @@ def from_exception(error: BaseException, rank: int) -> Failure:
             rank=rank, kind="user", summary=last_line, error_class=_public_class(error).__name__, message=str(error)
         )
     if isinstance(error, errors.ShardwiseError):
-        kind: Kind = "timeout" if isinstance(error, errors.RunFailed) and _says(error, _TIMEOUT_TEXTS) else "error"
+        kind = _kind(error) if isinstance(error, errors.RunFailed) else "error"
         known = _public_class(error).__name__
         if isinstance(error, errors.RunFailed) and error.details:
             details = error.details
@@ -143,7 +143,7 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def _kind(error: BaseException) -> Kind:
-    if isinstance(error, (RuntimeError, OSError)):
+    if isinstance(error, (RuntimeError, OSError, errors.RunFailed)):
         if _says(error, _TIMEOUT_TEXTS):
             return "timeout"
         if isinstance(error, (ConnectionError, dist.DistNetworkError)) or _says(error, _CONNECTION_TEXTS):
