@@ -41,6 +41,7 @@ START = Constants(
     step_seconds=0.003,
     hop_share=0.75,
     tensor_overlap=0.3,
+    host_norm=3.0,
 )
 """Guesses from the middle of the physical ranges: the fit starts from what one would assume without any table."""
 

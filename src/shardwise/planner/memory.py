@@ -26,6 +26,15 @@ UPDATE_BYTES = 12.0
 The gradient in fp32, the square root of the second moment, and the quotient: 4 each.
 """
 
+HALF_GRADIENT_BYTES = 1.0
+"""Bytes per value of gradients in the working precision beside their sums in fp32.
+
+Frameworks that keep them all (2) and frameworks that free each as soon as it is added (0) look alike in a description.
+"""
+
+UPDATE_REUSE = 0.5
+"""Share of the freed activation memory that the update's temporaries find in blocks they can use."""
+
 SELECTIVE_KEEPS = 0.4
 """Share of a layer's activations that selective recomputation keeps beside fused attention."""
 
@@ -233,12 +242,14 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
             continue  # an earlier rank holds as many layers and as many micro-batches
         most = max(most, share.layers)
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
+        if not case.classic and case.zero_stage < 3 and case.precision != "fp32":
+            gradients += HALF_GRADIENT_BYTES * (share.dense + share.experts)
         layers = share.layers / case.virtual_stages
         head = logits if rank == end else 0.0
         activations = in_flight[rank] * layers * kept + whole
         activations += max(0.0, working - head) if layers else 0.0
         temporary = 0.0 if case.classic else UPDATE_BYTES * optimizer / optimizer_bytes(case)
-        update = max(0.0, temporary - activations - head - gathered)
+        update = max(0.0, temporary - UPDATE_REUSE * (activations + head + gathered))
         slack = SLACK * (activations + head + gathered) + WORKSPACE_BYTES
         spare = 0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0
         found = MemoryParts(parameters, gradients, optimizer, activations, head, gathered, update, slack, spare)

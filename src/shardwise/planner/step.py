@@ -30,7 +30,7 @@ from shardwise.planner.memory import (
 )
 from shardwise.planner.schedule import Timeline, closed_form, rank_of, simulate
 
-UNCERTAIN = 1.08
+UNCERTAIN = 1.15
 """Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
 
 GATHERS_PER_LAYER = 12
@@ -189,12 +189,17 @@ def _crosses_nodes(case: Case) -> bool:
 
 
 def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float = 0.0) -> float:
-    """The slower of the device's work and the host's launches, less what the device waits for communication meanwhile.
+    """Device work and host launches side by side, less what the device waits for communication meanwhile.
 
-    A compiled layer launches in cheaper calls.
+    A rank alone queues its work ahead: the slower of the two counts. Tensor ranks meet at every collective, where all
+    wait for the slowest host, so near balance neither hides the other in full: a norm between maximum and sum. A compiled
+    layer launches in cheaper calls.
     """
-    host = work.kernels * constants.launch_seconds * (0.5 if case.compile else 1.0)
-    return max(work.seconds, host - waiting)
+    host = max(0.0, work.kernels * constants.launch_seconds * (0.5 if case.compile else 1.0) - waiting)
+    if case.tensor == 1:
+        return max(work.seconds, host)
+    norm = constants.host_norm
+    return float((work.seconds**norm + host**norm) ** (1.0 / norm))
 
 
 def _hidden(compute: float, communication: float, case: Case, constants: Constants) -> float:
