@@ -28,8 +28,9 @@ from shardwise.errors import DataError
     type=click.Path(path_type=Path, dir_okay=False),
     help="Machine file with the measured links of the cluster.",
 )
+@click.option("--strict", is_flag=True, help="Refuse a table with a cell that is not of its kind, instead of guessing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document with every prediction broken down.")
-def predict(table: Path, out: Path | None, machine_file: Path | None, as_json: bool) -> None:
+def predict(table: Path, out: Path | None, machine_file: Path | None, strict: bool, as_json: bool) -> None:
     """Predict step time, memory and feasibility of every run in a table.
 
     Measured columns of the table are not read. Blank cells are unknown and filled in by the rules in docs/predict.md.
@@ -39,7 +40,7 @@ def predict(table: Path, out: Path | None, machine_file: Path | None, as_json: b
     from shardwise.spec.machine import Machine
 
     machine = Machine.read(machine_file) if machine_file else None
-    found = list(predict_runs(read_runs(table), machine))
+    found = list(predict_runs(read_runs(table, strict=strict), machine))
     text = write_csv(found)
     if out is not None:
         _write(out, text)
@@ -48,6 +49,11 @@ def predict(table: Path, out: Path | None, machine_file: Path | None, as_json: b
         click.echo(f"no prediction for {item.run_id}: {item.reason}", err=True)
     if len(unknown) > 10:
         click.echo(f"... and {len(unknown) - 10} more without a prediction", err=True)
+    guessed = [item for item in found if item.assumed]
+    for item in guessed[:10]:
+        click.echo(f"{item.run_id}: {'; '.join(item.assumed)}", err=True)
+    if len(guessed) > 10:
+        click.echo(f"... and {len(guessed) - 10} more rows with something assumed; --json tells all", err=True)
     if as_json:
         records = [item.record() for item in found]
         click.echo(json.dumps({"table": str(table), "out": str(out) if out else None, "predictions": records}))

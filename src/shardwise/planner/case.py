@@ -89,13 +89,13 @@ class Case:
 
     @property
     def classic(self) -> bool:
-        """Software of the time before fused attention (until 2022).
+        """Software of the time before fused attention and bf16 (until 2022).
 
-        A kernel that writes the score matrix tells the age of the training stack, and with it what that stack could not
-        do yet: hide the gradient reduction of replicas behind the backward pass, gather the shards of a whole block at
-        once and ahead of time, or balance the output projection against the layers of a pipeline.
+        A kernel that writes the score matrix in fp16 tells the age of the training stack, and with it what that stack
+        could not do yet: hide the gradient reduction of replicas behind the backward pass, gather the shards of a whole
+        block at once and ahead of time, or balance the output projection against the layers of a pipeline.
         """
-        return self.attention == "math"
+        return self.attention == "math" and self.precision == "fp16"
 
     @property
     def fusion(self) -> float:

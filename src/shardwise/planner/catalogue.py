@@ -35,19 +35,23 @@ class _Part:
     matmul_fp8: float | None = None
 
 
-_V100 = "NVIDIA V100 datasheet (2020)"
-_A100 = "NVIDIA A100 datasheet (2021)"
-_H100 = "NVIDIA H100 datasheet (2023)"
-_B200 = "NVIDIA DGX B200 datasheet (2024)"
-_MI300 = "AMD Instinct MI300X data sheet (2023)"
-_TPU = "Google Cloud TPU system architecture pages (2024)"
+_V100 = "NVIDIA V100 datasheet (2020); network: DGX-1 datasheet, four 100 Gbit/s ports for 8 parts"
+_A100 = "NVIDIA A100 datasheet, nvidia-a100-datasheet-us-nvidia-1758950-r4 (2021)"
+_H100 = "NVIDIA H100 datasheet, half of the figures with sparsity (2023)"
+_H200 = "NVIDIA H200 datasheet: H100 with 141 GB at 4.8 TB/s (2023)"
+_B200 = "NVIDIA DGX B200 datasheet: 1,440 GB, 64 TB/s, 72 PFLOP/s sparse fp8, 14.4 TB/s NVLink for 8 parts (2024)"
+_MI300 = "AMD Instinct MI300X data sheet: 7 links of 128 GB/s in both directions (2023)"
+_MI325 = "AMD Instinct MI325X data sheet (2024)"
 _ADA = "NVIDIA L40S / L4 / RTX datasheets (2023)"
+_TPU = "cloud.google.com/tpu/docs, read 2026; links: half of the bidirectional ICI bandwidth, all ports together"
+_TPU4 = "cloud.google.com/tpu/docs/v4, read 2026; links: 1.1 PB/s all-reduce bandwidth of a pod of 4,096"
+_SIDE = "vendor's data sheet, typed from memory, not looked up again"
 
 _PARTS: dict[str, _Part] = {
     # name: fp16, bf16, fp8, fp32, GiB, HBM GB/s, link GB/s, net Gbit/s, per node, units, W, matmul, attention, source
     # h100-96gb-sxm: the measured 0.8033 and 0.7087 of the 700 W part times (500 W / 700 W)^(1/3), power grows as clock cubed
-    "v100-16gb-sxm": _Part(125, 15.7, None, 15.7, 15.8, 900, 150, 12.5, 8, 80, 300, None, 0.45, _V100),
-    "v100-32gb-sxm": _Part(125, 15.7, None, 15.7, 31.7, 900, 150, 12.5, 8, 80, 300, None, 0.45, _V100),
+    "v100-16gb-sxm": _Part(125, 15.7, None, 15.7, 15.8, 900, 150, 50, 8, 80, 300, None, 0.45, _V100),
+    "v100-32gb-sxm": _Part(125, 15.7, None, 15.7, 31.7, 900, 150, 50, 8, 80, 300, None, 0.45, _V100),
     "v100-32gb-pcie": _Part(112, 14, None, 14, 31.7, 900, 12, 12.5, 8, 80, 250, None, 0.45, _V100),
     "t4-16gb": _Part(65, 8.1, None, 8.1, 14.7, 300, 12, 12.5, 4, 40, 70, None, 0.4, "NVIDIA T4 datasheet (2019)"),
     "a100-40gb-sxm": _Part(312, 312, None, 156, 39.4, 1555, 300, 200, 8, 108, 400, 0.8692, 0.58, _A100),
@@ -55,6 +59,9 @@ _PARTS: dict[str, _Part] = {
     "a100-40gb-pcie": _Part(312, 312, None, 156, 39.4, 1555, 25, 100, 8, 108, 250, 0.8106, 0.52, _A100),
     "a100-80gb-pcie": _Part(312, 312, None, 156, 79.2, 1935, 25, 100, 8, 108, 300, 0.8106, 0.52, _A100),
     "a800-80gb-sxm": _Part(312, 312, None, 156, 79.2, 2039, 200, 100, 8, 108, 400, 0.8692, 0.58, _A100),
+    "p100-16gb": _Part(21.2, 10.6, None, 10.6, 15.9, 732, 80, 25, 8, 56, 300, None, 0.4, _SIDE),
+    "a40-48gb": _Part(150, 150, None, 75, 44.5, 696, 25, 25, 8, 84, 300, None, 0.5, _SIDE),
+    "a6000-48gb": _Part(155, 155, None, 77, 47.5, 768, 25, 25, 8, 84, 300, None, 0.5, _SIDE),
     "a10g-24gb": _Part(70, 70, None, 35, 22.2, 600, 12, 25, 8, 80, 300, None, 0.5, "NVIDIA A10 datasheet (2021)"),
     "l4-24gb": _Part(121, 121, 242, 60, 22.2, 300, 12, 25, 8, 58, 72, None, 0.4, _ADA),
     "l40s-48gb": _Part(362, 362, 733, 183, 44.5, 864, 25, 100, 8, 142, 350, None, 0.4, _ADA),
@@ -68,12 +75,12 @@ _PARTS: dict[str, _Part] = {
     "h20-96gb-sxm": _Part(
         148, 148, 296, 74, 95.0, 4000, 450, 400, 8, 78, 500, 0.9, 0.6, "NVIDIA H20 specifications (2024)"
     ),
-    "h200-141gb-sxm": _Part(989, 989, 1979, 494, 139.8, 4800, 450, 400, 8, 132, 700, 0.8033, 0.45, _H100, 0.7344),
+    "h200-141gb-sxm": _Part(989, 989, 1979, 494, 139.8, 4800, 450, 400, 8, 132, 700, 0.8033, 0.45, _H200, 0.7344),
     "gh200": _Part(
         989, 989, 1979, 494, 94.5, 4000, 450, 400, 4, 132, 900, 0.8378, 0.42, "NVIDIA GH200 datasheet (2023)", 0.7756
     ),
-    "b200-180gb-sxm": _Part(2250, 2250, 4500, 1125, 178.3, 7700, 900, 400, 8, 148, 1000, 0.7756, 0.42, _B200, 0.7628),
-    "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 7700, 900, 800, 8, 148, 1100, 0.7862, 0.42, _B200, 0.7452),
+    "b200-180gb-sxm": _Part(2250, 2250, 4500, 1125, 178.3, 8000, 900, 400, 8, 148, 1000, 0.7756, 0.42, _B200, 0.7628),
+    "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 8000, 900, 800, 8, 148, 1100, 0.7862, 0.42, _B200, 0.7452),
     "gb200-186gb-nvl72": _Part(
         2500,
         2500,
@@ -111,8 +118,11 @@ _PARTS: dict[str, _Part] = {
     "mi250x-64gb": _Part(
         191.5, 191.5, None, 47.9, 64.0, 1638, 100, 100, 8, 110, 280, None, 0.3, "AMD Instinct MI250X data sheet (2021)"
     ),
+    "mi210-64gb": _Part(181, 181, None, 45.3, 64.0, 1638, 100, 100, 8, 104, 300, None, 0.3, _SIDE),
+    "mi300a-128gb": _Part(980, 980, 1961, 123, 127.5, 5300, 384, 200, 4, 228, 550, 0.5142, 0.22, _SIDE),
+    "ascend910b-64gb": _Part(320, 320, None, 80, 61.0, 1600, 196, 200, 8, 24, 400, None, 0.45, _SIDE),
     "mi300x-192gb": _Part(1307, 1307, 2615, 163, 191.5, 5300, 448, 400, 8, 304, 750, 0.5142, 0.22, _MI300),
-    "mi325x-256gb": _Part(1307, 1307, 2615, 163, 255.5, 6000, 448, 400, 8, 304, 1000, 0.6038, 0.25, _MI300),
+    "mi325x-256gb": _Part(1307, 1307, 2615, 163, 255.5, 6000, 448, 400, 8, 304, 1000, 0.6038, 0.25, _MI325),
     "mi355x-288gb": _Part(
         2300,
         2300,
@@ -150,10 +160,10 @@ _PARTS: dict[str, _Part] = {
         0.7689,
     ),
     "tpu-v3": _Part(61.5, 61.5, None, 15, 16.0, 450, 80, 100, 256, 1, 225, 0.9, 0.8, _TPU),
-    "tpu-v4": _Part(275, 275, None, 69, 31.8, 1228, 150, 50, 4096, 4, 192, 0.9, 0.8, _TPU),
-    "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 100, 50, 256, 4, 225, 0.9, 0.8, _TPU),
-    "tpu-v5p": _Part(459, 459, None, 115, 95.0, 2765, 300, 50, 8960, 8, 450, 0.9, 0.8, _TPU),
-    "tpu-v6e": _Part(918, 918, None, 230, 31.2, 1640, 224, 50, 256, 2, 300, 0.85, 0.8, _TPU),
+    "tpu-v4": _Part(275, 275, None, 69, 31.8, 1200, 268, 50, 4096, 4, 192, 0.9, 0.8, _TPU4),
+    "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 200, 25, 256, 4, 225, 0.9, 0.8, _TPU),
+    "tpu-v5p": _Part(459, 459, 459, 115, 95.0, 2765, 600, 50, 8960, 8, 450, 0.9, 0.8, _TPU),
+    "tpu-v6e": _Part(918, 918, None, 230, 31.2, 1638, 400, 50, 256, 2, 300, 0.85, 0.8, _TPU),
 }
 
 _ALIASES = {
@@ -182,6 +192,27 @@ _ALIASES = {
     "mi355x": "mi355x-288gb",
 }
 
+_PATTERNS = (
+    (r"p3dn|v100.*32|32.*v100", "v100-32gb-sxm"),
+    (r"\bp3\b|v100.*16|16.*v100|summit|dgx-?1\b", "v100-16gb-sxm"),
+    (r"p4de|selene|a100.*80|80.*a100", "a100-80gb-sxm"),
+    (r"p4d|perlmutter|a100.*40|40.*a100", "a100-40gb-sxm"),
+    (r"p5en|h200", "h200-141gb-sxm"),
+    (r"\bp5|eos\b", "h100-80gb-sxm"),
+    (r"frontier|lumi|mi250", "mi250x-64gb"),
+    (r"rtx-?a6000", "a6000-48gb"),
+    (r"4090", "rtx4090-24gb"),
+    (r"3090", "rtx3090-24gb"),
+    (r"\ba10\b", "a10g-24gb"),
+    (r"910b|ascend", "ascend910b-64gb"),
+    (r"tpu-?v?(\d[ep]?)(?!\d)", "tpu-v{}"),
+    (r"\bv(3|4|5e|5p|6e)\b", "tpu-v{}"),
+    (r"v5-?lite", "tpu-v5e"),
+    (r"trillium", "tpu-v6e"),
+    (r"nvl-?72", "gb200-186gb-nvl72"),
+)
+"""Names of clusters, instances and forms in the wild, tried in order -> the part they are made of."""
+
 NAMES = tuple(_PARTS)
 
 
@@ -189,21 +220,41 @@ def canonical_name(name: str) -> str | None:
     """The catalogue name meant by `name`, or None.
 
     Exact names and aliases first; then the same family (the part before the first dash) and the nearest memory size,
-    so that `h100-64gb-sxm` or `a100-80gb-nvlink` find a relative.
+    so that `h100-64gb-sxm` or `a100-80gb-nvlink` find a relative; then known names of machines; then a family anywhere
+    in the name, so that `NVIDIA DGX H100 (8x)` and `Tesla V100-SXM2` find theirs.
     """
-    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
+    wanted = re.sub(r"[\s_/(),;+]+", "-", name.strip().lower()).strip("-")
     wanted = wanted.removeprefix("nvidia-").removeprefix("amd-").removeprefix("intel-").removeprefix("google-")
     if wanted in _PARTS:
         return wanted
     if wanted in _ALIASES:
         return _ALIASES[wanted]
     family = wanted.split("-")[0] if not wanted.startswith("tpu") else "-".join(wanted.split("-")[:2])
+    if found := _relative(family, wanted):
+        return found
+    for pattern, known in _PATTERNS:
+        match = re.search(pattern, wanted)
+        meant = known.format(*match.groups()) if match else ""
+        if meant in _PARTS:
+            pcie = meant.replace("-sxm", "-pcie")
+            return pcie if "pcie" in wanted and pcie in _PARTS else meant
+    families = sorted({known.split("-")[0] for known in _PARTS}, key=len, reverse=True)
+    inside = next((one for one in families if one != "tpu" and one in wanted), None)
+    return _relative(inside, wanted) if inside else None
+
+
+def _relative(family: str, wanted: str) -> str | None:
+    """The member of `family` with the form and nearest to the memory size that `wanted` names."""
     relatives = [known for known in _PARTS if known == family or known.startswith(family + "-")]
     if not relatives:
         return None
-    size = re.search(r"(\d+)gb", wanted)
-    form = [known for known in relatives if known.split("-")[-1] == wanted.split("-")[-1]] or relatives
+    size = re.search(r"(\d+)-?g(?:i?b)?\b", wanted)
+    words = {re.sub(r"(sxm)\d", r"\1", word) for word in wanted.split("-")}
+    form = [known for known in relatives if known.split("-")[-1] in words] or relatives
     target = float(size.group(1)) if size else max(_PARTS[known].memory_gib for known in form)
+    usual = _ALIASES.get(family)
+    if size is None and usual in form:
+        return usual
     return min(form, key=lambda known: abs(_PARTS[known].memory_gib - target))
 
 

@@ -10,6 +10,7 @@ from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.repair import repair
 from shardwise.planner.runs import REQUIRED, Row
 from shardwise.planner.schedule import V_SHAPED
 from shardwise.planner.step import Estimate, estimate
@@ -33,12 +34,13 @@ MODEL_KEYS = (
 
 @dataclass(frozen=True)
 class RunPrediction:
-    """Answer for one row; without an estimate `reason` says why."""
+    """Answer for one row; without an estimate `reason` says why. `assumed`: what was taken for granted about the row."""
 
     run_id: str
     case: Case | None
     estimate: Estimate | None
     reason: str = ""
+    assumed: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The three answers and their parts, as plain data."""
@@ -49,6 +51,7 @@ class RunPrediction:
                 "memory_gib": None,
                 "fits": None,
                 "reason": self.reason,
+                "assumed": list(self.assumed),
             }
         return {
             "run_id": self.run_id,
@@ -56,6 +59,7 @@ class RunPrediction:
             "memory_gib": self.estimate.memory.total / GIB,
             "fits": self.estimate.fits,
             "certain": self.estimate.certain,
+            "assumed": list(self.assumed),
             "micro_batch": self.case.micro_batch,
             "recompute": self.case.recompute,
             "seconds_by_part": self.estimate.seconds,
@@ -66,18 +70,19 @@ class RunPrediction:
 def predict_runs(
     rows: Iterable[Row], machine: Machine | None = None, constants: Constants = DEFAULT
 ) -> Iterator[RunPrediction]:
-    """Predict every row, in order.
+    """Predict every row, in order; what contradicts itself is repaired first, and the answer says how.
 
     Args:
         machine: measured links that replace the nominal ones for rows with the same hardware and no stated network.
     """
     for row in rows:
         run_id = str(row["run_id"])
+        fixed, assumed = repair(row)
         try:
-            case, found = resolve(row, machine, constants)
-            yield RunPrediction(run_id, case, found)
+            case, found = resolve(fixed, machine, constants)
+            yield RunPrediction(run_id, case, found, assumed=assumed)
         except UserError as error:
-            yield RunPrediction(run_id, None, None, str(error))
+            yield RunPrediction(run_id, None, None, str(error), assumed)
 
 
 def write_csv(predictions: Iterable[RunPrediction]) -> str:
@@ -217,6 +222,8 @@ def _machine(row: Row, measured: Machine | None) -> Machine:
     per_node = int(row["gpus_per_node"]) if "gpus_per_node" in row else None
     network = float(row["internode_gbps_per_gpu"]) if "internode_gbps_per_gpu" in row else None
     known = catalogue.canonical_name(str(row["hardware"]))
+    if known is not None and known.startswith("tpu"):
+        per_node = None  # hosts share the links of the whole slice
     if measured is not None and known == catalogue.canonical_name(measured.accelerator.name) and network is None:
         return replace(measured, gpus_per_node=per_node or measured.gpus_per_node)
     return catalogue.machine(str(row["hardware"]), gpus_per_node=per_node, gbits_per_gpu=network)

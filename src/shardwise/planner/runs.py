@@ -6,6 +6,7 @@ row is looked at, so that a prediction cannot depend on them.
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -68,29 +69,62 @@ CHOICES = {
         "dualpipe": "dualpipev",
     },
 }
+SYNONYMS = {
+    "recompute": {
+        "selective": r"select|partial|attn|attention|\bop\b",
+        "none": r"^(no|off|false|0|without)\b",
+        "full": r"full|block|uniform|every|layer|^(yes|on|true|1)\b",
+    },
+    "attention": {
+        "flash": r"flash|fa[ -]?[1-4]|sdpa|cudnn|xformers|efficient|triton|fused|splash|^te$",
+        "math": r"math|torch|eager|naive|standard|core|materiali|vanilla|unfused",
+    },
+    "precision": {
+        "fp8": r"fp8|float8|fp4|nvfp|mx|e4m3|8[ -]?bit",
+        "bf16": r"bf16|bfloat",
+        "fp16": r"fp16|float16|half|mixed|amp|16",
+        "fp32": r"fp32|float32|tf32|single|32",
+    },
+    "schedule": {
+        "dualpipev": r"dual",
+        "zbv": r"zb[ -]?v|zero.*v\b",
+        "zerobubble": r"zero|zb",
+        "interleaved1f1b": r"interleav|looped|virtual|bfs|breadth",
+        "gpipe": r"gpipe|afab|fthenb|all.?forward",
+        "1f1b": r"1f1b|pipedream|one.?f|dapple",
+    },
+    "flags": {"1": r"^(yes|true|on|y|t)$", "0": r"^(no|false|off|n|f)$"},
+}
+"""Other words for the same, tried in this order where a cell holds none of the canonical ones and guessing is allowed."""
+
+BLANKS = ("", "-", "?", "na", "n/a", "nan", "unknown", "none stated", "null", "not stated")
 ZERO_ALLOWED = ("experts", "experts_per_token", "zero_stage")
 
 Row = Mapping[str, str | int | float]
 """What is known of one run: blanks are left out."""
 
 
-def read_runs(path: Path) -> list[Row]:
+def read_runs(path: Path, *, strict: bool = True) -> list[Row]:
     """Read the describing columns of a table; lines that start with `#` are comments.
 
+    Args:
+        strict: refuse a table with a cell that is not of its kind. Otherwise such a cell is read as its nearest meaning
+            or as unknown, and the row says so under the key `assumed`.
+
     Raises:
-        DataError: the file is missing or not a table, a required column is absent, a run_id is blank or repeated, or a
-            cell is not of its kind; the message names the file, the line and the column.
+        DataError: the file is missing or not a table, a required column is absent, a run_id is repeated, or (strict) a
+            cell is not of its kind or a run_id is blank; the message names the file, the line and the column.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:
-            return parse_runs(handle, str(path))
+            return parse_runs(handle, str(path), strict=strict)
     except OSError as error:
         raise DataError(f"table {path}: {error.strerror}; give a CSV file in the canonical columns") from error
     except UnicodeDecodeError as error:
         raise DataError(f"table {path} is not UTF-8 text: {error}") from error
 
 
-def parse_runs(lines: Iterable[str], name: str) -> list[Row]:
+def parse_runs(lines: Iterable[str], name: str, *, strict: bool = True) -> list[Row]:
     """As `read_runs`, from lines of text; `name` is used in messages."""
     numbered = [(number, line) for number, line in enumerate(lines, 1) if not line.startswith("#") and line.strip()]
     reader = csv.reader(line for _, line in numbered)
@@ -101,29 +135,74 @@ def parse_runs(lines: Iterable[str], name: str) -> list[Row]:
     if not table:
         raise DataError(f"table {name} is empty: the first line that is no comment names the columns")
     header = [column.strip() for column in table[0]]
-    missing = [column for column in REQUIRED if column not in header]
+    required = REQUIRED if strict else REQUIRED[:1]
+    missing = [column for column in required if column not in header]
     if missing:
-        raise DataError(f"table {name}: column {missing[0]!r} is missing; required are {', '.join(REQUIRED)}")
+        raise DataError(f"table {name}: column {missing[0]!r} is missing; required are {', '.join(required)}")
     doubled = [column for column in set(header) if header.count(column) > 1]
     if doubled:
         raise DataError(f"table {name}: column {doubled[0]!r} is there twice")
-    wanted = [(index, column) for index, column in enumerate(header) if column in INPUTS]
     rows: list[Row] = []
     seen: set[str] = set()
     places = [number for number, _ in numbered] if len(numbered) == len(table) else list(range(1, len(table) + 1))
     for number, cells in zip(places[1:], table[1:], strict=True):
-        where = f"table {name}, line {number}"
-        if len(cells) != len(header):
-            raise DataError(f"{where}: {len(cells)} cells for {len(header)} columns")
-        row = {column: value for index, column in wanted if (value := _cell(column, cells[index], where)) is not None}
-        run = row.get("run_id")
-        if run is None or run in seen:
-            raise DataError(
-                f"{where}, column run_id: {'blank' if run is None else f'{run!r} is there twice'}; every run needs its own"
-            )
-        seen.add(str(run))
+        row = _row(header, cells, f"table {name}, line {number}", number, strict)
+        run = str(row["run_id"])
+        if run in seen:
+            where = f"table {name}, line {number}, column run_id"
+            raise DataError(f"{where}: {run!r} is there twice; every run needs its own")
+        seen.add(run)
         rows.append(row)
     return rows
+
+
+def _row(header: list[str], cells: list[str], where: str, number: int, strict: bool) -> Row:
+    if len(cells) != len(header) and strict:
+        raise DataError(f"{where}: {len(cells)} cells for {len(header)} columns")
+    row: dict[str, str | int | float] = {}
+    told: list[str] = []
+    if len(cells) != len(header):
+        told.append(f"{len(cells)} cells for {len(header)} columns: missing ones are unknown, others ignored")
+    for column, text in zip(header, cells, strict=False):
+        if column not in INPUTS:
+            continue
+        try:
+            value = _cell(column, text, where)
+        except DataError:
+            if strict:
+                raise
+            value = _guess(column, text)
+            told.append(f"{column} {text.strip()!r} is read as {'unknown' if value is None else value}")
+        if value is not None:
+            row[column] = value
+    if "run_id" not in row:
+        if strict:
+            raise DataError(f"{where}, column run_id: blank; every run needs its own")
+        row["run_id"] = f"line-{number}"
+    if told:
+        row["assumed"] = "; ".join(told)
+    return row
+
+
+def _guess(column: str, text: str) -> str | int | float | None:
+    """The nearest meaning of a cell that is not of its kind; None if it has none."""
+    text = text.strip().lower()
+    if text in BLANKS:
+        return None
+    for meaning, pattern in SYNONYMS.get("flags" if column in FLAGS else column, {}).items():
+        if re.search(pattern, text):
+            return int(meaning) if column in FLAGS else meaning
+    if column in CHOICES or column in FLAGS:
+        return None
+    number = re.match(r"[-+]?\d[\d,_]*(\.\d+)?(e[-+]?\d+)?", text)
+    if number is None:
+        return None
+    value = float(number.group().replace(",", "").replace("_", ""))
+    if column in REAL:
+        return value if value > 0 else None
+    low = 0 if column in ZERO_ALLOWED else 1
+    whole = round(value)
+    return whole if low <= whole <= (3 if column == "zero_stage" else 10**9) else None
 
 
 def _cell(column: str, text: str, where: str) -> str | int | float | None:

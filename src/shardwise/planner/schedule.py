@@ -22,6 +22,9 @@ WEIGHT_SHARE = 0.5
 MAX_GREEDY = 256
 """Largest ranks x micro-batches for which a V schedule is placed action by action."""
 
+MAX_ACTIONS = 150_000
+"""Largest table that is simulated, about half a second; a larger one takes the closed form."""
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -165,10 +168,14 @@ def simulate(
         send_seconds: time of an activation or a gradient between two ranks; the sender goes on computing.
 
     Long runs repeat themselves: beyond four groups of `ranks` micro-batches (three on more than 16 ranks) the rest is
-    extended by the period of the last simulated group, which is at least the work of the busiest rank. One rank, and V
-    schedules too long to place action by action, take the closed form.
+    extended by the period of the last simulated group, which is at least the work of the busiest rank. One rank, and
+    tables too long to place action by action, take the closed form.
     """
-    if ranks == 1 or (schedule in V_SHAPED and ranks * min(micro_batches, 4 * ranks) > MAX_GREEDY):
+    actions = ranks * min(micro_batches, 4 * ranks)
+    too_long = (
+        actions > MAX_GREEDY if schedule in V_SHAPED else 2 * actions * len(forward_seconds) > MAX_ACTIONS * ranks
+    )
+    if ranks == 1 or too_long:
         return closed_form(schedule, micro_batches, forward_seconds, backward_seconds, send_seconds, ranks)
     settle = (4 if ranks <= 16 else 3) * ranks
     if micro_batches >= settle + ranks:

@@ -118,7 +118,7 @@ def _layer_key(case: Case) -> tuple[object, ...]:
     """What the time of one layer depends on beside model, machine and precision."""
     sharded = case.data if case.zero_stage == 3 else 0
     split = (case.tensor, case.context, case.expert, sharded, case.sequence_parallel, _crosses_nodes(case))
-    return (*split, case.micro_batch, case.recompute)
+    return (*split, case.micro_batch, case.recompute, case.schedule == "dualpipev")
 
 
 def _passes(
@@ -133,6 +133,9 @@ def _passes(
         repeat = work.core_forward if case.attention == "math" else work.forward.times(SELECTIVE_REPEAT)
     tensor_forward = _tensor_seconds(case, net)
     exchange = _exchange_seconds(case, net)
+    if case.schedule == "dualpipev":
+        # the other direction's micro-batch computes meanwhile (DeepSeek-V3, arXiv:2412.19437, section 3.2.1)
+        exchange = max(0.0, exchange - work.forward.seconds) + constants.overlap_cost * exchange
     ahead, back = work.forward, work.backward + repeat
     rounds = 2 if case.recompute == "full" else 1
     inner_f, inner_b = tensor_forward + exchange, rounds * (tensor_forward + exchange)
