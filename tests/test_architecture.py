@@ -32,7 +32,8 @@ ROOMS: dict[str, set[str]] = {
     # Layers that are made to be split; trained serially, they need no room above them.
     "nn": {"spec", "dist"},
     "parallel": {"spec", "dist", "nn"},
-    "run": {"spec", "dist", "parallel", "data"},
+    # What a run finds out about itself (stragglers, stalls) is worked out by the same functions that watch it.
+    "run": {"spec", "dist", "nn", "parallel", "data", "monitor"},
     "tasks": {"spec", "run"},
     # A proof walks over the same batches, meshes and composed models as a training, and looks into all of them.
     "prove": {"spec", "dist", "parallel", "data", "run"},

@@ -32,6 +32,16 @@ from shardwise.spec.events import (
     parse_line,
     read_events,
 )
+from shardwise.spec.observations import (
+    BalanceEvent,
+    BottleneckEvent,
+    ExpertsEvent,
+    RanksEvent,
+    RecoveryEvent,
+    StallEvent,
+    StragglerEvent,
+    TraceEvent,
+)
 
 EVENTS: list[Event] = [
     RunEvent(
@@ -52,6 +62,39 @@ EVENTS: list[Event] = [
     WarningEvent(t=7.0, message="ünïcode\nand a line end"),
     SummaryEvent(t=8.0, summary={"run": "runs/x", "loss": 0.5, "nested": [1, {"a": None}]}),
     FailureEvent(t=9.0, message="rank 1 failed", rank=1, details="Traceback"),
+    RanksEvent(
+        t=10.0,
+        first_step=3,
+        steps=2,
+        seconds=0.5,
+        timed_steps=2,
+        phase_seconds={"data": [0.125, 0.25]},
+        late_seconds=[0.0, 0.25],
+        samples=[100, 100],
+        sent_bytes=[8, 8],
+        memory_bytes=[1 << 20, 1 << 21],
+        peak_memory_bytes=[1 << 20, 1 << 21],
+        cpu_seconds=[0.5, 0.25],
+        core_wait_seconds=[0.0, 0.125],
+    ),
+    ExpertsEvent(t=11.0, step=5, tokens={"moe": [3, 4]}, dropped={"moe": 1}),
+    StragglerEvent(
+        t=12.0, step=5, rank=1, phase="data", cause="core", lost_seconds=0.25, step_seconds=0.5, shares=[0.75, 0.25]
+    ),
+    BottleneckEvent(t=13.0, step=5, what="data", share=0.5, message="slow"),
+    StallEvent(
+        t=14.0,
+        step=5,
+        waited_seconds=20.0,
+        bound_seconds=5.0,
+        what="stopped",
+        missing=[1],
+        message="rank 1 is stopped",
+        positions=[{"rank": 0, "stack": ["a.py:1 in f"]}],
+    ),
+    RecoveryEvent(t=15.0, step=6, waited_seconds=21.5),
+    BalanceEvent(t=16.0, step=6, shares=[0.75, 0.25], samples=[9, 3]),
+    TraceEvent(t=17.0, first_step=2, steps=3, path="traces/steps-2-4.json"),
 ]
 
 

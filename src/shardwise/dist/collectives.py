@@ -16,7 +16,7 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from shardwise.dist.exchange import Exchange, Message, create_memory, machine_identity, open_memory
-from shardwise.dist.meter import Kind, Meter
+from shardwise.dist.meter import Call, Kind, Meter
 
 
 @final
@@ -29,7 +29,10 @@ class Group:
         size: number of members.
         handle: torch's process group; None for a group of one, or for the default group of all ranks.
         memory: shared memory of the members, where they are processes of one machine; see `with_shared_memory`.
-        meter: counts what this rank sends and how long it waits; None in a run that is not measured.
+        meter: notes what this rank sends, where it waits and how long; None where nobody looks.
+        name: axes of the mesh that the members lie along; "" for all ranks.
+
+    The argument `what` of a collective is a short name of the tensor or module it is about, for people.
     """
 
     rank: int = 0
@@ -37,6 +40,7 @@ class Group:
     handle: c10d.ProcessGroup | None = None
     memory: Exchange | None = None
     meter: Meter | None = None
+    name: str = ""
 
     @classmethod
     def world(cls, meter: Meter | None = None) -> Group:
@@ -45,41 +49,46 @@ class Group:
             return cls(meter=meter)
         return cls(rank=c10d.get_rank(), size=c10d.get_world_size(), meter=meter)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def sum_(self, tensor: Tensor, what: str = "") -> Tensor:
         """Replace `tensor` by its sum over the members, in place."""
-        self.start_sum_(tensor).wait()
+        self.start_sum_(tensor, what).wait()
         return tensor
 
-    def start_sum_(self, tensor: Tensor) -> Work:
+    def start_sum_(self, tensor: Tensor, what: str = "") -> Work:
         """Begin `sum_` and return at once; the tensor holds the sum after `Work.wait`."""
         if self.size == 1:
             return Work(None)
-        began = self._start("all_reduce", tensor)
+        call = self._start("all_reduce", tensor, what)
         if self.memory is not None and self.memory.takes(tensor):
-            return Work(None, self.memory.put(tensor), self.meter, began)
-        return Work(c10d.all_reduce(tensor, group=self.handle, async_op=True), (), self.meter, began)
+            if self.meter is not None:
+                self.meter.inside = call  # it may wait for room, where other ranks are behind
+            messages = self.memory.put(tensor)
+            if self.meter is not None:
+                self.meter.inside = None
+            return Work(None, messages, self.meter, call)
+        return Work(c10d.all_reduce(tensor, group=self.handle, async_op=True), (), self.meter, call)
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor, what: str = "") -> Tensor:
         """Every member's tensor (all of one shape), stacked along a new first dim of length `size`."""
         if self.size == 1:
             return tensor.unsqueeze(0)
-        with self._blocking("all_gather", tensor):
+        with self._blocking("all_gather", tensor, what):
             if self.memory is not None and self.memory.takes(tensor):
                 return self.memory.gather(tensor)
             gathered = tensor.new_empty((self.size, *tensor.shape))
             c10d.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.handle)
             return gathered
 
-    def gather_uneven(self, tensor: Tensor) -> list[Tensor]:
+    def gather_uneven(self, tensor: Tensor, what: str = "") -> list[Tensor]:
         """Every member's tensor, whose first dims may differ in length; the other dims agree."""
         if self.size == 1:
             return [tensor]
-        lengths = self.gather(torch.tensor([tensor.shape[0]], device=tensor.device)).flatten().tolist()
+        lengths = self.gather(torch.tensor([tensor.shape[0]], device=tensor.device), what).flatten().tolist()
         padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
         padded[: tensor.shape[0]] = tensor
-        return [part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)]
+        return [part[:length] for part, length in zip(self.gather(padded, what), lengths, strict=True)]
 
-    def exchange(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    def exchange(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int], what: str = "") -> Tensor:
         """Rows for every member, for rows from every member: an all-to-all of uneven parts.
 
         Args:
@@ -95,7 +104,7 @@ class Group:
         received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
         rows = sum(send)
         others = _bytes(tensor) * (rows - send[self.rank]) // rows if rows else 0
-        with self._blocking("all_to_all", tensor, others_bytes=others):
+        with self._blocking("all_to_all", tensor, what, others_bytes=others):
             c10d.all_to_all_single(received, tensor, list(receive), list(send), group=self.handle)
         return received
 
@@ -135,42 +144,44 @@ class Group:
             return self
         members = c10d.get_process_group_ranks(self.handle)
         handle = c10d.new_group(members, use_local_synchronization=True)
-        return Group(self.rank, self.size, handle, meter=self.meter)
+        return Group(self.rank, self.size, handle, meter=self.meter, name=self.name)
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, what: str = "") -> list[Any]:
         """Every member's picklable value, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        c10d.all_gather_object(values, value, group=self.handle)
+        with self._blocking("all_gather", None, what):
+            c10d.all_gather_object(values, value, group=self.handle)
         return values
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
+    def broadcast_(self, tensor: Tensor, what: str = "") -> Tensor:
         """Overwrite `tensor` with that of member 0, in place."""
         if self.size > 1:
-            with self._blocking("broadcast", tensor):
+            with self._blocking("broadcast", tensor, what):
                 c10d.broadcast(tensor, group=self.handle, group_src=0)
         return tensor
 
-    def barrier(self) -> None:
+    def barrier(self, what: str = "") -> None:
         """Wait until every member has come here."""
         if self.size > 1:
-            with self._blocking("barrier"):
+            with self._blocking("barrier", None, what):
                 c10d.barrier(group=self.handle)
 
-    def _start(self, kind: Kind, tensor: Tensor | None, others_bytes: int | None = None) -> float:
+    def _start(
+        self, kind: Kind, tensor: Tensor | None, what: str = "", *, others_bytes: int | None = None
+    ) -> Call | None:
         if self.meter is None:
-            return 0.0
+            return None
         size = _bytes(tensor) if tensor is not None else 0
-        return self.meter.start(kind, size, self.size, others_bytes=others_bytes)
+        return self.meter.start(kind, size, self.size, others_bytes=others_bytes, what=what, group=self.name)
 
     def _blocking(
-        self, kind: Kind, tensor: Tensor | None = None, *, others_bytes: int | None = None
+        self, kind: Kind, tensor: Tensor | None, what: str = "", *, others_bytes: int | None = None
     ) -> AbstractContextManager[None]:
         """Around a collective that returns when it is over."""
-        if self.meter is None:
-            return nullcontext()
-        return self.meter.waiting(kind, self._start(kind, tensor, others_bytes))
+        call = self._start(kind, tensor, what, others_bytes=others_bytes)
+        return nullcontext() if self.meter is None or call is None else self.meter.waiting(call)
 
 
 @final
@@ -181,14 +192,14 @@ class Work:
     handle: c10d.Work | None
     messages: Sequence[Message] = ()
     meter: Meter | None = None
-    began: float = 0.0
+    call: Call | None = None
 
     def wait(self) -> None:
         """Block until the result is there (on an accelerator: until the stream is ordered after it)."""
-        if self.meter is None or (self.handle is None and not self.messages):
+        if self.meter is None or self.call is None:
             self._wait()
             return
-        with self.meter.waiting("all_reduce", self.began):
+        with self.meter.waiting(self.call):
             self._wait()
 
     def _wait(self) -> None:

@@ -31,13 +31,13 @@ class Mesh:
         layout: the degree of each axis.
         rank: this process's global rank.
         device_type: `cpu`, `cuda`, ...
-        meter: counts what this rank sends, in a run that is measured.
+        meter: notes what this rank sends and where it waits, in all groups.
     """
 
     layout: Layout
     rank: int
     device_type: str = "cpu"
-    meter: Meter | None = None
+    meter: Meter = field(default_factory=Meter)
     _groups: dict[tuple[str, ...], Group] = field(default_factory=dict)
     _device_mesh: DeviceMesh | None = None
     _world: Group | None = None
@@ -113,7 +113,7 @@ class Mesh:
                 members.append(self._rank_at({**place, **dict(zip(key, free, strict=True))}))
             handle = c10d.new_group(members)
             if self.rank in members:
-                mine = Group(rank=members.index(self.rank), size=size, handle=handle, meter=self.meter)
+                mine = Group(members.index(self.rank), size, handle, meter=self.meter, name=",".join(key))
         return mine
 
     def _rank_at(self, place: dict[str, int]) -> int:

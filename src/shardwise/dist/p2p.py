@@ -11,7 +11,7 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from shardwise.dist.collectives import Group
-from shardwise.dist.meter import Meter
+from shardwise.dist.meter import Call, Meter
 
 
 @final
@@ -22,7 +22,7 @@ class Transfer:
     handle: c10d.Work
     tensor: Tensor
     meter: Meter | None = None
-    began: float = 0.0
+    call: Call | None = None
 
     def wait(self, timeout_seconds: float | None = None) -> Tensor:
         """Block until the message was handed over, and return its tensor.
@@ -33,7 +33,7 @@ class Transfer:
         Raises:
             RuntimeError: it was not handed over in time, or the peer is gone.
         """
-        with self.meter.waiting("message", self.began) if self.meter is not None else nullcontext():
+        with self.meter.waiting(self.call) if self.meter is not None and self.call is not None else nullcontext():
             if timeout_seconds is None:
                 self.handle.wait()
             else:
@@ -46,15 +46,20 @@ def start_send(tensor: Tensor, group: Group, peer: int) -> Transfer:
 
     Two ranks must begin the messages between them in the same order.
     """
-    began = group.meter.start("message", tensor.numel() * tensor.element_size(), 2) if group.meter is not None else 0.0
+    call = None
+    if group.meter is not None:
+        size = tensor.numel() * tensor.element_size()
+        call = group.meter.start("message", size, 2, what=f"a send to member {peer}", group=group.name)
     work = c10d.isend(tensor, group=group.handle, group_dst=peer)
     assert work is not None  # None is for ranks outside of the group
-    return Transfer(work, tensor, group.meter, began)
+    return Transfer(work, tensor, group.meter, call)
 
 
 def start_receive(tensor: Tensor, group: Group, peer: int) -> Transfer:
     """Begin to receive into a contiguous tensor, from the group's member `peer`."""
-    began = group.meter.start("message", 0, 2) if group.meter is not None else 0.0  # the sender counts its bytes
+    call = None
+    if group.meter is not None:  # the sender counts its bytes
+        call = group.meter.start("message", 0, 2, what=f"a receive from member {peer}", group=group.name)
     work = c10d.irecv(tensor, group=group.handle, group_src=peer)
     assert work is not None
-    return Transfer(work, tensor, group.meter, began)
+    return Transfer(work, tensor, group.meter, call)

@@ -48,17 +48,31 @@ def clip_by_global_norm(
         PlanError: a gradient still holds summands that were not added up.
     """
     every = list(parameters)
+    norm = global_norm(every, apart=apart, counted=counted)
     gradients = [parameter.grad for parameter in every if parameter.grad is not None]
+    factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local_part(gradient).mul_(factor.to(gradient.dtype))
+    return norm
+
+
+@torch.no_grad()
+def global_norm(
+    parameters: Iterable[nn.Parameter],
+    *,
+    apart: Sequence[Group] = (),
+    counted: Callable[[nn.Parameter], bool] = lambda _: True,
+) -> Tensor:
+    """The joint 2-norm of all gradients, a scalar tensor, the same on all ranks. As `clip_by_global_norm`, which explains
+    the arguments, and changes nothing."""
+    every = list(parameters)
     norm = _norm([parameter.grad for parameter in every if parameter.grad is not None and counted(parameter)])
     if any(group.size > 1 for group in apart):
         # A rank without a gradient does not know the dtype of the others.
         square = norm.to(every[0].device, torch.float64).square()
         for group in apart:
-            group.sum_(square)
+            group.sum_(square, "the norm of the gradients")
         norm = square.sqrt()
-    factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        local_part(gradient).mul_(factor.to(gradient.dtype))
     return norm
 
 
@@ -77,7 +91,7 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
         if key:
             square = norm.to(torch.promote_types(norm.dtype, torch.float32)).square()
             for group in groups[key]:
-                group.sum_(square)
+                group.sum_(square, "the norm of the gradients")
             norm = square.sqrt()
         norms.append(norm)
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)

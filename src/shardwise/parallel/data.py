@@ -41,6 +41,7 @@ class _Bucket:
     views: list[Tensor]
     gradients: list[Tensor]
     flags: Tensor
+    what: str
     missing: int = 0
     sent: Work | None = None
     absent: list[int] = field(default_factory=list)
@@ -152,7 +153,7 @@ class GradientSum:
         bucket = self._buckets[self._next]
         self._next += 1
         _fill(bucket)
-        bucket.sent = self._group.start_sum_(bucket.flat)
+        bucket.sent = self._group.start_sum_(bucket.flat, bucket.what)
 
     def _sum_sparse(self, name: str, parameter: nn.Parameter) -> None:
         """Sparse gradients differ in length: gather every rank's rows and add them up."""
@@ -169,11 +170,12 @@ class GradientSum:
             rows.indices() if rows is not None else torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
         )
         values = rows.values() if rows is not None else parameter.new_zeros((0, *parameter.shape[1:]))
-        used = self._group.sum_(torch.tensor([float(gradient is not None)], device=parameter.device))
+        what = f"the sparse gradient of {name}"
+        used = self._group.sum_(torch.tensor([float(gradient is not None)], device=parameter.device), what)
         if used.item() == 0:
             return
-        all_indices = torch.cat(self._group.gather_uneven(indices.T.contiguous())).T
-        all_values = torch.cat(self._group.gather_uneven(values.detach()))
+        all_indices = torch.cat(self._group.gather_uneven(indices.T.contiguous(), what)).T
+        all_values = torch.cat(self._group.gather_uneven(values.detach(), what))
         parameter.grad = torch.sparse_coo_tensor(
             all_indices, all_values, parameter.shape, check_invariants=False
         ).coalesce()
@@ -238,7 +240,8 @@ def _bucket(part: list[tuple[str, nn.Parameter]]) -> _Bucket:
     pieces = flat.split([*sizes, len(part)])
     views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=False)]
     gradients = [_like(view, parameter) for view, parameter in zip(views, parameters, strict=True)]
-    return _Bucket(names, parameters, flat, views, gradients, pieces[-1])
+    what = f"the gradient of {names[0]}" if len(names) == 1 else f"the gradients of {names[0]} ... {names[-1]}"
+    return _Bucket(names, parameters, flat, views, gradients, pieces[-1], what)
 
 
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -21,36 +21,43 @@ def meter_collectives(groups: Iterable[Any], meter: Meter, replicas: int) -> Non
             FSDP2 has no place to time it, so its seconds stay in the backward pass.
     """
     for group in groups:
-        group._all_gather_comm = _Gather(group._all_gather_comm, meter)
-        group._reduce_scatter_comm = _Scatter(group._reduce_scatter_comm, meter, replicas)
+        group._all_gather_comm = _Gather(group._all_gather_comm, meter, group)
+        group._reduce_scatter_comm = _Scatter(group._reduce_scatter_comm, meter, replicas, group)
 
 
 @final
 class _Gather:
-    def __init__(self, inner: Any, meter: Meter) -> None:
-        self._inner, self._meter = inner, meter
+    def __init__(self, inner: Any, meter: Meter, unit: Any) -> None:
+        self._inner, self._meter, self._unit = inner, meter, unit
         self.allocate = inner.allocate
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: c10d.ProcessGroup, async_op: bool = False
     ) -> Any:
-        began = self._meter.start("all_gather", input_tensor.numel() * input_tensor.element_size(), group.size())
-        with self._meter.waiting("all_gather", began):
+        what = f"the parameters of {_unit_name(self._unit)}"
+        size = input_tensor.numel() * input_tensor.element_size()
+        with self._meter.waiting(self._meter.start("all_gather", size, group.size(), what=what, group="shard")):
             return self._inner(output_tensor, input_tensor, group, async_op)
 
 
 @final
 class _Scatter:
-    def __init__(self, inner: Any, meter: Meter, replicas: int) -> None:
-        self._inner, self._meter, self._replicas = inner, meter, replicas
+    def __init__(self, inner: Any, meter: Meter, replicas: int, unit: Any) -> None:
+        self._inner, self._meter, self._replicas, self._unit = inner, meter, replicas, unit
         self.allocate = inner.allocate
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: c10d.ProcessGroup, op: Any, async_op: bool = False
     ) -> Any:
-        began = self._meter.start("reduce_scatter", input_tensor.numel() * input_tensor.element_size(), group.size())
-        with self._meter.waiting("reduce_scatter", began):
+        what = f"the gradients of {_unit_name(self._unit)}"
+        size = input_tensor.numel() * input_tensor.element_size()
+        with self._meter.waiting(self._meter.start("reduce_scatter", size, group.size(), what=what, group="shard")):
             result = self._inner(output_tensor, input_tensor, group, op, async_op)
         if self._replicas > 1:
             self._meter.start("all_reduce", output_tensor.numel() * output_tensor.element_size(), self._replicas)
         return result
+
+
+def _unit_name(unit: Any) -> str:
+    """FSDP2 names its units when the first forward pass begins."""
+    return str(unit._module_fqn or "the root module")

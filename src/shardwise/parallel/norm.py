@@ -46,12 +46,12 @@ def globalize_batch_norm(model: nn.Module, group: Group, state: BatchState) -> i
         The number of layers changed.
     """
     layers = batch_norms(model)
-    for _, module in layers:
-        module.forward = functools.partial(_forward, module, group, state)  # type: ignore[method-assign]
+    for name, module in layers:
+        module.forward = functools.partial(_forward, module, group, state, name)  # type: ignore[method-assign]
     return len(layers)
 
 
-def _forward(module: _BatchNorm, group: Group, state: BatchState, x_NC: Tensor) -> Tensor:
+def _forward(module: _BatchNorm, group: Group, state: BatchState, name: str, x_NC: Tensor) -> Tensor:
     """As `_BatchNorm.forward`, with statistics over the group. `x_NC` has shape (samples, channels, *any)."""
     if not isinstance(module, nn.SyncBatchNorm):
         module._check_input_dim(x_NC)
@@ -63,7 +63,7 @@ def _forward(module: _BatchNorm, group: Group, state: BatchState, x_NC: Tensor) 
     y_NC, mean_C, variance_C, count = cast(
         "tuple[Tensor, Tensor, Tensor, Tensor]",
         _GlobalBatchNorm.apply(  # type: ignore[no-untyped-call]
-            x_NC, module.weight, module.bias, module.eps, group, state.phantom
+            x_NC, module.weight, module.bias, module.eps, group, state.phantom, name
         ),
     )
     if module.training and module.track_running_stats and module.running_mean is not None:
@@ -90,12 +90,19 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float, group: Group, phantom: bool
+        ctx: Any,
+        x_NC: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        eps: float,
+        group: Group,
+        phantom: bool,
+        name: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [dim for dim in range(x_NC.dim()) if dim != 1]
         statistic_dtype = torch.promote_types(x_NC.dtype, torch.float32)
         x32_NC = x_NC.to(statistic_dtype)
-        mean_C, variance_C, count = _merged_statistics(x32_NC, dims, group, phantom)
+        mean_C, variance_C, count = _merged_statistics(x32_NC, dims, group, phantom, name)
         inverse_C = torch.rsqrt(variance_C + eps)
         centred_NC = x32_NC - _along_channels(mean_C, x_NC.dim())
         scale_C = inverse_C if weight_C is None else inverse_C * weight_C
@@ -103,7 +110,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         if bias_C is not None:
             y_NC = y_NC + _along_channels(bias_C, x_NC.dim())
         ctx.save_for_backward(x_NC, weight_C, bias_C, mean_C, inverse_C, count)
-        ctx.group, ctx.dims, ctx.phantom = group, dims, phantom
+        ctx.group, ctx.dims, ctx.phantom, ctx.name = group, dims, phantom, name
         ctx.mark_non_differentiable(mean_C, variance_C, count)
         return y_NC.to(x_NC.dtype), mean_C, variance_C, count
 
@@ -119,7 +126,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         dbias_C = dy32_NC.sum(dims)
         dweight_C = (dy32_NC * normalised_NC).sum(dims)
         dx_NC = None
-        sums = group.sum_(torch.cat([dbias_C, dweight_C]))
+        sums = group.sum_(torch.cat([dbias_C, dweight_C]), f"BatchNorm {ctx.name} (backward)")
         if ctx.needs_input_grad[0]:
             scale_C = inverse_C if weight_C is None else inverse_C * weight_C
             if not ctx.phantom:  # a phantom's values are no part of the statistics
@@ -133,10 +140,12 @@ class _GlobalBatchNorm(torch.autograd.Function):
         # Weight and bias gradients stay local sums: the gradient reduction adds them up like all others.
         dweight = dweight_C.to(weight_C.dtype) if weight_C is not None else None
         dbias = dbias_C.to(bias_C.dtype) if bias_C is not None else None
-        return dx_NC, dweight, dbias, None, None, None
+        return dx_NC, dweight, dbias, None, None, None, None
 
 
-def _merged_statistics(x_NC: Tensor, dims: list[int], group: Group, phantom: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _merged_statistics(
+    x_NC: Tensor, dims: list[int], group: Group, phantom: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel over all ranks, and the number of values per channel as a scalar tensor.
 
     Raises:
@@ -148,7 +157,7 @@ def _merged_statistics(x_NC: Tensor, dims: list[int], group: Group, phantom: boo
     if count:
         variance_C, mean_C = torch.var_mean(x_NC, dims, correction=0)
         own = torch.cat([mean_C, variance_C * count, mean_C.new_tensor([float(count)])])
-    every_R = group.gather(own)
+    every_R = group.gather(own, f"BatchNorm {name}")
     means_RC, deviations_RC, counts_R1 = every_R.split([channels, channels, 1], dim=1)
     total = counts_R1.sum()
     mean_C = (means_RC * counts_R1).sum(0) / total

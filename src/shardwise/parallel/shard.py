@@ -127,8 +127,7 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            if mesh.meter is not None:
-                meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data)
+            meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data)
     held = dict.fromkeys(parameter for name in names for parameter in model.get_submodule(name).parameters())
     return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored)
 

@@ -18,6 +18,7 @@ from shardwise.data.loader import eval_batches
 from shardwise.data.source import as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import SAMPLE_AXES, Mesh
+from shardwise.dist.meter import Meter
 from shardwise.dist.split import is_stand_in
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import Composed, check_model, compose
@@ -260,7 +261,7 @@ def assemble(
         raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers but {world.size} were started")
     model = build_model(job, device)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
-    mesh = Mesh(plan.layout, world.rank, device.type, recorder.meter if recorder is not None else None)
+    mesh = Mesh(plan.layout, world.rank, device.type, recorder.meter if recorder is not None else Meter())
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
     cut = find_cut(job, plan, model, device)
@@ -276,7 +277,7 @@ def assemble(
         optimizer=optimizer,
         update=OptimizerStep(optimizer),
         scheduler=scheduler,
-        clock=PhaseClock(device, recorder=recorder),
+        clock=PhaseClock(device, mesh.meter, recorder=recorder),
         total_steps=total_steps,
         parameters=tuple(parameter for parameter in model.parameters() if not is_stand_in(parameter)),
     )

@@ -7,24 +7,49 @@ from typing import final
 
 import torch
 
+from shardwise.dist.meter import Meter
 from shardwise.run.record import Recorder
+from shardwise.spec.observations import PHASES
 
-PHASES = ("data", "forward", "backward", "synchronisation", "optimizer", "other")
+_NEXT = {
+    "data": "forward",
+    "forward": "backward",
+    "backward": "synchronisation",
+    "synchronisation": "optimizer",
+    "optimizer": "other",
+    "other": "forward",
+}
+"""What a step does after each phase, to say what is under way. (`data` is named by `begin_step`.)"""
 
 
 @final
 class PhaseClock:
-    """Adds the time since the last mark to a phase.
+    """Adds the time since the last mark to a phase, and what of it was spent waiting for others to `synchronisation`.
 
     Accelerators run behind the host, so there a mark means little unless the device is waited for. Waiting costs speed;
     on an accelerator only every `sample_every`-th step is timed, with waits, and shares are taken over those steps.
+
+    Attributes:
+        current: what is under way, a phase or another activity. Other threads may look.
+        timed_steps: steps that were timed so far.
     """
 
-    def __init__(self, device: torch.device, *, sample_every: int = 25, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        meter: Meter | None = None,
+        *,
+        sample_every: int = 25,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._waits = device.type != "cpu"
         self._sample_every = sample_every if self._waits else 1
         self._device = device
         self._recorder = recorder
+        self._meter = meter or Meter()
+        self._blocked = self._meter.blocked_seconds
+        self.current = "start"
+        self.timed_steps = 0
         self._steps = 0
         self._last = perf_counter()
         self._timing = True
@@ -39,9 +64,12 @@ class PhaseClock:
         """
         self._timing = self._steps % self._sample_every == 0
         self._steps += 1
+        self.timed_steps += self._timing
+        self.current = "data"
+        self._meter.begin_step(keep=False)
         if self._waits and self._timing:
             torch.accelerator.synchronize(self._device)
-            self._last = perf_counter()
+            self.restart()
         if self._recorder is not None:
             self._recorder.begin_step(perf_counter(), step)
 
@@ -53,18 +81,23 @@ class PhaseClock:
     def restart(self) -> None:
         """Forget the time since the last mark."""
         self._last = perf_counter()
+        self._blocked = self._meter.blocked_seconds
 
     def mark(self, phase: str) -> None:
         """Add the time since the last mark to `phase`, one of `PHASES`."""
+        self.current = _NEXT[phase]
         if not self._timing:
             return
         if self._waits:
             torch.accelerator.synchronize(self._device)
         now = perf_counter()
-        self.seconds[phase] += now - self._last
+        blocked = self._meter.blocked_seconds
+        waited = blocked - self._blocked
+        self.seconds[phase] += now - self._last - waited
+        self.seconds["synchronisation"] += waited
         if self._recorder is not None:
             self._recorder.phase(phase, self._last, now)
-        self._last = now
+        self._last, self._blocked = now, blocked
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call of `take`; phases without any are left out."""

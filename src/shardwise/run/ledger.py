@@ -8,8 +8,10 @@ signal.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 from time import perf_counter
 from typing import final
 
@@ -23,6 +25,7 @@ SETTLE_SECONDS = 0.5
 """Aim for the time between two settlements: how fresh the progress bar is and how fast Ctrl-C is noticed."""
 
 _MOST_STEPS = 500
+_OFFSETS = 21  # settlements over which clocks of machines are compared: their median forgives a late one
 
 
 @final
@@ -36,6 +39,9 @@ class Settlement:
         samples: samples of the global batch, one number a step.
         stop: a rank was asked to stop.
         save: a checkpoint is due.
+        late_seconds: mean over the steps of how much later than the mean of all ranks this one came to the first
+            collective of a step.
+        gradient_norm: of the last step, where the job clips.
     """
 
     losses: list[float]
@@ -43,6 +49,8 @@ class Settlement:
     samples: list[int]
     stop: bool
     save: bool
+    late_seconds: float = 0.0
+    gradient_norm: float | None = None
 
 
 @final
@@ -56,6 +64,7 @@ class Ledger:
         device: where losses live.
         stop_requested: whether this process was asked to stop.
         save_due: whether a checkpoint is due by the clock; only rank 0's answer counts.
+        one_clock: the ranks are processes of one machine, so that their readings of the clock can be compared.
     """
 
     group: Group
@@ -63,6 +72,11 @@ class Ledger:
     device: torch.device
     stop_requested: Callable[[], bool]
     save_due: Callable[[], bool]
+    one_clock: bool = True
+    _arrivals: list[float] = field(default_factory=list)
+    _norm: Tensor | None = None
+    _left: float = 0.0
+    _offsets: deque[float] = field(default_factory=lambda: deque(maxlen=_OFFSETS))
     _sums: list[Tensor] = field(default_factory=list)
     _weights: list[float | Tensor] = field(default_factory=list)
     _seconds: list[float] = field(default_factory=list)
@@ -77,6 +91,9 @@ class Ledger:
         self._weights.append(result.weight)
         self._seconds.append(now - self._last)
         self._samples.append(result.samples)
+        arrival = self.group.meter.first_arrival if self.group.meter is not None else None
+        self._arrivals.append(arrival or 0.0)
+        self._norm = result.gradient_norm
         self._last = now
 
     def skip_time(self) -> None:
@@ -108,15 +125,40 @@ class Ledger:
             dtype=torch.float64,
             device=self.device,
         )
-        vector = control
+        arrivals = torch.tensor([self._left, *self._arrivals], dtype=torch.float64, device=self.device)
+        vector = torch.cat([control, arrivals])
         if steps:
             losses = torch.stack([
                 total.to(torch.float64) / weight for total, weight in zip(self._sums, self._weights, strict=True)
             ])  # fmt: skip
-            vector = torch.cat([control, losses * float(self.counts_loss)])
-        stop, save, agreed_after, *agreed_losses = self.group.sum_(vector).tolist()
-        settled = Settlement(agreed_losses, self._seconds, self._samples, stop > 0, save > 0)
+            vector = torch.cat([vector, losses * float(self.counts_loss)])
+        stop, save, agreed_after, *numbers = self.group.sum_(vector, "the losses, and what to do next").tolist()
+        settled = Settlement(
+            numbers[1 + steps :],
+            self._seconds,
+            self._samples,
+            stop > 0,
+            save > 0,
+            self._late(numbers[: 1 + steps]),
+            None if self._norm is None else float(self._norm),
+        )
         # The first steps of a run are slow (warm-up): grow the interval gently.
         self._settle_after = min(int(agreed_after), 2 * self._settle_after)
-        self._sums, self._weights, self._seconds, self._samples = [], [], [], []
+        self._sums, self._weights, self._seconds, self._samples, self._arrivals = [], [], [], [], []
+        self._left = perf_counter()
         return settled
+
+    def _late(self, sums: list[float]) -> float:
+        """How much later than the mean of the ranks this one came, given the sums over the ranks of what it sent.
+
+        Clocks of different machines are compared at the end of the settlement before, which all ranks leave within the
+        time of a message of each other.
+        """
+        left, *arrivals = sums
+        if self.group.size == 1 or not arrivals or 0.0 in self._arrivals:
+            return 0.0
+        if self._left:
+            self._offsets.append(self._left - left / self.group.size)
+        offset = 0.0 if self.one_clock or not self._offsets else median(self._offsets)
+        pairs = zip(self._arrivals, arrivals, strict=True)
+        return sum(own - total / self.group.size for own, total in pairs) / len(arrivals) - offset

@@ -22,9 +22,10 @@ from shardwise.run.evaluate import evaluate
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
 from shardwise.run.ledger import Ledger
+from shardwise.run.observe import Observer
 from shardwise.run.progress import Display
 from shardwise.run.step import take_step
-from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, StepsEvent, WarningEvent
+from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, WarningEvent
 from shardwise.units import format_seconds
 
 
@@ -86,6 +87,7 @@ class Course:
     evaluated_step: int = -1
     last_save: float = field(default_factory=perf_counter)
     warned_loss: bool = False
+    one_clock: bool = True
 
     def tell(self, event: Event) -> None:
         """Write an event, on rank 0."""
@@ -110,12 +112,14 @@ def run_loop(assembly: Assembly, course: Course) -> None:
         device=a.device,
         stop_requested=course.stop_requested,
         save_due=lambda: _save_due_by_time(course),
+        one_clock=course.one_clock,
     )
+    observer = Observer(a, course.tell, course.display.say)
     a.clock.restart()
     while not course.stopped and not _finished(a, course):
         began = perf_counter()
         steps_before = a.step
-        ended = _run_epoch(a, course, ledger)
+        ended = _run_epoch(a, course, ledger, observer)
         if ended:
             if a.step == steps_before and course.position.batch == 0:
                 raise DataError("the training split gave no batch in a whole epoch: the data is empty")
@@ -134,7 +138,7 @@ def _finished(a: Assembly, course: Course) -> bool:
     return a.job.epochs is not None and course.position.epoch >= a.job.epochs
 
 
-def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
+def _run_epoch(a: Assembly, course: Course, ledger: Ledger, observer: Observer) -> bool:
     """Train to the end of the epoch, of the steps, or to a stop. Returns whether the epoch was completed."""
     position = course.position
     with closing(open_epoch(a, course.splits, epoch=position.epoch, start=position.batch)) as stream:
@@ -146,8 +150,9 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
             a.clock.mark("data")
             if batch is None:
                 if ledger.settle_pending:
-                    _settle(a, course, ledger)
+                    _settle(a, course, ledger, observer)
                 return not course.stopped
+            observer.gauge.samples += batch.count
             result = take_step(a, batch)
             position.batch += 1
             ledger.add(result)
@@ -157,7 +162,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger) -> bool:
             by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
             last = a.job.steps is not None and a.step >= a.job.steps
             if ledger.due or by_steps or last:
-                _settle(a, course, ledger, save_now=by_steps)
+                _settle(a, course, ledger, observer, save_now=by_steps)
                 if course.stopped:
                     return False
             a.clock.mark("other")
@@ -194,7 +199,7 @@ def next_batch(stream: Iterator[Batch], samples: Group, device: torch.device) ->
     return replace(batch, global_count=int(total)) if total else None
 
 
-def _settle(a: Assembly, course: Course, ledger: Ledger, *, save_now: bool = False) -> None:
+def _settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, save_now: bool = False) -> None:
     settled = ledger.settle()
     steps = len(settled.losses)
     if steps:
@@ -207,15 +212,7 @@ def _settle(a: Assembly, course: Course, ledger: Ledger, *, save_now: bool = Fal
             loss * count for loss, count in zip(settled.losses, settled.samples, strict=True)
         )
         course.position.samples += samples
-        course.tell(
-            StepsEvent(
-                first_step=a.step - steps,
-                losses=settled.losses,
-                seconds=settled.seconds,
-                samples=samples,
-                phase_seconds=a.clock.take(),
-            )
-        )
+        observer.settled(settled)
         if not course.warned_loss and any(not abs(loss) < float("inf") for loss in settled.losses):
             course.warned_loss = True
             warn(course, f"the loss became {settled.losses[-1]} by step {a.step}: the training goes on, but lower the "
@@ -252,6 +249,7 @@ def _evaluate(a: Assembly, course: Course) -> dict[str, float]:
     if course.splits.test is None:
         return {}
     began = perf_counter()
+    a.clock.current = "evaluation"
     metrics, samples = evaluate(a, course.splits.test)
     course.metrics = metrics
     course.evaluated_step = a.step
@@ -264,6 +262,7 @@ def _evaluate(a: Assembly, course: Course) -> dict[str, float]:
 
 def _save(a: Assembly, course: Course) -> None:
     began = perf_counter()
+    a.clock.current = "checkpoint"
     progress: dict[str, Any] = {
         "step": a.step,
         "position": vars(course.position),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -23,9 +22,11 @@ from shardwise.dist.meter import Meter
 from shardwise.errors import CheckpointError, FolderError, PlanError, RunFailed, UserError
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.checkpoint import latest, load
+from shardwise.run.choose import usable_cores
 from shardwise.run.eventlog import EventLog
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder, write_aside, writing_in
+from shardwise.run.gauge import peak_memory_bytes
 from shardwise.run.loop import Course, Position, Saving, run_loop, total_steps, warn
 from shardwise.run.progress import Display, Silent, make_display
 from shardwise.run.record import Recorder, Recording
@@ -130,6 +131,7 @@ def _train(
             position=position,
             metrics=metrics,
             loss=loss,
+            one_clock=len(set(world.gather_objects(_clock()))) == 1,
         )
         first_step = assembly.step
         if is_first:
@@ -239,6 +241,13 @@ def _write_record(folder: RunFolder, work: Work) -> None:
         write_aside(folder.settings_path, json.dumps(work.settings.to_dict(), indent=2, default=str).encode() + b"\n")
 
 
+def _clock() -> str:
+    """Equal for processes whose readings of `time.perf_counter` can be compared: those of one boot of one machine."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return socket.gethostname()
+
+
 def _run_event(job: Job, work: Work, world: Group, first_step: int, total: int | None) -> RunEvent:
     return RunEvent(
         name=job.name,
@@ -249,6 +258,9 @@ def _run_event(job: Job, work: Work, world: Group, first_step: int, total: int |
         ranks=world.size,
         first_step=first_step,
         total_steps=total,
+        device=work.device,
+        cores=usable_cores(),
+        batch_size=job.batch_size,
     )
 
 
@@ -256,7 +268,7 @@ def _summary(
     assembly: Assembly, course: Course, rank: Rank, work: Work, first_step: int, total: int | None
 ) -> dict[str, Any]:
     shares = assembly.clock.shares()
-    by_rank = assembly.world.gather_objects({"peak_memory_bytes": _peak_memory(assembly.device), "shares": shares})
+    by_rank = assembly.world.gather_objects({"peak_memory_bytes": peak_memory_bytes(assembly.device), "shares": shares})
     return {
         "run": str(course.folder.path),
         "plan": str(assembly.plan),
@@ -279,10 +291,3 @@ def _summary(
         "restarts": rank.restarts,
         "stopped": course.stopped,
     }
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the accelerator, or resident in this process on CPU."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,47 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from abc import ABC
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from shardwise.errors import FolderError
-
-VERSION = 1
-"""Version of the event format; a reader refuses lines of a higher one."""
-
-LOSS_DIGITS = 7
-"""Significant digits kept of a loss or metric: what float32 resolves."""
-
-SECONDS_DIGITS = 4
-"""Significant digits kept of a duration; clocks and schedulers are no steadier than that."""
-
-_LOSS = {"digits": LOSS_DIGITS}
-_SECONDS = {"digits": SECONDS_DIGITS}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event(ABC):
-    """What happened, and when. Subclasses are final, one a kind.
-
-    Attributes:
-        t: unix seconds.
-    """
-
-    kind: ClassVar[str]
-    t: float = field(default_factory=time.time)
-
-    def to_line(self) -> str:
-        """The event as one line of JSON without the line end."""
-        record: dict[str, Any] = {"v": VERSION, "t": round(self.t, 3), "kind": self.kind}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name != "t" and value is not None:
-                digits = item.metadata.get("digits")
-                record[item.name] = _plain(value, digits)
-        return json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+from shardwise.spec.event import LOSS, SECONDS, VERSION
+from shardwise.spec.event import Event as Event
+from shardwise.spec.observations import (
+    BalanceEvent,
+    BottleneckEvent,
+    ExpertsEvent,
+    RanksEvent,
+    RecoveryEvent,
+    StallEvent,
+    StragglerEvent,
+    TraceEvent,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +41,10 @@ class RunEvent(Event):
         ranks: number of workers.
         first_step: global steps that were done before, 0 for a new run.
         total_steps: global steps at the end of the run, None when unknown.
+        device: kind of device, such as `cpu`.
+        cores: of the machine of rank 0 that the run may use, None when not known.
+        batch_size: samples of a global batch.
+        stall_seconds: the largest bound of a stalled step; 0 where nobody looks.
     """
 
     kind: ClassVar[str] = "run"
@@ -76,6 +56,10 @@ class RunEvent(Event):
     ranks: int
     first_step: int = 0
     total_steps: int | None = None
+    device: str = ""
+    cores: int | None = None
+    batch_size: int | None = None
+    stall_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +72,18 @@ class StepsEvent(Event):
         seconds: wall seconds, one a step.
         phase_seconds: phase (data, forward, backward, ...) -> wall seconds on rank 0, summed over these steps.
         samples: samples of all workers, summed over these steps.
+        gradient_norm: norm of the whole gradient in the last of these steps, before clipping; None when not known.
+        learning_rates: of each parameter group, in the last of these steps.
     """
 
     kind: ClassVar[str] = "steps"
     first_step: int
-    losses: list[float] = field(metadata=_LOSS)
-    seconds: list[float] = field(metadata=_SECONDS)
+    losses: list[float] = field(metadata=LOSS)
+    seconds: list[float] = field(metadata=SECONDS)
     samples: int
-    phase_seconds: dict[str, float] = field(default_factory=dict, metadata=_SECONDS)
+    phase_seconds: dict[str, float] = field(default_factory=dict, metadata=SECONDS)
+    gradient_norm: float | None = field(default=None, metadata=LOSS)
+    learning_rates: list[float] = field(default_factory=list, metadata=LOSS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +100,8 @@ class EpochEvent(Event):
     kind: ClassVar[str] = "epoch"
     epoch: int
     step: int
-    seconds: float = field(metadata=_SECONDS)
-    loss_mean: float | None = field(default=None, metadata=_LOSS)
+    seconds: float = field(metadata=SECONDS)
+    loss_mean: float | None = field(default=None, metadata=LOSS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +119,9 @@ class EvaluationEvent(Event):
     kind: ClassVar[str] = "evaluation"
     step: int
     split: str
-    metrics: dict[str, float] = field(metadata=_LOSS)
+    metrics: dict[str, float] = field(metadata=LOSS)
     samples: int
-    seconds: float = field(metadata=_SECONDS)
+    seconds: float = field(metadata=SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +138,7 @@ class CheckpointEvent(Event):
     kind: ClassVar[str] = "checkpoint"
     step: int
     path: str
-    seconds: float = field(metadata=_SECONDS)
+    seconds: float = field(metadata=SECONDS)
     bytes: int | None = None
 
 
@@ -183,7 +171,7 @@ class SummaryEvent(Event):
     """The run ended well or was stopped by a signal; `summary` is what `shardwise train --json` prints."""
 
     kind: ClassVar[str] = "summary"
-    summary: dict[str, Any] = field(metadata=_LOSS)
+    summary: dict[str, Any] = field(metadata=LOSS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,26 +202,16 @@ KINDS: dict[str, type[Event]] = {
         WarningEvent,
         SummaryEvent,
         FailureEvent,
+        RanksEvent,
+        ExpertsEvent,
+        StragglerEvent,
+        BottleneckEvent,
+        StallEvent,
+        RecoveryEvent,
+        BalanceEvent,
+        TraceEvent,
     )
 }
-
-
-def _plain(value: Any, digits: int | None) -> Any:
-    """JSON data of `value`; floats keep `digits` significant digits, all of them where None."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return repr(value)
-        if digits is None:
-            return value
-        short = float(f"{value:.{digits}g}")
-        return int(short) if short.is_integer() and abs(short) < 10**digits else short
-    if isinstance(value, dict):
-        return {str(key): _plain(item, digits) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, digits) for item in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
 
 
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
