@@ -35,6 +35,9 @@ ROOMS: dict[str, set[str]] = {
     # What a run finds out about itself (stragglers, stalls) is worked out by the same functions that watch it.
     "run": {"spec", "dist", "nn", "parallel", "data", "monitor"},
     "tasks": {"spec", "run"},
+    # Advice on a job needs what was counted (probe), the arithmetic (planner) and the checks and trials of a run. `run`
+    # itself stays below: it is handed a function that chooses a plan.
+    "advise": {"spec", "planner", "probe", "data", "dist", "parallel", "run"},
     # A proof walks over the same batches, meshes and composed models as a training, and looks into all of them.
     "prove": {"spec", "dist", "parallel", "data", "run"},
     # Public and a single file, but on top of a room: what users' own tests call.
@@ -46,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "cli": {
         "spec",
         "planner",
+        "advise",
         "monitor",
         "data",
         "probe",

@@ -72,7 +72,7 @@ def test_a_damaged_machine_file_is_refused(machine: Machine, tmp_path: Path) -> 
 
 
 def test_foreign_old_and_future_figures_are_noticed(machine: Machine) -> None:
-    measured = measured_of(machine)
+    measured = replace(measured_of(machine), load=0.0)
     place = this_place()
     assert warnings_about(measured, place) == []
     foreign = replace(measured, place={**place, "processor": "abacus", "torch": "1.0"})
@@ -81,6 +81,7 @@ def test_foreign_old_and_future_figures_are_noticed(machine: Machine) -> None:
     assert any("torch was 1.0" in text for text in told)
     assert "days ago" in warnings_about(replace(measured, date="2020-01-01"), place)[0]
     assert "yet to come" in warnings_about(replace(measured, date="2990-01-01"), place)[0]
+    assert "other programs" in warnings_about(replace(measured, load=9.0 * measured.cores), place)[0]
     assert "no date" in warnings_about(replace(measured, date="soon"), place)[0]
 
 

@@ -1,4 +1,4 @@
-"""`shardwise plan`: which layout, will it fit, how fast, and why, for a model described in words on a catalogue machine."""
+"""`shardwise plan`: which layout, will it fit, how fast, and why, for a job or for a transformer described in words."""
 
 from __future__ import annotations
 
@@ -17,37 +17,131 @@ if TYPE_CHECKING:
 
 
 @click.command()
+@click.argument("job", required=False)
+@click.option("--model", help="Instead of JOB: gpt:layers=96,hidden=12288,heads=96,seq=2048,vocab=51200 or llama:...")
 @click.option(
-    "--model", required=True, help="Such as gpt:layers=96,hidden=12288,heads=96,seq=2048,vocab=51200 or llama:..."
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the job; repeatable."
 )
-@click.option("--machine", required=True, help="Catalogue name, such as a100-80gb-sxm, or a machine file.")
+@click.option(
+    "--machine", help="Catalogue name, such as a100-80gb-sxm, or a machine file. JOB: this machine if left out."
+)
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Number of nodes.")
 @click.option("--gpus-per-node", type=click.IntRange(min=1), help="Workers that share the fast link; default as usual.")
 @click.option("--network", type=click.FloatRange(min=0, min_open=True), help="Gbit/s between nodes of one worker.")
-@click.option("--memory", help="Memory of one device, such as 80GiB; default from the catalogue.")
-@click.option("--batch", default=512, show_default=True, type=click.IntRange(min=1), help="Sequences per step, in all.")
-@click.option("--precision", default="bf16", show_default=True, type=click.Choice(["fp32", "fp16", "bf16", "fp8"]))
-@click.option("--attention", default="flash", show_default=True, type=click.Choice(["flash", "math"]))
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="At most so many workers for JOB.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads per worker of JOB.")
+@click.option("--memory", help="Memory of one device (of one worker on a CPU), such as 80GiB.")
+@click.option("--batch", "--batch-size", type=click.IntRange(min=1), help="Samples per step, in all. --model: 512.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8"]), help="--model: bf16 if left out.")
+@click.option("--attention", type=click.Choice(["flash", "math"]), help="Of --model; flash if left out.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), help="Plans to show.")
 @click.option("--why-not", "why_not_text", help="Explain one layout, such as tensor=4.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the best plan (.toml).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def plan(
-    model: str,
-    machine: str,
+    job: str | None,
+    model: str | None,
+    settings: tuple[str, ...],
+    machine: str | None,
+    workers: int | None,
+    threads: int | None,
+    batch: int | None,
+    precision: str | None,
+    attention: str | None,
+    out: Path | None,
+    **rest: Any,
+) -> None:
+    """Rank the plans for JOB by predicted step time, and say why; or those of a transformer that is described by --model.
+
+    JOB is what `train` takes. Its operations are counted in one step, or on tensors without memory for machines of the
+    catalogue. Only plans that `train` can run are shown.
+    """
+    if (job is None) == (model is None):
+        given = "neither" if job is None else "both"
+        raise UserError(f"plan was given {given} of JOB and --model: give one of them, as in: shardwise plan digits")
+    if job is not None:
+        _refuse("JOB", attention=attention)
+        changes = {"batch_size": batch, "precision": precision}
+        code = _for_job(
+            job, settings, {k: v for k, v in changes.items() if v is not None}, machine, workers, threads, out, **rest
+        )
+    else:
+        _refuse("--model", set=settings or None, workers=workers, threads=threads)
+        if machine is None:
+            raise UserError("--model needs --machine: a catalogue name, such as a100-80gb-sxm, or a machine file")
+        code = _for_model(str(model), machine, batch or 512, precision or "bf16", attention or "flash", out, **rest)
+    if code:
+        raise SystemExit(code)
+
+
+def _refuse(kind: str, **given: Any) -> None:
+    """Settings that would have no effect."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--{name} means nothing with {kind}: leave it out")
+
+
+def _for_job(
+    job: str,
+    settings: tuple[str, ...],
+    changes: dict[str, Any],
+    machine: str | None,
+    workers: int | None,
+    threads: int | None,
+    out: Path | None,
+    *,
     nodes: int,
     gpus_per_node: int | None,
     network: float | None,
     memory: str | None,
-    batch: int,
-    precision: str,
-    attention: str,
     top: int,
     why_not_text: str | None,
     as_json: bool,
-) -> None:
-    """Rank the layouts of a model on a machine by predicted step time, and say why."""
+) -> int:
+    from shardwise.cli.plan_job import plan_job
+    from shardwise.spec.layout import Layout
+
+    if changes.get("precision") not in (None, "fp32", "bf16"):
+        raise UserError(f"--precision {changes['precision']}: a job trains in fp32 or bf16")
+    place = None
+    if machine is not None:
+        place = _machine(machine, gpus_per_node, network, None)
+    elif gpus_per_node is not None or network is not None or nodes > 1:
+        raise UserError("--nodes, --gpus-per-node and --network describe a cluster: also give its --machine")
+    return plan_job(
+        job,
+        settings,
+        changes,
+        machine=place,
+        nodes=nodes,
+        workers=workers,
+        threads=threads,
+        memory=memory,
+        top=top,
+        wanted=Layout.parse(why_not_text) if why_not_text else None,
+        out=out,
+        as_json=as_json,
+    )
+
+
+def _for_model(
+    model: str,
+    machine: str,
+    batch: int,
+    precision: str,
+    attention: str,
+    out: Path | None,
+    *,
+    nodes: int,
+    gpus_per_node: int | None,
+    network: float | None,
+    memory: str | None,
+    top: int,
+    why_not_text: str | None,
+    as_json: bool,
+) -> int:
     from shardwise.planner.explain import losers, nothing_fits, what_helps, why_best, why_not
-    from shardwise.planner.search import Problem, search
+    from shardwise.planner.search import Problem, as_plan, search
     from shardwise.spec.facts import Transformer
     from shardwise.spec.layout import Layout
 
@@ -92,8 +186,11 @@ def plan(
             click.echo(f"  would help: {sentence}.")
         if asked is not None:
             click.echo(f"{wanted}: {asked}.")
-    if found.best is None:
-        raise SystemExit(1)
+    if out is not None and found.best is not None:
+        from shardwise.cli.plan_job import write_plan
+
+        write_plan(as_plan(found.best, (told,)), out)
+    return 0 if found.best is not None else 1
 
 
 def _machine(name: str, gpus_per_node: int | None, network: float | None, memory: str | None) -> Machine:

@@ -19,6 +19,7 @@ from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import PlanError, ShardwiseError
 from shardwise.nn.experts import modules_with_experts
+from shardwise.nn.moe import MoE
 from shardwise.parallel.compose import READY_AXES
 from shardwise.parallel.norm import batch_norms
 from shardwise.probe.blocks import block_names, model_facts, operations_of, owners, parameter_bytes
@@ -49,26 +50,29 @@ class Counting:
 
     Attributes:
         fake: on tensors without memory; nothing is timed then.
-        tensor: also ask what tensor parallelism can split.
+        thorough: also ask what can be split and sharded, which loads more of torch.
     """
 
     fake: bool = False
-    tensor: bool = False
+    thorough: bool = True
 
 
-def facts_apart(job: Job, splits: Splits, *, fake: bool = False, timeout_seconds: float | None = None) -> JobFacts:
+def facts_apart(
+    job: Job, splits: Splits, *, fake: bool = False, thorough: bool = True, timeout_seconds: float | None = None
+) -> JobFacts:
     """Count `job` in a process of its own, which ends with all that it allocated. The calling process runs no operation.
 
     Args:
         job: what to train.
         splits: its data, read already.
         fake: count on fake tensors, and in a real step only where these do not work.
+        thorough: also find out what can be split and sharded; False answers sooner, for data parallelism alone.
         timeout_seconds: longest time for a real step; None waits for it.
 
     Raises:
         ShardwiseError: the job itself fails, or its process died or took too long.
     """
-    how = Counting(fake=fake, tensor="tensor" in READY_AXES)
+    how = Counting(fake=fake, thorough=thorough)
 
     def apart(how: Counting) -> JobFacts:
         work = functools.partial(_count, job=job, splits=splits, how=how)
@@ -107,21 +111,22 @@ def _count(rank: Rank, *, job: Job, splits: Splits, how: Counting) -> JobFacts:
 
 def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting) -> JobFacts:
     job, model = assembly.job, assembly.model
+    seen: list[StepSeen] = []
+    resident, notes = 0.0, []
     if how.fake:
         take_step(assembly, sizes[-1])  # the optimizer makes its states in the first step
-    counts = [_counted(assembly, batch) for batch in (sizes[0], sizes[-1])]
-    low, high = counts
-    seen: list[StepSeen] = []
-    base, notes = 0.0, []
-    states = sum(size_bytes(tensor) for tensor in tensors_in(list(assembly.optimizer.state.values())))
-    if not how.fake:
+    else:
         seen = [StepSeen(samples=b.count, seconds=_seconds(assembly, b), threads=1) for b in dict.fromkeys(sizes)]
-        base = max(0.0, _peak_resident() - parameter_bytes(model) - states - high.peak_bytes)
+        resident = _peak_resident()  # before counting, which loads more of torch
+    low, high = (_counted(assembly, batch) for batch in (sizes[0], sizes[-1]))
+    states = sum(size_bytes(tensor) for tensor in tensors_in(list(assembly.optimizer.state.values())))
+    base = max(0.0, resident - parameter_bytes(model) - states - high.peak_bytes)
     names = block_names(model, high.calls)
     operations, alike = operations_of(low, high, lambda calls: owners(names, calls))
     if not alike:
         notes.append("steps of two sizes called different operations: the larger one counts, in proportion to its size")
-    split, reason = _tensor_names(job, splits) if how.tensor else (frozenset[str](), None)
+    asked = how.thorough and "tensor" in READY_AXES
+    split, reason = _tensor_names(job, splits) if asked else (frozenset[str](), None)
     if reason is not None:
         notes.append(reason)
     slope = max(0.0, (high.peak_bytes - low.peak_bytes) / max(1, high.samples - low.samples))
@@ -147,6 +152,9 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
         gradient_bytes=float(sum(size_bytes(p) for p in model.parameters() if p.requires_grad)),
         parameter_bytes=parameter_bytes(model),
         expert_bytes=_expert_bytes(model),
+        shard_units=_shard_units(model) if how.thorough else 0,
+        expert_layers=len(modules_with_experts(model)),
+        expert_token_bytes=_expert_token_bytes(model, high),
         message_parts=sum(1 for p in model.parameters() if p.requires_grad),
         norm_layers=len(batch_norms(model)) if job.batch_norm == "global" else 0,
         attention_bytes=high.attention_bytes / high.samples,
@@ -231,6 +239,12 @@ def _until_slow(stream: Iterator[Batch]) -> Iterator[Batch]:
     return itertools.takewhile(lambda batch: time.perf_counter() - began < SLOW_SECONDS, stream)
 
 
+def _shard_units(model: nn.Module) -> int:
+    from shardwise.parallel.shard import unit_names  # FSDP2 takes a second to import
+
+    return len(unit_names(model))
+
+
 def _expert_bytes(model: nn.Module) -> float:
     found = {
         id(parameter): size_bytes(parameter)
@@ -238,6 +252,15 @@ def _expert_bytes(model: nn.Module) -> float:
         for parameter in (module.get_parameter(name) for name in declared.names)
     }
     return float(sum(found.values()))
+
+
+def _expert_token_bytes(model: nn.Module, counted: Counted) -> float:
+    """Bytes of tokens of one sample that go to experts: a layer's output has their size; each goes to `top_k` experts."""
+    total = 0.0
+    for name, module, _ in modules_with_experts(model):
+        visits = module.top_k if isinstance(module, MoE) else 1
+        total += visits * counted.output_bytes.get(name, 0.0)
+    return total / counted.samples
 
 
 def _tensor_names(job: Job, splits: Splits) -> tuple[frozenset[str], str | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch.nn import functional as F
@@ -18,9 +17,8 @@ aten = torch.ops.aten
 ENOUGH_SECONDS = 0.012
 """Time spent on one figure, after the first call has warmed up; long enough for a clock of microseconds."""
 
-BATCHES = 5
-ALONE, TOGETHER = min, median
-"""Alone, the fastest batch is the machine's own; together, the others' work is part of what is measured."""
+BATCHES = 8
+"""The fastest of so many batches counts: the one that other programs on the machine disturbed least."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def kernel_rates(workers: int, threads: int, meet: Callable[[], None], sizes: in
     rates = []
     with torch.no_grad():
         for sample in samples(sizes):
-            seconds = seconds_of(sample.call, meet, TOGETHER if workers > 1 else ALONE)
+            seconds = seconds_of(sample.call, meet)
             rates.append(
                 KernelRate(
                     kind=sample.kind,
@@ -71,7 +69,6 @@ def kernel_rates(workers: int, threads: int, meet: Callable[[], None], sizes: in
 def seconds_of(
     call: Callable[[], object],
     meet: Callable[[], None] = lambda: None,
-    choose: Callable[[list[float]], float] = ALONE,
     enough_seconds: float = ENOUGH_SECONDS,
 ) -> float:
     """Seconds of one call."""
@@ -88,7 +85,7 @@ def seconds_of(
         for _ in range(repeats):
             call()
         times.append((time.perf_counter() - began) / repeats)
-    return float(choose(times))
+    return min(times)
 
 
 def call_overheads() -> tuple[float, float]:

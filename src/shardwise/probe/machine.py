@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: Non
     Raises:
         RunFailed: a process died.
     """
-    cores = usable_cores()
+    cores, load = usable_cores(), os.getloadavg()[0]
     tell(f"one process, 1 and {cores} threads: operations by kind and size")
     silent: Callable[[str], None] = lambda text: None  # noqa: E731
     alone = launch(lambda rank: _alone(rank, cores, quick), workers=1, threads=1, max_restarts=1, report=silent)
@@ -96,6 +97,7 @@ def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: Non
         overlap_slowdown=overlap,
         startup_seconds=ready[0] if ready else 1e-3,
         worker_bytes=max(resident) if resident else _resident_bytes(),
+        load=round(load, 2),
         kernels=tuple(kernels),
         messages=tuple(messages),
     )

@@ -64,18 +64,18 @@ def _seconds(call: Callable[[], object], world: Group) -> float:
         began = time.perf_counter()
         call()
         times.append(time.perf_counter() - began)
-    return float(median(times))
+    return sorted(times)[len(times) // 4]  # other programs on the machine only ever make a message slower
 
 
 def overlap_slowdown(world: Group) -> float:
     """How many times as long a matrix product takes while a large sum is under way. Collective."""
     a = torch.ones(256, 256)
     sockets = replace(world, memory=None)
-    alone = seconds_of(lambda: a @ a, world.barrier, median)
+    alone = seconds_of(lambda: a @ a, world.barrier)
     message = torch.zeros(4 * 1024**2)
     world.barrier()
     work = sockets.start_sum_(message)
-    beside = seconds_of(lambda: a @ a, choose=median, enough_seconds=0.01)
+    beside = seconds_of(lambda: a @ a, enough_seconds=0.01)
     work.wait()
     slowdowns = [float(item) for item in world.gather_objects(beside / alone)]
     return max(1.0, median(slowdowns))

@@ -18,6 +18,9 @@ from shardwise.spec.measured import Measured
 FRESH_DAYS = 90
 """Older figures are still used, with a word about their age: kernels and drivers change more often than machines."""
 
+BUSY_LOAD = 0.5
+"""Processes that want a core, over the cores, from which on others' work is in the figures."""
+
 
 def this_place() -> dict[str, str]:
     """What figures depend on: processor, cores, memory, system, torch, accelerators."""
@@ -72,6 +75,11 @@ def warnings_about(measured: Measured, place: Mapping[str, str], today: date | N
         return [*found, f"its date {measured.date!r} is no date"]
     if age > FRESH_DAYS:
         found.append(f"it was measured {age} days ago")
+    if measured.load > BUSY_LOAD * measured.cores:
+        found.append(
+            f"other programs were running ({measured.load:g} processes wanted one of {measured.cores} cores): measure again "
+            "when it is quiet"
+        )
     if age < 0:
         found.append(f"it was measured on {measured.date}, which is yet to come")
     return found

@@ -72,6 +72,7 @@ class Measured:
         place: what identifies machine and software; figures hold only where these are the same.
         cores: cores this process may use.
         memory_bytes: memory of the machine, or of the container's limit.
+        load: processes that wanted a core when the probe began, others' included.
         kernels, messages: see there.
         call_seconds: shortest forward call of an operation from Python.
         graph_seconds: what one operation costs more when its gradient is computed: graph, engine, accumulation.
@@ -89,19 +90,27 @@ class Measured:
     overlap_slowdown: float
     startup_seconds: float
     worker_bytes: float
+    load: float = 0.0
     kernels: tuple[KernelRate, ...] = field(default=())
     messages: tuple[MessageTime, ...] = field(default=())
 
     def rate(self, kind: str, size: float, *, workers: int, threads: int, precision: str = "fp32") -> float | None:
         """FLOP/s or bytes/s of one of `workers` processes; between sizes on a straight line in logarithms.
 
-        The measured number of processes that is nearest to `workers` counts; None where the kind was not measured.
+        Between measured numbers of processes too, and level beyond them; None where the kind was not measured.
         """
         table = self._kernels.get((kind, precision))
         if not table:
             return None
-        key = min(table, key=lambda one: (one[1] != threads, abs(one[0] - workers), one[0] * one[1]))
-        return _between(table[key], size)
+        alike = sorted(count for count, each in table if each == threads)
+        if not alike:
+            nearest = min(table, key=lambda one: (abs(one[1] - threads), abs(one[0] - workers)))
+            return _between(table[nearest], size)
+        above = next((count for count in alike if count >= workers), alike[-1])
+        below = max((count for count in alike if count <= above and count <= workers), default=above)
+        low, high = _between(table[below, threads], size), _between(table[above, threads], size)
+        share = (min(workers, above) - below) / (above - below) if above > below else 0.0
+        return low + share * (high - low)
 
     def message_seconds(
         self, collective: str, size_bytes: float, *, ranks: int, way: Way | None = None, placement: str = "all"

@@ -67,6 +67,8 @@ class JobFacts:
         gradient_bytes: gradients of all trained parameters.
         parameter_bytes: parameters and buffers.
         expert_bytes: of the parameters, those that the expert axis deals out.
+        shard_units: parts whose parameters sharded data parallelism gathers one after the other, beside the rest.
+        expert_layers: layers with experts, and expert_token_bytes: what one sample sends to experts in all of them.
         message_parts: trained tensors; their gradients travel together in buckets.
         norm_layers: layers that need statistics of the whole batch, a message in each direction each.
         attention_bytes: keys and values of one sample over all attention layers, which the context axis passes around.
@@ -88,6 +90,9 @@ class JobFacts:
     gradient_bytes: float
     parameter_bytes: float
     expert_bytes: float = 0.0
+    shard_units: int = 0
+    expert_layers: int = 0
+    expert_token_bytes: float = 0.0
     message_parts: int = 1
     norm_layers: int = 0
     attention_bytes: float = 0.0

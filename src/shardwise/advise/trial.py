@@ -1,0 +1,144 @@
+"""Trying a plan for a few steps in processes that end with it: measured beats predicted.
+
+A trial builds the model from the job's seed, walks over the first batches and throws everything away. Nothing of it reaches
+the run: not its weights, its random numbers or its memory. A trial that fails, also for want of memory, is an answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardwise.data.batch import Batch
+from shardwise.data.source import Splits
+from shardwise.dist.collectives import Group
+from shardwise.dist.group import process_group
+from shardwise.errors import RunFailed, ShardwiseError
+from shardwise.run.apart import call_in_child, in_thread
+from shardwise.run.assemble import Assembly, assemble
+from shardwise.run.gauge import peak_memory_bytes
+from shardwise.run.launch import launch
+from shardwise.run.loop import next_batch, open_epoch, total_steps
+from shardwise.run.step import take_step
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+from shardwise.spec.rank import Rank
+
+WARM_STEPS = 2
+"""Steps before the clock starts: first calls choose kernels, make optimizer states and fill caches."""
+
+LEAST_STEPS, MOST_STEPS = 3, 200
+
+_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a trial saw.
+
+    Attributes:
+        step_seconds: first quartile of the timed steps of the slowest rank: other programs only ever make a step slower.
+        fastest_seconds: the fastest of them, which other programs on the machine disturbed least.
+        memory_bytes: peak of the largest rank.
+        steps: timed steps.
+        seconds: what the whole trial took.
+        failure: why it ended early; the other figures are 0 then.
+    """
+
+    plan: Plan
+    step_seconds: float = 0.0
+    fastest_seconds: float = 0.0
+    memory_bytes: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    failure: str | None = None
+
+
+def try_plan(job: Job, splits: Splits, plan: Plan, *, device: str = "cpu", step_budget_seconds: float = 0.5) -> Tried:
+    """Run `plan` for as many steps as fit in about `step_budget_seconds`, at least three, and throw the result away.
+
+    Args:
+        job: what to train.
+        splits: its data, read already.
+        plan: a plan that `check_job` accepts, with its threads settled.
+        device: type of device.
+        step_budget_seconds: for the timed steps; start-up and two steps to warm up come on top.
+    """
+    work = functools.partial(_try, job=job, splits=splits, plan=plan, device=device, budget=step_budget_seconds)
+    threads, workers = plan.threads or 1, plan.layout.workers
+    silent: Callable[[str], None] = lambda text: None  # noqa: E731
+    began = time.perf_counter()
+    try:
+        if workers == 1:
+            figures = in_thread(lambda: call_in_child(work, threads=threads, device=device))
+        else:
+            figures = launch(work, workers=workers, threads=threads, device=device, report=silent, grace_seconds=1.0)
+    except (ShardwiseError, MemoryError) as error:
+        return Tried(plan, seconds=time.perf_counter() - began, failure=_reason(error))
+    return Tried(plan, *figures, seconds=time.perf_counter() - began)
+
+
+def _try(
+    rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budget: float
+) -> tuple[float, float, float, int]:
+    place = torch.device(device, rank.local_rank) if device != "cpu" else torch.device("cpu")
+    with process_group(rank, device, _TIMEOUT_SECONDS):
+        world = Group.world()
+        total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
+        assembly = assemble(job, plan, world, place, total_steps=total, timeout_seconds=_TIMEOUT_SECONDS)
+        walk = _Walk(assembly, splits)
+        for _ in range(WARM_STEPS - 1):
+            walk.step()
+        once = max(world.gather_objects(walk.step()))
+        steps = max(LEAST_STEPS, min(MOST_STEPS, round(budget / max(once, 1e-5))))
+        world.barrier()
+        times = [walk.step() for _ in range(steps)]
+        slowest = max(world.gather_objects(sorted(times)[len(times) // 4]))
+        fastest = max(world.gather_objects(min(times)))
+        memory = max(world.gather_objects(float(peak_memory_bytes(place))))
+        walk.close()
+        return slowest, fastest, memory, steps
+
+
+class _Walk:
+    """Steps over the first batches, again and again."""
+
+    def __init__(self, assembly: Assembly, splits: Splits) -> None:
+        self._assembly, self._splits = assembly, splits
+        self._stream: Any = None
+        self._epoch = 0
+
+    def step(self) -> float:
+        """Read a batch and take a step; its seconds. Collective."""
+        began = time.perf_counter()
+        result = take_step(self._assembly, self._next())
+        if self._assembly.device.type != "cpu":
+            result.loss_sum.item()  # waits for the device
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _next(self) -> Batch:
+        for _ in range(2):
+            if self._stream is None:
+                self._stream = open_epoch(self._assembly, self._splits, epoch=self._epoch, start=0)
+            batch = next_batch(self._stream, self._assembly.samples, self._assembly.device)
+            if batch is not None:
+                return batch
+            self.close()
+            self._stream = None
+            self._epoch += 1
+        raise RunFailed("the training data has no samples")
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

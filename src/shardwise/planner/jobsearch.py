@@ -1,0 +1,229 @@
+"""Every layout of a job that its workers allow, priced, checked by those who run it, and ranked."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from shardwise.errors import PlanError
+from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.jobstep import JobEstimate, estimate_job
+from shardwise.spec.layout import AXES, Layout
+from shardwise.spec.machine import Machine
+from shardwise.spec.plan import Plan, Prediction
+from shardwise.spec.work import JobFacts
+
+MOST_LAYOUTS = 4000
+"""Layouts priced at most; more workers than that many layouts need is a matter for `--model`."""
+
+Check = Callable[[Sequence[Plan]], list[str | None]]
+"""Plans -> for each why it cannot run, None where it can: the checks of `train` itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobProblem:
+    """What to train on what.
+
+    Attributes:
+        facts: the job.
+        machine: this machine (measured) or one of the catalogue.
+        workers: ranks at most; with `exactly`, ranks.
+        axes: axes that may be used.
+        memory_bytes: what one worker may use, where that is less than the machine says.
+        base: settings that every plan shares (precision, compile, micro_batch of the job).
+        threads: compute threads per worker, where the user fixed them.
+    """
+
+    facts: JobFacts
+    machine: Machine
+    workers: int
+    axes: tuple[str, ...] = AXES
+    exactly: bool = False
+    memory_bytes: float | None = None
+    base: Plan = field(default_factory=Plan)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise PlanError(f"workers={self.workers}: at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class JobCandidate:
+    """A plan and what it is expected to cost."""
+
+    plan: Plan
+    estimate: JobEstimate
+    samples: int
+
+    @property
+    def family(self) -> str:
+        """The kinds of parallelism, joined by `+`; `serial` for none."""
+        return family_of(self.plan)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples of the global batch over the step."""
+        return self.samples / self.estimate.step_seconds
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+    def as_plan(self, reasons: tuple[str, ...] = ()) -> Plan:
+        """The plan with its prediction, ready to be written down and run."""
+        found = self.estimate
+        prediction = Prediction(
+            step_seconds=found.step_seconds,
+            memory_bytes=round(found.memory_bytes),
+            seconds_by_part={name: value for name, value in found.seconds.items() if value > 0},
+            bytes_by_part={name: round(value) for name, value in found.memory.items() if value > 0},
+            confidence=found.confidence,
+        )
+        return replace(self.plan, prediction=prediction, reasons=reasons)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A plan that is out, and why: it cannot run, or does not fit."""
+
+    plan: Plan
+    reason: str
+    estimate: JobEstimate | None = None
+
+
+@dataclass(frozen=True)
+class JobFound:
+    """Result of a search: what can run and fits, fastest first; the rest with reasons."""
+
+    plans: tuple[JobCandidate, ...]
+    refused: tuple[Refused, ...]
+    priced: int
+
+    @property
+    def best(self) -> JobCandidate | None:
+        """The winner, None if nothing can run and fits."""
+        return self.plans[0] if self.plans else None
+
+
+def search_job(problem: JobProblem, check: Check, constants: Constants = DEFAULT, *, wanted: int = 12) -> JobFound:
+    """Price every layout, and let `check` say which of them can run, from the fastest on until `wanted` can.
+
+    The fastest of every family is checked too, so that there is a word about each.
+    """
+    priced = [price(problem, plan, constants) for plan in plans_of(problem)]
+    priced = _with_room(problem, priced, constants)
+    priced.sort(key=_order)
+    firsts = {item.family: item for item in reversed(priced)}
+    plans: list[JobCandidate] = []
+    refused: list[Refused] = []
+    queue = list(priced)
+    while queue and len(plans) < wanted:
+        batch, queue = queue[:wanted], queue[wanted:]
+        _sort_out(batch, check, plans, refused)
+    seen = {id(item) for item in priced[: len(priced) - len(queue)]}
+    _sort_out([item for item in firsts.values() if id(item) not in seen], check, plans, refused)
+    plans.sort(key=_order)
+    return JobFound(tuple(plans), tuple(refused), len(priced))
+
+
+def price(problem: JobProblem, plan: Plan, constants: Constants = DEFAULT) -> JobCandidate:
+    """What a plan is expected to cost."""
+    found = estimate_job(problem.facts, problem.machine, plan, constants)
+    if problem.memory_bytes is not None:
+        found = replace(found, room_bytes=min(found.room_bytes, problem.memory_bytes))
+    return JobCandidate(plan, found, problem.facts.batch_size)
+
+
+def plans_of(problem: JobProblem) -> Iterator[Plan]:
+    """Every layout over the allowed axes and numbers of workers, with the threads that go with it."""
+    facts = problem.facts
+    count = 0
+    for workers in _worker_counts(problem):
+        for layout in layouts(workers, problem.axes, facts.batch_size):
+            if layout.expert > 1 and not facts.expert_bytes:
+                continue
+            for threads in _threads(problem, workers):
+                count += 1
+                if count > MOST_LAYOUTS:
+                    return
+                yield replace(problem.base, layout=layout, threads=threads)
+
+
+def layouts(workers: int, axes: Sequence[str], batch_size: int) -> Iterator[Layout]:
+    """All ways to write `workers` as a product of degrees of `axes` in which every worker has a sample."""
+    used = [axis for axis in AXES if axis in axes]
+    divisors = [value for value in range(1, workers + 1) if workers % value == 0]
+    for degrees in product(divisors, repeat=len(used)):
+        if math.prod(degrees) == workers:
+            layout = Layout(**dict(zip(used, degrees, strict=True)))
+            if layout.replicas <= batch_size:
+                yield layout
+
+
+def family_of(plan: Plan) -> str:
+    """`data+tensor` for a plan that uses both; `serial` for none."""
+    return "+".join(axis for axis in AXES if plan.layout.degrees[axis] > 1) or "serial"
+
+
+def _order(item: JobCandidate) -> tuple[bool, float, int]:
+    """What fits first, then the fastest; of equals the one that splits in the plainest way."""
+    others = sum(degree > 1 for axis, degree in item.plan.layout.degrees.items() if axis != "data")
+    return not item.estimate.fits, item.estimate.step_seconds, others
+
+
+def _sort_out(batch: Sequence[JobCandidate], check: Check, plans: list[JobCandidate], refused: list[Refused]) -> None:
+    if not batch:
+        return
+    for item, reason in zip(batch, check([item.plan for item in batch]), strict=True):
+        if reason is not None:
+            refused.append(Refused(item.plan, reason))
+        elif not item.estimate.fits:
+            refused.append(Refused(item.plan, too_large(item.estimate), item.estimate))
+        else:
+            plans.append(item)
+
+
+def too_large(found: JobEstimate) -> str:
+    """How much a plan needs, how much there is, and what takes most."""
+    from shardwise.units import format_bytes
+
+    name, size = max(found.memory.items(), key=lambda one: one[1])
+    return (
+        f"it does not fit: it needs {format_bytes(found.memory_bytes)} of {format_bytes(found.room_bytes)} a worker, "
+        f"{format_bytes(size)} of it {name}"
+    )
+
+
+def _with_room(problem: JobProblem, priced: list[JobCandidate], constants: Constants) -> list[JobCandidate]:
+    """Plans that do not fit, with the largest micro-batch (a half, a quarter, ... of a share) at which they do."""
+    found = []
+    for item in priced:
+        share = math.ceil(problem.facts.batch_size / item.plan.layout.replicas)
+        smaller = item
+        micro = item.plan.micro_batch or share
+        while not smaller.estimate.fits and micro > 1 and problem.facts.norm_layers == 0:
+            micro = math.ceil(micro / 2)
+            smaller = price(problem, replace(item.plan, micro_batch=micro), constants)
+        found.append(smaller if smaller.estimate.fits else item)
+    return found
+
+
+def _worker_counts(problem: JobProblem) -> list[int]:
+    if problem.exactly:
+        return [problem.workers]
+    if problem.workers <= 8:
+        return list(range(1, problem.workers + 1))
+    counts = [value for value in range(1, problem.workers + 1) if problem.workers % value == 0]
+    powers = [1 << power for power in range(problem.workers.bit_length()) if 1 << power <= problem.workers]
+    return sorted({*counts[-3:], *powers[-4:], 1})
+
+
+def _threads(problem: JobProblem, workers: int) -> list[int | None]:
+    if problem.threads is not None:
+        return [problem.threads]
+    if problem.base.threads is not None:
+        return [problem.base.threads]
+    if problem.machine.measured is None:
+        return [None]
+    each = max(1, problem.machine.measured.cores // workers)
+    return [1] if each == 1 else [each, 1]

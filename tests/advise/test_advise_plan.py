@@ -1,0 +1,116 @@
+"""`shardwise plan JOB` from end to end: the table, the JSON, the plan file, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from shardwise.cli.main import shardwise
+from shardwise.errors import PlanError, UserError
+from shardwise.probe import machine as probing
+from shardwise.probe.place import cached_path, this_place
+from shardwise.spec.plan import Plan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """This machine's figures, in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        path = cached_path(this_place())
+        path.parent.mkdir(parents=True)
+        probing.probe(quick=True).write(path)
+        yield path
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(shardwise, ["plan", *words])
+
+
+def test_the_answer_in_json_has_plans_and_rejected_ones() -> None:
+    answer = run("digits", "--workers", "2", "--json", "--why-not", "shard=2")
+    assert answer.exit_code == 0, answer.output
+    document = json.loads(answer.stdout)
+    assert document["parameters"] == 9930
+    best = document["plans"][0]
+    assert best["fits"] is True
+    assert best["step_seconds"] == min(item["step_seconds"] for item in document["plans"])
+    assert best["step_seconds"] == pytest.approx(sum(best["breakdown"]["seconds"].values()))
+    assert best["memory_bytes"] == pytest.approx(sum(best["breakdown"]["bytes"].values()), rel=1e-3)
+    assert set(best["layout"]) == {"data", "shard", "tensor", "pipeline", "context", "expert"}
+    layouts = {str(item["layout"]) for item in document["rejected"]}
+    assert "context=2" in layouts
+    assert all(item["reason"] for item in document["rejected"])
+    assert "shard" in document["why_not"]["layout"]
+    assert document["why_not"]["reason"]
+    for item in document["plans"]:
+        Plan.from_dict(item["plan"])
+
+
+def test_a_table_with_words_and_a_plan_file_that_train_takes(tmp_path: Path) -> None:
+    out = tmp_path / "plan.toml"
+    answer = run("digits", "--workers", "2", "-o", str(out))
+    assert answer.exit_code == 0, answer.output
+    assert "samples/s" in answer.stdout
+    assert "serial" in answer.stdout
+    plan = Plan.read(out)
+    assert plan.prediction is not None
+    assert plan.threads is not None
+    trained = CliRunner().invoke(
+        shardwise,
+        ["train", "digits", "--plan", str(out), "--steps", "2", "--quiet", "--out", str(tmp_path / "run")],
+    )
+    assert trained.exit_code == 0, trained.output
+
+
+def test_a_catalogue_machine_is_planned_without_one(tmp_path: Path) -> None:
+    answer = run("charlm", "--machine", "h100-sxm", "--nodes", "2", "--gpus-per-node", "4", "--json")
+    assert answer.exit_code == 0, answer.output
+    document = json.loads(answer.stdout)
+    assert document["counted"] == "counted on fake tensors"
+    assert document["workers"] == 8
+    assert document["plans"]
+
+
+def test_memory_that_is_too_small_is_the_answer_no() -> None:
+    answer = run("digits", "--workers", "1", "--memory", "1MiB")
+    assert answer.exit_code == 1
+    assert "nothing fits" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "neither of JOB and --model"),
+        (("digits", "--model", "gpt:layers=2,hidden=64"), "both of JOB and --model"),
+        (("digits", "--attention", "math"), "--attention means nothing"),
+        (("digits", "--nodes", "2"), "--machine"),
+        (("digits", "--precision", "fp8"), "fp32 or bf16"),
+        (("digits", "-o", "plan.txt"), ".toml"),
+        (("digits", "-o", "no/such/folder/plan.toml"), "does not exist"),
+        (("digits", "--machine", "abacus"), "no such catalogue machine"),
+        (("--model", "gpt:layers=2,hidden=64"), "needs --machine"),
+        (("--model", "gpt:layers=2,hidden=64", "--machine", "h100-sxm", "--workers", "3"), "--workers means nothing"),
+        (("no_such_job",), "no_such_job"),
+    ],
+)
+def test_wrong_input_is_refused(words: tuple[str, ...], told: str) -> None:
+    answer = run(*words)
+    assert isinstance(answer.exception, UserError), answer.output
+    assert told in str(answer.exception)
+
+
+def test_a_layout_that_is_none_is_refused() -> None:
+    answer = run("digits", "--why-not", "diagonal=2")
+    assert isinstance(answer.exception, PlanError)
+
+
+def test_a_foreign_machine_file_is_noted(figures: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "machine.toml"
+    foreign.write_text(figures.read_text().replace(this_place()["processor"], "abacus"))
+    answer = run("digits", "--workers", "2", "--machine", str(foreign))
+    assert answer.exit_code == 0, answer.output
+    assert "processor was abacus" in answer.stderr

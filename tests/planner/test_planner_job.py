@@ -1,0 +1,307 @@
+"""The cost of a job's step under a plan, by hand; which plans are tried; what is said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from shardwise.planner import catalogue
+from shardwise.planner.jobexplain import losers_of_job, nothing_runs, what_helps_job, why_best_job, why_not_job
+from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
+from shardwise.planner.jobstep import estimate_job, stage_blocks
+from shardwise.planner.operations import Sharing, correction, phase_seconds
+from shardwise.spec.facts import BlockFacts, ModelFacts
+from shardwise.spec.layout import Layout
+from shardwise.spec.machine import Accelerator, Figure, Link, Machine
+from shardwise.spec.measured import KernelRate, Measured, MessageTime
+from shardwise.spec.plan import Plan
+from shardwise.spec.work import JobFacts, OperationFacts, StepSeen
+
+GIGA = 1e9
+PLACE = {"processor": "test"}
+
+
+def machine(*, cores: int = 4, message_seconds: float = 1e-3, memory: float = 8e9) -> Machine:
+    """10 GFLOP/s and 10 GB/s a thread, 7 a thread where all cores work; messages of 1 ms and 1 GB/s."""
+    kernels = [
+        KernelRate(kind=kind, precision="fp32", size=1e6, workers=w, threads=t, per_second=rate * GIGA)
+        for kind in ("matmul", "copy")
+        for w, t, rate in ((1, 1, 10.0), (1, cores, 10.0 * cores * 0.5), (cores, 1, 7.0))
+    ]
+    messages = [
+        MessageTime(
+            collective=name,
+            way=way,
+            ranks=ranks,
+            placement="all",
+            message_bytes=size,
+            seconds=message_seconds + size / GIGA,
+        )
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+        for way in ("gloo", "shared memory")
+        for ranks in (2, 4)
+        for size in (1e3, 1e8)
+    ]
+    nominal = Figure(1e9, "nominal", "test")
+    return Machine(
+        name="test",
+        accelerator=Accelerator(
+            name="core",
+            memory_bytes=Figure(memory / cores, "measured", "test"),
+            memory_bytes_per_second=Figure(1e10, "measured", "test"),
+            peak_flops={"fp32": Figure(1e10, "measured", "test")},
+            matmul_fraction={"fp32": Figure(1.0, "measured", "test")},
+            attention_fraction=Figure(0.5, "measured", "test"),
+            multiprocessors=Figure(1, "nominal", "test"),
+        ),
+        gpus_per_node=cores,
+        intra=Link(bytes_per_second=nominal, latency_seconds=Figure(1e-3, "nominal", "test")),
+        inter=Link(bytes_per_second=nominal, latency_seconds=Figure(1e-3, "nominal", "test")),
+        measured=Measured(
+            date="2026-01-01",
+            place=PLACE,
+            cores=cores,
+            memory_bytes=memory,
+            call_seconds=1e-6,
+            graph_seconds=0.0,
+            overlap_slowdown=1.0,
+            startup_seconds=0.1,
+            worker_bytes=1e8,
+            kernels=tuple(kernels),
+            messages=tuple(messages),
+        ),
+    )
+
+
+def facts(*, blocks: int = 4, flops: float = 1e8, parameters: int = 1_000_000, batch_size: int = 8) -> JobFacts:
+    """Blocks of one product each: `flops` a sample forward, twice that backward."""
+    names = [f"b{index}" for index in range(blocks)]
+    model = ModelFacts(
+        name="test",
+        blocks=tuple(
+            BlockFacts(
+                name=name,
+                parameters=parameters // blocks,
+                forward_flops=flops,
+                backward_flops=2 * flops,
+                forward_bytes=1e3,
+                saved_bytes=1e6,
+                output_bytes=1e4,
+                tensor_fraction=1.0,
+            )
+            for name in names
+        ),
+    )
+    operations = [
+        OperationFacts(
+            block=index,
+            phase=phase,  # type: ignore[arg-type]
+            kind="matmul",
+            precision="fp32",
+            calls=calls,
+            fixed_flops=0.0,
+            sample_flops=flops,
+            fixed_bytes=0.0,
+            sample_bytes=1e3,
+            weighted=True,
+        )
+        for index in range(blocks)
+        for phase, calls in (("forward", 1), ("backward", 2))
+    ]
+    return JobFacts(
+        model=model,
+        operations=tuple(operations),
+        batch_size=batch_size,
+        steps=100,
+        peak_fixed_bytes=4.0 * parameters,
+        peak_sample_bytes=1e7,
+        optimizer_bytes=8.0 * parameters,
+        gradient_bytes=4.0 * parameters,
+        parameter_bytes=4.0 * parameters,
+        base_bytes=2e8,
+        place=PLACE,
+    )
+
+
+def plan(text: str, **settings: object) -> Plan:
+    return Plan.from_dict({"layout": text, "threads": 1, **settings})
+
+
+def test_one_worker_takes_its_operations() -> None:
+    found = estimate_job(facts(), machine(), plan("serial"))
+    assert found.seconds["compute"] == pytest.approx(8 * 4 * 3e8 / 10e9 / 3 * 3, rel=1e-6)
+    assert found.seconds["compute"] == pytest.approx(0.96)
+    assert found.seconds["gradients"] == 0.0
+    assert found.step_seconds == pytest.approx(sum(found.seconds.values()))
+
+
+def test_replicas_share_the_samples_the_cores_and_the_gradients() -> None:
+    found = estimate_job(facts(), machine(), plan("data=4"))
+    assert found.seconds["compute"] == pytest.approx(2 * 4 * 3e8 / 7e9)
+    assert found.seconds["gradients"] == pytest.approx(1e-3 + 4e6 / 1e9, rel=1e-3)
+    # The fullest of uneven shares counts: 3 of 8 samples.
+    uneven = estimate_job(facts(), machine(), plan("data=3"))
+    assert uneven.seconds["compute"] == pytest.approx(3 * 4 * 3e8 / 8e9)
+
+
+def test_more_workers_than_cores_take_turns() -> None:
+    four = estimate_job(facts(), machine(cores=4), plan("data=4")).seconds["compute"]
+    two = estimate_job(facts(), machine(cores=2), plan("data=4")).seconds["compute"]
+    assert two == pytest.approx(2 * four)
+
+
+def test_threads_and_seen_steps_count() -> None:
+    wide = estimate_job(facts(), machine(), Plan(threads=4))
+    assert wide.seconds["compute"] == pytest.approx(0.96 / 2)
+    seen = replace(
+        facts(), seen=(StepSeen(samples=2, seconds=0.48, threads=1), StepSeen(samples=8, seconds=0.96, threads=1))
+    )
+    assert correction(seen, machine(), 8) == pytest.approx(1.0)
+    assert correction(seen, machine(), 2) == pytest.approx(2.0)
+    assert correction(seen, machine(), 4) == pytest.approx(1.5)
+    assert correction(seen, machine(), 1) == pytest.approx(2.0)
+    assert estimate_job(seen, machine(), plan("data=4")).seconds["compute"] == pytest.approx(2 * 2 * 4 * 3e8 / 7e9)
+    # A step that was seen elsewhere says nothing about this machine.
+    assert correction(replace(seen, place={"processor": "other"}), machine(), 2) == 1.0
+
+
+def test_tensor_ranks_split_products_and_pay_for_it() -> None:
+    found = estimate_job(facts(), machine(), plan("tensor=2"))
+    assert found.seconds["compute"] == pytest.approx(8 * 4 * 3e8 / 2 / 9e9)
+    each = 1e-3 + 8 * 1e4 / 1e9 + 3e-5
+    assert found.seconds["tensor"] == pytest.approx(4 * each, rel=1e-3)
+    whole = replace(
+        facts(), model=ModelFacts(name="x", blocks=tuple(replace(b, tensor_fraction=0.0) for b in facts().model.blocks))
+    )
+    assert estimate_job(whole, machine(), plan("tensor=2")).seconds["tensor"] == 0.0
+
+
+def test_a_pipeline_waits_at_its_ends() -> None:
+    found = estimate_job(facts(), machine(), plan("pipeline=2", micro_batch=2))
+    stage = 2 * 2 * 3e8 / 9e9
+    assert found.seconds["compute"] == pytest.approx(4 * stage)
+    assert found.seconds["bubble"] >= stage
+    assert [len(part) for part in stage_blocks(facts(), 2)] == [2, 2]
+    assert [len(part) for part in stage_blocks(facts(blocks=3), 3)] == [1, 1, 1]
+
+
+def test_memory_is_told_part_by_part() -> None:
+    serial, shard, data = (estimate_job(facts(), machine(), plan(text)) for text in ("serial", "shard=4", "data=4"))
+    assert serial.memory["activations"] == pytest.approx(8e7)
+    assert data.memory["activations"] == pytest.approx(2e7)
+    assert serial.memory["optimizer"] == 8e6
+    assert shard.memory["optimizer"] == 2e6
+    assert shard.memory["parameters"] == 1e6
+    assert data.memory["buckets"] == 4e6
+    assert "buckets" not in serial.memory
+    assert serial.memory_bytes == pytest.approx(2e8 + 4e6 + 8e6 + 4e6 + 8e7)
+
+
+def test_a_catalogued_device_counts_launches_and_context() -> None:
+    place = catalogue.machine("a100-80gb-sxm", gpus_per_node=8)
+    small = estimate_job(facts(flops=1e3), place, Plan())
+    # 12 operations of no work to speak of: the host's launches are what takes time.
+    assert small.seconds["compute"] == pytest.approx(12 * 2.1e-5, rel=0.5)
+    assert small.memory["context"] > 1e9
+    large = estimate_job(facts(flops=1e13), place, Plan())
+    assert large.seconds["compute"] > 8 * 4 * 3e13 / 312e12
+
+
+def accept(plans: Sequence[Plan]) -> list[str | None]:
+    return [None for _ in plans]
+
+
+def no_tensor(plans: Sequence[Plan]) -> list[str | None]:
+    return ["tensor is not for this model" if one.layout.tensor > 1 else None for one in plans]
+
+
+def problem(**changes: object) -> JobProblem:
+    values: dict[str, object] = {"facts": facts(), "machine": machine(), "workers": 4} | changes
+    return JobProblem(**values)  # type: ignore[arg-type]
+
+
+def test_every_layout_of_the_allowed_axes_is_tried() -> None:
+    assert {str(x) for x in layouts(4, ("data", "tensor"), 8)} == {"data=4", "data=2,tensor=2", "tensor=4"}
+    assert list(layouts(4, ("data",), 3)) == []
+    tried = {str(x.layout) for x in plans_of(problem(axes=("data",)))}
+    assert tried == {"serial", "data=2", "data=3", "data=4"}
+    assert {str(x.layout) for x in plans_of(problem(axes=("data",), exactly=True))} == {"data=4"}
+    assert {x.threads for x in plans_of(problem(axes=("data",), threads=3))} == {3}
+    assert {x.threads for x in plans_of(problem(axes=("data",))) if str(x.layout) == "data=2"} == {1, 2}
+    # Experts are dealt only where there are some.
+    assert not any(x.layout.expert > 1 for x in plans_of(problem(axes=("data", "expert"))))
+
+
+def test_the_fastest_plan_that_can_run_wins() -> None:
+    found = search_job(problem(), accept)
+    assert found.best is not None
+    assert found.best.estimate.step_seconds == min(item.estimate.step_seconds for item in found.plans)
+    assert found.best.plan.layout == Layout(tensor=4)
+    refused = search_job(problem(), no_tensor, wanted=50)
+    assert refused.best is not None
+    assert refused.best.plan.layout == Layout(data=4)
+    assert not any(item.plan.layout.tensor > 1 for item in refused.plans)
+    assert any(item.reason == "tensor is not for this model" for item in refused.refused)
+    # Every family has a word said about it.
+    families = {reason.family for reason in losers_of_job(problem(), refused)}
+    assert {"serial", "shard", "tensor", "pipeline", "context"} <= families
+
+
+def test_slow_messages_make_one_worker_the_answer() -> None:
+    slow = problem(machine=machine(message_seconds=5.0), axes=("data", "shard"))
+    found = search_job(slow, accept)
+    assert found.best is not None
+    assert found.best.family == "serial"
+    assert "Do not parallelise" in why_best_job(slow, found)
+    data = next(item for item in losers_of_job(slow, found) if item.family == "data")
+    assert "summing gradients" in data.sentence
+    assert "it would win with links" in data.sentence
+
+
+def test_too_little_memory_is_said_and_smaller_micro_batches_are_tried() -> None:
+    tight = problem(memory_bytes=2.4e8, axes=("data",))
+    found = search_job(tight, accept)
+    assert found.best is not None
+    assert found.best.plan.micro_batch is not None or found.best.plan.layout.data == 4
+    none = problem(memory_bytes=1e8, axes=("data",))
+    nothing = search_job(none, accept)
+    assert nothing.best is None
+    assert "nothing fits" in nothing_runs(nothing)
+    assert "of 95.4 MiB a worker" in nothing_runs(nothing)
+
+
+def test_why_not_answers_for_one_layout() -> None:
+    whole = problem()
+    found = search_job(whole, no_tensor)
+    assert "nothing speaks against it" in why_not_job(whole, Layout(data=4), found, no_tensor)
+    assert why_not_job(whole, Layout(tensor=2), found, no_tensor) == "tensor is not for this model"
+    assert "slower than the winner" in why_not_job(whole, Layout(shard=4), found, no_tensor)
+    assert "does not go with 4 workers" in why_not_job(whole, Layout(data=3, shard=3), found, no_tensor)
+    assert "slower" in why_not_job(whole, Layout(), found, no_tensor)
+
+
+def test_what_would_help_is_what_takes_the_time() -> None:
+    slow = problem(machine=machine(message_seconds=0.05), axes=("data",), exactly=True)
+    found = search_job(slow, accept)
+    helps = what_helps_job(slow, found)
+    assert any(text.startswith("links twice as fast") for text in helps)
+    assert any("samples per second" in text for text in helps)
+
+
+def test_a_plan_carries_its_prediction() -> None:
+    found = search_job(problem(), accept)
+    assert found.best is not None
+    written = found.best.as_plan(("because",))
+    assert written.prediction is not None
+    assert written.prediction.step_seconds == pytest.approx(found.best.estimate.step_seconds)
+    assert Plan.from_dict(written.to_dict()) == written
+
+
+def test_operations_of_an_unknown_kind_are_priced_by_what_they_move() -> None:
+    strange = replace(facts().operations[0], kind="fft", sample_flops=0.0, sample_bytes=1e9)
+    found = phase_seconds([strange], 1, machine(), Sharing())
+    assert found.forward == pytest.approx(0.1)
+    view = replace(strange, kind="view")
+    assert phase_seconds([view], 1, machine(), Sharing()).forward < 1e-6
