@@ -66,7 +66,7 @@ ROOMS: dict[str, set[str]] = {
 """Room -> the rooms it may import besides itself."""
 
 TORCH_FREE = {"errors", "units", "spec", "planner", "monitor"}
-FACADES = {"data", "nn"}
+FACADES = {"data", "nn", "tasks"}
 """Rooms whose `__init__` may resolve public names lazily."""
 
 MAX_FILE_LINES = 400

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardwise import data, metrics, nn, testing
+    from shardwise import data, metrics, nn, tasks, testing
     from shardwise.errors import ShardwiseError
     from shardwise.run.live import LiveRun, start
     from shardwise.run.result import Run, predict
@@ -29,7 +29,7 @@ _WHERE = {
     "Run": "run.result",
     "predict": "run.result",
 }
-_ROOMS = ("data", "metrics", "nn", "testing")
+_ROOMS = ("data", "metrics", "nn", "tasks", "testing")
 
 __all__ = [
     "Job",
@@ -44,6 +44,7 @@ __all__ = [
     "nn",
     "predict",
     "start",
+    "tasks",
     "testing",
     "train",
 ]

@@ -49,3 +49,16 @@ class RunFailed(ShardwiseError):
 
 class Stopped(ShardwiseError):
     """The run was interrupted by a signal after saving a checkpoint; `--resume` continues it. Exit code 1."""
+
+
+class TaskFailed(RunFailed):
+    """A task has no result: it raised, took too long, was killed or filled its memory. Exit code 1.
+
+    Attributes:
+        kind: what happened, one word of `shardwise.tasks.TaskFailure.kind`.
+        details: the task's own traceback, where it has one.
+    """
+
+    def __init__(self, message: str, *, kind: str = "error", details: str = "") -> None:
+        super().__init__(message, details=details)
+        self.kind = kind

@@ -5,26 +5,16 @@ This is the seam at which the planner takes over: `choose_plan` is the only plac
 
 from __future__ import annotations
 
-import math
-import os
-from pathlib import Path
-
 import torch
 
 from shardwise.errors import PlanError
+from shardwise.run.cores import usable_cores as usable_cores  # its place for those that need torch anyway
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout
 from shardwise.spec.plan import Plan
 
 LEAST_SHARE = 16
 """Samples per worker below which another worker is not worth its synchronisation (measured on LeNet and small GPTs)."""
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, further limited by a container's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
-    quota = _cgroup_cores(Path("/sys/fs/cgroup/cpu.max"))
-    return max(1, min(cores, math.ceil(quota)) if quota is not None else cores)
 
 
 def accelerators() -> int:
@@ -72,11 +62,3 @@ def with_threads(plan: Plan, *, nodes: int = 1) -> Plan:
         return plan
     local = max(1, plan.layout.workers // nodes)
     return Plan(**{**vars(plan), "threads": max(1, usable_cores() // local)})
-
-
-def _cgroup_cores(path: Path) -> float | None:
-    try:
-        quota, period = path.read_text(encoding="ascii").split()
-        return None if quota == "max" else float(quota) / float(period)
-    except (OSError, ValueError):
-        return None

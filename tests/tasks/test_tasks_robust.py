@@ -1,0 +1,209 @@
+"""A task that fails, hangs, is killed, fills memory or leaks processes fails alone, with its cause; the others go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise import tasks
+from shardwise.tasks.pool import Pool
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool(workers=2) as made:
+        yield made
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _soon(condition: Any) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def misbehave(how: str) -> str:
+    if how == "raise":
+        raise KeyError("missing")
+    if how == "hang":
+        time.sleep(60)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if how == "exit":
+        os._exit(7)
+    if how == "quit":
+        sys.exit("enough")
+    if how == "fill":
+        return str(len(bytearray(1 << 30)))
+    return how
+
+
+def test_each_fails_alone_with_its_cause(pool: Pool) -> None:
+    ways = ["fine", "raise", "fine", "hang", "kill", "fine", "exit", "quit", "fill", "fine"]
+    ended = list(pool.map(misbehave, ways, errors="return", timeout=0.5, memory="300MiB").outcomes())
+    assert [outcome.value for outcome in ended if outcome.state == "done"] == ["fine"] * 4
+    failures = {way: outcome.failure for way, outcome in zip(ways, ended, strict=True) if outcome.failure is not None}
+    kinds = {way: failure.kind for way, failure in failures.items()}
+    assert kinds == {
+        "raise": "error", "hang": "timeout", "kill": "killed", "exit": "exit", "quit": "exit", "fill": "memory"
+    }  # fmt: skip
+    assert "KeyError: 'missing'" in failures["raise"].message and "in misbehave" in failures["raise"].details
+    assert failures["kill"].signal_number == 9 and "9 (SIGKILL)" in failures["kill"].message
+    assert "code 7" in failures["exit"].message and "enough" in failures["quit"].message
+    assert "300 MiB" in failures["fill"].message
+    # where it hung, and nothing of the worker around it
+    assert "in misbehave" in failures["hang"].details and "worker.py" not in failures["hang"].details
+
+
+def test_a_crash_names_its_signal(pool: Pool) -> None:
+    (failure,) = pool.map(misbehave, ["crash"], errors="return")
+    assert failure.kind == "killed" and "SIGSEGV" in failure.message
+
+
+def test_retries(pool: Pool, tmp_path: Path) -> None:
+    def third_time(name: str) -> int:
+        count = tmp_path / name
+        tries = int(count.read_text()) + 1 if count.exists() else 1
+        count.write_text(str(tries))
+        if tries < 3:
+            if name == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError("not yet")
+        return tries
+
+    ended = list(pool.map(third_time, ["raised", "killed"], retries=2).outcomes())
+    assert [(outcome.value, outcome.attempts) for outcome in ended] == [(3, 3), (3, 3)]
+    (failed,) = pool.map(third_time, ["raised again"], errors="return", retries=1).outcomes()
+    assert failed.state == "failed" and failed.attempts == 2
+    (failed,) = pool.map(third_time, ["not worth it"], errors="return", retries=5, retry_on=("killed",)).outcomes()
+    assert failed.attempts == 1
+
+
+def test_a_killed_worker_takes_no_other_task_along(pool: Pool, tmp_path: Path) -> None:
+    """Many short tasks lie ready at a worker when it is killed in one of them: that one is blamed, and no other."""
+    counts = tmp_path / "counts"
+    counts.mkdir()
+
+    def work(x: int) -> int:
+        if x == 1500:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    ended = list(pool.map(work, range(3000), errors="return").outcomes())
+    assert [outcome.index for outcome in ended if outcome.state != "done"] == [1500]
+    assert [outcome.value for outcome in ended if outcome.state == "done"] == [x for x in range(3000) if x != 1500]
+
+
+def test_a_worker_killed_from_outside_while_idle_costs_nothing(pool: Pool) -> None:
+    (pid,) = set(pool.map(lambda _: os.getpid(), [0]))
+    os.kill(pid, signal.SIGKILL)
+    assert list(pool.map(misbehave, ["a", "b", "c"])) == ["a", "b", "c"]
+
+
+def test_the_process_that_starts_the_workers_is_killed() -> None:
+    with Pool(workers=2) as pool:
+        parents = set(pool.map(lambda _: os.getppid(), range(2)))
+
+        def kill_nursery(x: int) -> int:
+            if x == 0 and os.getppid() in parents:
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(10)
+            return x
+
+        assert list(pool.map(kill_nursery, range(4))) == [0, 1, 2, 3]
+
+
+def test_processes_that_a_task_leaves_are_ended(pool: Pool) -> None:
+    def leave(detached: bool) -> int:
+        return subprocess.Popen(["sleep", "300"], start_new_session=detached).pid
+
+    for detached in (False, True):
+        (outcome,) = pool.map(leave, [detached]).outcomes()
+        assert outcome.state == "done"
+        assert "left 1 process running" in outcome.remarks[0]
+        assert _soon(lambda pid=outcome.value: not _alive(pid))
+
+
+def test_a_killed_task_takes_its_processes_along(pool: Pool, tmp_path: Path) -> None:
+    def start_and_die(detached: bool) -> None:
+        child = subprocess.Popen(["sleep", "300"], start_new_session=detached)
+        (tmp_path / str(detached)).write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for detached in (False, True):
+        (failure,) = pool.map(start_and_die, [detached], errors="return")
+        assert failure.kind == "killed"
+        assert _soon(lambda place=tmp_path / str(detached): not _alive(int(place.read_text())))
+
+
+def test_memory_is_learned(pool: Pool) -> None:
+    def fill(size: int) -> tuple[float, float]:
+        data = bytearray(size)
+        data[::4096] = b"1" * len(data[::4096])
+        began = time.monotonic()
+        time.sleep(0.05)
+        return began, time.monotonic()
+
+    ended = list(pool.map(fill, [200 << 20]).outcomes())
+    assert ended[0].peak_bytes is not None and ended[0].peak_bytes >= 195 << 20
+    with Pool(workers=4, memory="500MiB") as small:
+        spans = list(small.map(fill, [200 << 20] * 6))
+    # The first ones start before anything is known; from then on two at a time fit into 500 MiB.
+    later = spans[4:]
+    assert sum(1 for begin, end in later if begin <= later[0][0] < end) <= 2
+
+
+def test_closing_cancels_what_runs(pool: Pool, tmp_path: Path) -> None:
+    def mark(x: int) -> int:
+        if x:
+            (tmp_path / str(x)).write_text(str(os.getpid()))
+            time.sleep(60)
+        return x
+
+    with pool.map(mark, [0, 1, 2], ordered=False) as results:
+        assert next(results) == 0
+        while not (tmp_path / "1").exists():
+            pool.engine.step(0.05)
+    assert _soon(lambda: not _alive(int((tmp_path / "1").read_text() or "0")))
+    assert list(pool.map(misbehave, ["still", "works"])) == ["still", "works"]
+
+
+def test_the_scheduler_is_killed_and_its_workers_end(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, time\nfrom shardwise import tasks\n"
+        "def work(x):\n    os.write(1, f'{os.getpid()} {os.getppid()}\\n'.encode())\n    time.sleep(60)\n"
+        "list(tasks.map(work, [1, 2], workers=2))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        pids = {int(pid) for _ in range(2) for pid in process.stdout.readline().split()}
+    assert len(pids) == 3 and all(map(_alive, pids))
+    process.kill()
+    process.wait()
+    assert _soon(lambda: not any(map(_alive, pids)))
+
+
+def test_failed_is_a_run_failed() -> None:
+    error = tasks.TaskFailure(kind="error", message="no", details="lines").raised("x")
+    assert error.kind == "error" and "task x failed: no" in str(error) and "lines" in str(error)
