@@ -130,7 +130,7 @@ def test_command(line: str, reader: Path, capfd: pytest.CaptureFixture[str]) -> 
     code, out, err = _shardwise(rest, capfd)
     if line.endswith("# refused"):
         assert code == 2
-        assert err.startswith("error: plan tensor=2") and "over tensor" in err
+        assert err.startswith("error: plan expert=2: the model has no experts")
         return
     assert code == 0, err
     if "--json" in rest:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
+from shardwise.dist.split import is_dtensor
 from shardwise.errors import PlanError
 from shardwise.parallel.tensor.apply import apply_split
 from shardwise.parallel.tensor.find import find_split
@@ -216,7 +217,7 @@ def test_the_plan_prints_itself_and_is_plain_data() -> None:
     plan = found(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)), 3, 6)
     text = str(plan)
     assert "column" in text.splitlines()[1]
-    assert text.splitlines()[-1] == "tensor=2 saves 208 B of parameters on each rank"
+    assert text.splitlines()[-1] == "tensor=2 splits 2 of 2 modules and saves 208 B of parameters on each rank"
     assert plan.bytes_saved == 4 * (24 + 4 + 24)
     assert TensorPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
@@ -250,7 +251,7 @@ def test_optimizers_that_cannot_step_on_split_parameters_are_refused(ranks: Call
         * 2
     )
     plain = nn.Linear(3, 3)
-    assert check_optimizer(torch.optim.AdamW(plain.parameters(), foreach=True)) == ()
+    assert check_optimizer(torch.optim.AdamW(plain.parameters(), foreach=True), is_dtensor) == ()
 
 
 def stepping() -> dict[str, str]:
@@ -268,7 +269,7 @@ def stepping() -> dict[str, str]:
     for name, make in kinds.items():
         try:
             optimizer = make(list(model.parameters()))
-            check_optimizer(optimizer)
+            check_optimizer(optimizer, is_dtensor)
             optimizer.step()
             outcome[name] = "stepped"
         except PlanError:

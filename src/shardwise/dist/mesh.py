@@ -21,6 +21,12 @@ from shardwise.spec.layout import AXES, Layout
 SAMPLE_AXES = ("data", "shard", "expert")
 """Axes whose ranks hold different samples of the global batch."""
 
+PARTS = "parts"
+"""Name of the mesh dim that is `PART_AXES` put together: FSDP2 shards over one dim only."""
+
+PART_AXES = ("shard", "context", "expert")
+"""Axes whose ranks need the same sums of gradients, so that parameters can be sharded over all of them."""
+
 
 @final
 @dataclass

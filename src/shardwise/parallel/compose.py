@@ -1,9 +1,10 @@
 """The one order in which the kinds of parallelism are applied to a model, and what each of them refuses.
 
-1. A pipeline's cuts are found (`cut_model`), in the model as the user built it.
+1. What is found out about the model as its user built it: a pipeline's cuts (`cut_model`), the tensor axis' split (`find_split`).
 2. BatchNorm is made global, because every later step must see the final forward functions.
 3. Replicas get equal weights, while every rank still holds all of them.
-4. A rank keeps its pipeline stages, before anything is split inside of them.
+4. The tensor axis cuts single weights, which must be whole for that; then context and experts, whose functions must see its
+   pieces. A rank keeps its pipeline stages, before anything is sharded inside of them.
 5. Parameters are sharded: from here on a rank holds a part of each.
 6. The gradient reduction is planned over what is not reduced yet.
 7. Compilation wraps what is left, so that it sees the model as it will run.
@@ -33,8 +34,9 @@ from shardwise.spec.plan import Plan
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Cut, StageGradients, Stages
     from shardwise.parallel.shard import Sharded
+    from shardwise.parallel.tensor.plan import TensorPlan
 
-READY_AXES = ("data", "shard", "pipeline", "context", "expert")
+READY_AXES = ("data", "shard", "tensor", "pipeline", "context", "expert")
 """Axes that this version can run; the others are planned for and refused."""
 
 _BESIDE_PIPELINE = ("data", "shard")
@@ -58,6 +60,8 @@ class Composed:
         state: tells layers that look at the whole batch about the forward pass under way.
         forward_communicates: the forward pass holds collectives, so every rank must walk through it in every step.
         remarks: what will not equal the serial run, one sentence each.
+        context: splits batches over the context axis, where there is one.
+        split: how the tensor axis splits the parameters, where there is one.
         stages: this rank's part of the pipeline, where the plan has one.
         apart: groups of ranks with different parameters, for clipping.
         counted: whether this rank is the one that counts a parameter in a norm over `apart`.
@@ -72,6 +76,7 @@ class Composed:
     stages: Stages | None = None
     apart: tuple[Group, ...] = ()
     counted: Callable[[nn.Parameter], bool] = _always
+    split: TensorPlan | None = None
 
 
 def check_layout(plan: Plan) -> None:
@@ -101,6 +106,10 @@ def check_layout(plan: Plan) -> None:
     if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
         raise PlanError(
             f"plan {layout}: schedule and cuts belong to a pipeline, which this layout has not; leave them out"
+        )
+    if layout.tensor == 1 and plan.tensor_rules:
+        raise PlanError(
+            f"plan {layout}: tensor_rules belong to a tensor axis, which this layout has not; leave them out"
         )
 
 
@@ -134,6 +143,10 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
         raise PlanError(
             f"plan {plan.layout} with compile: compiled code does not ask for whole sequences; leave one of them out"
         )
+    if plan.layout.tensor > 1 and plan.compile:
+        raise PlanError(
+            f"plan {plan.layout} with compile: compiled code does not ask how split weights are used; leave one of them out"
+        )
     norms = batch_norms(model)
     if norms and splits and batch_norm == "global":
         raise PlanError(
@@ -157,6 +170,7 @@ def compose(
     batch_norm: str,
     checked: Checked | None = None,
     cut: Cut | None = None,
+    split: TensorPlan | None = None,
 ) -> Composed:
     """Apply the plan to the model, in place and in the order stated above.
 
@@ -167,11 +181,17 @@ def compose(
         batch_norm: `global` or `local`, as in `Job.batch_norm`.
         checked: how sequences are split, where the plan splits them.
         cut: where the model is cut, where the plan has a pipeline.
+        split: how the tensor axis splits the parameters, where the plan has one.
     """
     state = BatchState()
     tokens = mesh.group("data", "shard", "context", "expert")
     communicates = batch_norm == "global" and tokens.size > 1 and globalize_batch_norm(model, tokens, state) > 0
     broadcast_state(model, mesh.world)
+    if split is not None:
+        from shardwise.parallel.tensor.apply import apply_split
+
+        axis = mesh.group("tensor"), mesh.device_mesh("tensor")
+        apply_split(model, split, *axis, sharded_next=plan.layout.shard > 1)
     sparse = sparse_parameters(model)
     context: ContextSplit | None = None
     if checked is not None:
@@ -190,7 +210,8 @@ def compose(
 
         dealt = {p for name, p in model.named_parameters() if name in experts}
         whole = None if stages is None else [name for name, _ in stages.part.units()]
-        sharded = shard_model(model, mesh, ignored=dealt, stage=whole)
+        inside = () if split is None else split.inside
+        sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside)
         communicates = True
     named = [(name, p) for name, p in model.named_parameters() if not is_stand_in(p)]
     dense = GradientSum(
@@ -209,12 +230,12 @@ def compose(
     if stages is not None:
         gradients, apart = StageGradients(summed, stages), (stages.group,)
         counted = frozenset(p for name, p in named if stages.part.owns(name)).__contains__
-    remarks = _remarks(model, plan, batch_norm)
+    remarks = _remarks(model, plan, batch_norm) + (() if split is None else split.remarks)
     if plan.compile and stages is not None:
         stages.part.compile()
     elif plan.compile:
         model.compile()
-    return Composed(model, gradients, state, communicates, remarks, context, stages, apart, counted)
+    return Composed(model, gradients, state, communicates, remarks, context, stages, apart, counted, split)
 
 
 def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:

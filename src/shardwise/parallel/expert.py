@@ -55,6 +55,12 @@ def check_experts(model: nn.Module, layout: Layout, *, splits_share: bool) -> No
             _check_moe(name, module, layout, splits_share=splits_share)
 
 
+def expert_parameters(model: nn.Module) -> set[str]:
+    """Names of the stacked parameters of experts, dealt out or not."""
+    experts = {id(module.get_parameter(name)) for _, module, each in modules_with_experts(model) for name in each.names}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in experts}
+
+
 def forward_meets_others(model: nn.Module, layout: Layout) -> bool:
     """Whether forward passes hold collectives because of experts, so that every rank must walk through all of them."""
     if layout.replicas * layout.context == 1:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group
-from shardwise.dist.mesh import Mesh
-from shardwise.dist.split import is_dtensor, is_stand_in, local_part
+from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
+from shardwise.dist.split import is_stand_in, local_part, split_axes
 from shardwise.errors import RunFailed
+from shardwise.spec.layout import AXES
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 22
@@ -41,19 +42,17 @@ def broadcast_state(model: nn.Module, group: Group) -> None:
 def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
     """Compare parameters and buffers over the ranks that should hold the same, bit for bit, by a checksum.
 
-    A split tensor has replicas along the data axis, an unsplit one along all axes but the pipeline.
+    A tensor has replicas along all axes over which it is not split, but the pipeline.
 
     Raises:
         RunFailed: a tensor differs between ranks; the message names the tensors.
     """
-    split, whole = [], []
+    by_axes: dict[tuple[str, ...], list[tuple[str, Tensor]]] = {}
     for name, tensor in named_state(model):
-        if is_dtensor(tensor):
-            split.append((name, local_part(tensor)))
-        else:
-            whole.append((name, tensor))
-    names = _differing(split, mesh.group("data"))
-    names += _differing(whole, mesh.group("data", "shard", "context", "expert", "tensor"))
+        by_axes.setdefault(_replicated_over(tensor), []).append((name, local_part(tensor)))
+    # Groups are made by all ranks together, and pipeline stages hold different tensors.
+    every = sorted(set().union(*mesh.world.gather_objects(set(by_axes))))
+    names = [name for axes in every for name in _differing(by_axes.get(axes, []), mesh.group(*axes))]
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise RunFailed(
@@ -62,6 +61,13 @@ def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
             "home-made layer, a queue, a counter) or a weight changed outside the optimizer does this: compute it from "
             "values that all workers share, or train with --plan serial"
         )
+
+
+def _replicated_over(tensor: Tensor) -> tuple[str, ...]:
+    """The axes along which other ranks hold the same part of a tensor."""
+    split = split_axes(tensor)
+    split |= frozenset(PART_AXES) if PARTS in split else frozenset()
+    return tuple(axis for axis in AXES if axis not in split and axis != "pipeline")
 
 
 def _differing(named: list[tuple[str, Tensor]], group: Group) -> list[str]:

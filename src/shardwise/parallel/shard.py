@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise.dist.collectives import Group
-from shardwise.dist.mesh import Mesh
+from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
 from shardwise.dist.split import local_part
 from shardwise.errors import PlanError
 from shardwise.parallel.data import sparse_parameters
@@ -148,8 +148,7 @@ def _mesh(mesh: Mesh) -> DeviceMesh:
     layout = mesh.layout
     if layout.context * layout.expert == 1:
         return mesh.device_mesh("data", "shard")
-    parts = mesh.device_mesh("shard", "context", "expert")
-    flat = parts._flatten("parts")
+    flat = mesh.device_mesh(*PART_AXES)._flatten(PARTS)
     if layout.data == 1:
         return flat
     # torch is about to forbid slicing a mesh by a flattened dim, so the two dims are put together anew.

@@ -29,7 +29,8 @@ from shardwise.probe.place import this_place
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.loop import total_steps
-from shardwise.run.step import call_model, take_step
+from shardwise.run.step import take_step
+from shardwise.run.tryout import loss_program
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 from shardwise.spec.rank import Rank
@@ -126,7 +127,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
     if not alike:
         notes.append("steps of two sizes called different operations: the larger one counts, in proportion to its size")
     asked = how.thorough and "tensor" in READY_AXES
-    split, reason = _tensor_names(job, splits) if asked else (frozenset[str](), None)
+    split, reason = _tensor_names(job, splits, fake=how.fake) if asked else (frozenset[str](), None)
     if reason is not None:
         notes.append(reason)
     slope = max(0.0, (high.peak_bytes - low.peak_bytes) / max(1, high.samples - low.samples))
@@ -263,21 +264,20 @@ def _expert_token_bytes(model: nn.Module, counted: Counted) -> float:
     return total / counted.samples
 
 
-def _tensor_names(job: Job, splits: Splits) -> tuple[frozenset[str], str | None]:
+def _tensor_names(job: Job, splits: Splits, *, fake: bool) -> tuple[frozenset[str], str | None]:
     """Parameters that tensor parallelism can split, or why there are none."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
     from shardwise.parallel.tensor.find import find_split
     from shardwise.run.assemble import build_model
 
-    batch = _first(splits, 2)
-
-    def program(model: nn.Module) -> Any:
-        if job.objective is not None:
-            return job.objective(model, (batch.inputs, batch.targets))
-        assert job.loss is not None
-        return job.loss(call_model(model, batch.inputs), batch.targets)
-
+    # A trial looks at values, which fake tensors refuse; on the meta device it does without them.
+    with unset_fake_temporarily(), torch.device("meta" if fake else "cpu"):
+        model, batch = build_model(job, None if fake else _CPU), _first(splits, 2)
     try:
-        return frozenset(find_split(build_model(job, _CPU), program, 2).shares), None
+        with unset_fake_temporarily():
+            program = loss_program(job, batch.to(torch.device("meta")) if fake else batch)
+            return frozenset(find_split(model, program, 2).shares), None
     except PlanError as error:
         return frozenset(), str(error)
 

@@ -23,7 +23,8 @@ from shardwise.prove.quiet import Quiet
 from shardwise.prove.runs import Task, altered, open_job, prepare, walk_batches
 from shardwise.run.assemble import Assembly
 from shardwise.run.names import named_tensors, own_model
-from shardwise.run.step import call_model, seed_step
+from shardwise.run.step import seed_step
+from shardwise.run.tryout import call_model
 from shardwise.spec.job import Job
 from shardwise.spec.rank import Rank
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shardwise.data.batch import Batch, tree_leaves
 from shardwise.dist.collectives import Group
-from shardwise.dist.split import is_dtensor
+from shardwise.dist.split import is_dtensor, whole_tensor
 from shardwise.run.assemble import Assembly
 from shardwise.run.names import named_tensors, own_model, own_name
 from shardwise.run.state import collect, settled
@@ -196,9 +196,7 @@ def read_record(folder: Path, reports: list[RankReport]) -> Record:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor as one dense copy on the CPU. Collective where it is split."""
-    tensor = settled(tensor.detach())
-    if is_dtensor(tensor):
-        tensor = cast(Any, tensor).full_tensor()
+    tensor = whole_tensor(settled(tensor.detach()))
     if tensor.is_sparse:
         tensor = tensor.to_dense()
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

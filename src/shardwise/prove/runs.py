@@ -141,7 +141,7 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
                 on_gradients=noted,
             )
         a.update = update
-        mean = a.world.sum_(result.loss_sum.detach().double() / result.weight)
+        mean = a.reports.sum_(result.loss_sum.detach().double() / result.weight)
         report.losses.append(float(mean))
         report.reported_norms.append(None if result.gradient_norm is None else _number(result.gradient_norm))
         taken += 1

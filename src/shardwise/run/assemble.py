@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.data.batch import Batch
-from shardwise.data.loader import eval_batches
-from shardwise.data.source import as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.dist.meter import Meter
 from shardwise.dist.split import is_stand_in
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import Composed, check_model, compose
-from shardwise.parallel.context.check import Objective, check_context
-from shardwise.parallel.context.split import Checked
 from shardwise.run.clock import PhaseClock
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.run.record import Recorder
+from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
-
-if TYPE_CHECKING:
-    from shardwise.parallel.pipeline.stages import Cut
 
 CPU = torch.device("cpu")
 
@@ -205,35 +197,15 @@ def check_job(job: Job, plan: Plan) -> None:
         except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
             model = build_model(job, None)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
-    if plan.layout.context > 1 or plan.layout.pipeline > 1:
+    layout = plan.layout
+    if layout.context * layout.tensor * layout.pipeline > 1:
         with torch.random.fork_rng(devices=[]):
             model = build_model(job, CPU)
             check_sequences(job, plan, model)
+            split = find_tensor_split(job, plan, model, CPU)
+            if split is not None:
+                check_tensor_optimizer(build_optimizer(job, model), model, split)
             find_cut(job, plan, model, CPU)
-
-
-def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
-    """Try out the context axis on the first samples of the training data; None where the plan has none."""
-    if plan.layout.context == 1:
-        return None
-    batch = _first_samples(job)
-    objective = Objective(loss=job.loss, objective=job.objective, weight=job.weight)
-    return check_context(model, plan.layout.context, batch.inputs, batch.targets, objective)
-
-
-def find_cut(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> Cut | None:
-    """Where a pipeline cuts the model, told by the first samples of the training data; None where the plan has none."""
-    if plan.layout.pipeline == 1:
-        return None
-    from shardwise.parallel.pipeline.stages import cut_model  # tracing takes half a second to import
-
-    batch = _first_samples(job).to(device)
-    return cut_model(model, plan, batch.inputs, batch.targets, job.objective, device=device)
-
-
-def _first_samples(job: Job) -> Batch:
-    with closing(eval_batches(as_splits(job.data).train, batch_size=4, stop=1, prefetch=0)) as stream:
-        return next(stream)
 
 
 def assemble(
@@ -265,8 +237,12 @@ def assemble(
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
     cut = find_cut(job, plan, model, device)
-    composed = compose(model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut)
+    # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
+    split = find_tensor_split(job, plan, model, device) if world.rank == 0 else None
+    split = mesh.world.gather_objects(split)[0] if plan.layout.tensor > 1 else None
+    composed = compose(model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut, split=split)
     optimizer = build_optimizer(job, model)
+    composed.remarks += check_tensor_optimizer(optimizer, model, split)
     scheduler = build_scheduler(job, optimizer, total_steps)
     return Assembly(
         job=job,

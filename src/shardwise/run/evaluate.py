@@ -14,7 +14,8 @@ from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
 from shardwise.errors import JobError
 from shardwise.run.assemble import Assembly
-from shardwise.run.step import autocast, call_model, own_tokens
+from shardwise.run.step import autocast, own_tokens
+from shardwise.run.tryout import call_model
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Stages
@@ -133,7 +134,11 @@ def _add_loss(a: Assembly, totals: Tensor, output: Any, batch: Batch) -> None:
 
 
 def whole_output(a: Assembly, output: Any) -> Any:
-    """The output for whole sequences."""
+    """The output for whole sequences, of plain tensors: metrics may do anything with it."""
+    if a.composed.split is not None:
+        from shardwise.parallel.tensor.part import plain
+
+        output = plain(output)
     return output if a.composed.context is None else a.composed.context.whole(output)
 
 

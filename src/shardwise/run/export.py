@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.p2p import start_receive, start_send
-from shardwise.dist.split import is_dtensor, is_stand_in
+from shardwise.dist.split import is_dtensor, is_stand_in, whole_tensor
 from shardwise.errors import CheckpointError
 from shardwise.run.folder import sync_folder
 from shardwise.run.names import own_model, own_name, reshard
@@ -46,7 +45,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         if first[name] != name:
             metadata[name] = first[name]
             continue
-        whole = cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
+        whole = whole_tensor(tensor)
         if keep or holders.get(name) == world.rank:
             if name in holders:
                 whole = _moved(whole, world, holders[name])

@@ -18,7 +18,7 @@ from shardwise.errors import JobError
 from shardwise.run.assemble import build_model
 from shardwise.run.export import load_weights
 from shardwise.run.folder import RunFolder
-from shardwise.run.step import call_model
+from shardwise.run.tryout import call_model
 from shardwise.spec.events import StepsEvent, read_events
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan

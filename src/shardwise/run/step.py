@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardwise.data.batch import Batch
 from shardwise.errors import JobError
 from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.run.assemble import CPU, Assembly
+from shardwise.run.tryout import call_model
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Stages
@@ -90,15 +91,6 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU) -> No
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """`model(x)`, with a tuple of inputs as positional and a dict as keyword arguments."""
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(inputs)
 
 
 def autocast(assembly: Assembly) -> AbstractContextManager[Any]:

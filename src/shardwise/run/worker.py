@@ -37,6 +37,9 @@ from shardwise.spec.plan import Plan
 from shardwise.spec.rank import Rank
 from shardwise.spec.settings import Settings
 
+SPLIT_TABLE = "tensor.txt"
+"""File of the run folder that says what the tensor axis splits and what not, and why."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +138,7 @@ def _train(
         )
         first_step = assembly.step
         if is_first:
-            _write_record(folder, work)
+            _write_record(folder, work, assembly)
         course.tell(_run_event(job, work, world, first_step, total))
         if rank.restarts:
             reason = "a worker failed; all were started again from the last checkpoint"
@@ -149,6 +152,8 @@ def _train(
                 display.say(f"nothing left to train: {first_step} of {total} steps are done")
         if assembly.composed.stages is not None:
             display.say(str(assembly.composed.stages.part.table))
+        if assembly.composed.split is not None:
+            display.say(assembly.composed.split.summary + f" (the table is in {folder.path / SPLIT_TABLE})")
         for remark in assembly.composed.remarks:
             warn(course, remark)
         run_loop(assembly, course)
@@ -235,8 +240,10 @@ def _check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: b
         )
 
 
-def _write_record(folder: RunFolder, work: Work) -> None:
+def _write_record(folder: RunFolder, work: Work, assembly: Assembly) -> None:
     with writing_in(folder.path):
+        if assembly.composed.split is not None:
+            write_aside(folder.path / SPLIT_TABLE, f"{assembly.composed.split}\n".encode())
         write_aside(folder.plan_path, json.dumps(work.plan.to_dict(), indent=2).encode() + b"\n")
         write_aside(folder.settings_path, json.dumps(work.settings.to_dict(), indent=2, default=str).encode() + b"\n")
 

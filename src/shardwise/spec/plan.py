@@ -18,6 +18,7 @@ Recompute = Literal["none", "selective", "full"]
 SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev")
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTES = ("none", "selective", "full")
+TENSOR_RULES = ("column", "row", "vocabulary", "replicate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Plan:
         precision: `fp32`, or `bf16` for bfloat16 autocast over fp32 weights.
         threads: compute threads per worker; None lets shardwise divide the cores.
         compile: run the model through `torch.compile`.
+        tensor_rules: module name -> one of `TENSOR_RULES`, where the user knows better how the tensor axis splits it.
         prediction: what the planner expects, None for a plan written by hand.
         reasons: why this plan was chosen, one sentence each.
     """
@@ -56,6 +58,7 @@ class Plan:
     precision: Precision = "fp32"
     threads: int | None = None
     compile: bool = False
+    tensor_rules: dict[str, str] = field(default_factory=dict)
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
 
@@ -71,6 +74,10 @@ class Plan:
             raise PlanError(f"plan compile={self.compile!r}: it must be true or false")
         if not isinstance(self.layout, Layout):
             raise PlanError(f"plan layout={self.layout!r}: write a text such as 'data=2', or degrees by axis")
+        if not isinstance(self.tensor_rules, dict):
+            raise PlanError(f"plan tensor_rules={self.tensor_rules!r}: it must be a table of module names and rules")
+        for name, rule in self.tensor_rules.items():
+            _check_choice(f"tensor_rules of {name!r}", rule, TENSOR_RULES)
         for name in ("cuts", "reasons"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
@@ -78,7 +85,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without unset values; the layout in its text form. `from_dict` reads it back."""
-        record = {key: value for key, value in asdict(self).items() if value is not None and value != ()}
+        record = {key: value for key, value in asdict(self).items() if value is not None and value not in ((), {})}
         record["layout"] = str(self.layout)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
 
@@ -129,8 +136,9 @@ class Plan:
             raise PlanError(f"plan file {path} is not TOML: {error}") from error
 
     def with_layout(self, layout: Layout) -> "Plan":
-        """The same plan under another layout."""
-        return replace(self, layout=layout, prediction=None)
+        """The same plan under another layout, without what is said of axes that it has not."""
+        rules = self.tensor_rules if layout.tensor > 1 else {}
+        return replace(self, layout=layout, tensor_rules=rules, prediction=None)
 
     def __str__(self) -> str:
         parts = [str(self.layout)]

@@ -31,6 +31,9 @@ ATTENTION = F.scaled_dot_product_attention
 """torch's own, whatever the name stands for meanwhile."""
 
 
+_TENSOR_AXIS = "shardwise.parallel.tensor."
+
+
 class Sequences(ABC):
     """Where the other ranks' tokens come from."""
 
@@ -127,6 +130,15 @@ Site = tuple[str, int, int]
 """File, line and instruction of a call."""
 
 
+def _caller() -> FrameType:
+    """Where the model called the function that a mode was given; a mode of the tensor axis may lie in between."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_TENSOR_AXIS):
+        frame = frame.f_back
+    assert frame is not None
+    return frame
+
+
 def _site(frame: FrameType) -> Site:
     return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti
 
@@ -146,9 +158,9 @@ class WholeSequence(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.__getitem__:
-            return self._sliced(args[0], args[1], sys._getframe(1))
+            return self._sliced(args[0], args[1], _caller())
         if func is torch.arange:
-            return self._arange(args, kwargs, sys._getframe(1))
+            return self._arange(args, kwargs, _caller())
         if func is ATTENTION:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:

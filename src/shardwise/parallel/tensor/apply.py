@@ -25,6 +25,9 @@ from shardwise.parallel.tensor.part import SplitTensor
 from shardwise.parallel.tensor.plan import Share, TensorPlan
 from shardwise.parallel.tensor.ring import Cut, Ring
 
+AXIS = "tensor"
+"""Name of the mesh's dim over which parameters are split here."""
+
 _UNTOUCHED = METADATA | {
     "__get__",
     "__set__",
@@ -158,7 +161,7 @@ class _PieceMode(TorchFunctionMode):
         return dispatch(func, args, kwargs) if split_arguments(args, kwargs) else func(*args, **kwargs)
 
     def _shown(self, value: Any) -> Any:
-        if isinstance(value, DTensor):
+        if _is_parameter(value):
             return piece_of(value, self._ring)
         if type(value) in (list, tuple):
             return type(value)(self._shown(item) for item in value)
@@ -166,6 +169,11 @@ class _PieceMode(TorchFunctionMode):
 
 
 def _is_split(value: Any) -> bool:
-    if isinstance(value, (DTensor, SplitTensor)):
-        return True
-    return isinstance(value, (list, tuple)) and any(isinstance(item, (DTensor, SplitTensor)) for item in value)
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(item, SplitTensor) or _is_parameter(item) for item in value)
+    return isinstance(value, SplitTensor) or _is_parameter(value)
+
+
+def _is_parameter(value: Any) -> bool:
+    """A parameter of the tensor axis; DTensors of other axes (experts) are none of its business."""
+    return isinstance(value, DTensor) and value.device_mesh.mesh_dim_names == (AXIS,)

@@ -117,7 +117,7 @@ def _gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if watcher is None and changes and (target is not None or isinstance(kwargs.get("out"), SplitTensor)):
         raise PlanError(
             f"{name} changes a tensor in place that is split over ranks, in a way that needs it whole ({reason}); "
-            "name the layer that makes it as rules={name: 'replicate'}"
+            "name the layer that makes it as tensor_rules={name: 'replicate'}"
         )
     args, kwargs = pytree.tree_map_only(SplitTensor, whole, (args, kwargs))
     return func(*args, **kwargs)
@@ -141,7 +141,7 @@ def _property(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> Any
     elif name != "__get__":
         raise PlanError(
             f"{what or 'a property'} of a tensor that is split over ranks is set; name the layer that makes it as "
-            "rules={name: 'replicate'}"
+            "tensor_rules={name: 'replicate'}"
         )
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)

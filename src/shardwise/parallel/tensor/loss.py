@@ -48,7 +48,7 @@ def cross_entropy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if ring.watcher is not None:
         ring.watcher.close(logits)
     pieces = logits.pieces
-    if torch.is_autocast_enabled(pieces[0].device.type):
+    if not pieces[0].is_meta and torch.is_autocast_enabled(pieces[0].device.type):
         pieces = tuple(piece.float() for piece in pieces)
     losses_N = cast(
         Tensor,

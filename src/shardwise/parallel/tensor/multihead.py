@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardwise.parallel.tensor.part import SplitTensor, WholeNeeded, beside, like
+from shardwise.parallel.tensor.products import attention
 from shardwise.parallel.tensor.shapes import take
 
 NAME = "multi_head_attention_forward"
@@ -102,9 +103,9 @@ def multi_head_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     if causal and given.get("key_padding_mask") is None:
         mask = None
     dropout = given["dropout_p"] if given.get("training", True) else 0.0
-    mixed_NHLE = F.scaled_dot_product_attention(
-        by_heads(q_LNE), by_heads(k_SNE), by_heads(v_SNE), mask, dropout, causal and mask is None
-    )
+    heads_NHTE = (by_heads(q_LNE), by_heads(k_SNE), by_heads(v_SNE))
+    # Not by a call of torch's function: a context axis would see it before the pieces, and it must see the pieces.
+    mixed_NHLE = attention(F.scaled_dot_product_attention, (*heads_NHTE, mask, dropout, causal and mask is None), {})
     mixed_LNE = mixed_NHLE.permute(2, 0, 1, 3).reshape(q_LNE.shape)
     return F.linear(mixed_LNE, given["out_proj_weight"], given.get("out_proj_bias")), None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.optim import Optimizer
 
 from shardwise.errors import PlanError
@@ -12,8 +14,12 @@ UNABLE = (torch.optim.Adafactor, torch.optim.Rprop, torch.optim.SparseAdam, torc
 """Optimizers whose step torch (2.13) cannot do on DTensors, or that need the loss several times."""
 
 
-def check_optimizer(optimizer: Optimizer) -> tuple[str, ...]:
+def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool]) -> tuple[str, ...]:
     """Refuse an optimizer that cannot step on split parameters, before the first step.
+
+    Args:
+        optimizer: over the parameters, which may still be whole.
+        is_split: tells of a parameter whether it is or will be split.
 
     Returns:
         What will not equal the serial run, one sentence each.
@@ -22,8 +28,7 @@ def check_optimizer(optimizer: Optimizer) -> tuple[str, ...]:
         PlanError: torch does not do this optimizer's step on DTensors, or not with `foreach=True` or `fused=True` where
             whole and split parameters are in one group.
     """
-    split = any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
-    if not split:
+    if not any(is_split(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         return ()
     name = type(optimizer).__name__
     if isinstance(optimizer, UNABLE):
@@ -33,7 +38,7 @@ def check_optimizer(optimizer: Optimizer) -> tuple[str, ...]:
         )
     for index, group in enumerate(optimizer.param_groups):
         together = [option for option in ("foreach", "fused") if group.get(option)]
-        kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
+        kinds = {is_split(parameter) for parameter in group["params"]}
         if together and len(kinds) == 2:
             raise PlanError(
                 f"parameter group {index} of {name} has {together[0]}=True and holds whole and split parameters, which torch "

@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from shardwise.parallel.tensor.ring import Cut, Ring
 
@@ -82,7 +83,7 @@ class SplitTensor(Tensor):
         """No operation below torch's functions may see the wrapper: it has no values."""
         raise RuntimeError(
             f"{func} was called on a tensor that is split over ranks from code below torch's Python functions; name the "
-            "module as rules={name: 'replicate'} to leave it whole"
+            "module as tensor_rules={name: 'replicate'} to leave it whole"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -103,6 +104,11 @@ def like(
 def whole(part: SplitTensor) -> Tensor:
     """The whole tensor, the same on all ranks."""
     return part.ring.gather(part.pieces, part.cut)
+
+
+def plain(tree: Any) -> Any:
+    """A tree of tensors without split ones among them. Collective where there are some."""
+    return pytree.tree_map_only(SplitTensor, whole, tree)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -68,6 +68,13 @@ class TensorPlan:
         """Parameter bytes that a rank does not hold."""
         return sum(row.bytes_saved for row in self.rows)
 
+    @property
+    def summary(self) -> str:
+        """What it does, in one line."""
+        modules = sum(row.how != "whole" for row in self.rows)
+        saved = format_bytes(self.bytes_saved)
+        return f"tensor={self.ranks} splits {modules} of {len(self.rows)} modules and saves {saved} of parameters on each rank"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` reads it back."""
         return asdict(self)
@@ -100,5 +107,5 @@ class TensorPlan:
             "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
             for line in [header, *cells]
         ]
-        lines.append(f"tensor={self.ranks} saves {format_bytes(self.bytes_saved)} of parameters on each rank")
+        lines.append(self.summary)
         return "\n".join([*lines, *self.remarks])

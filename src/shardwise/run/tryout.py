@@ -1,0 +1,118 @@
+"""What some axes must know of a model before they split it, found by running it on the first samples of the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from shardwise.data.batch import Batch
+from shardwise.data.loader import eval_batches
+from shardwise.data.source import as_splits
+from shardwise.dist.split import is_dtensor
+from shardwise.parallel.context.check import Objective, check_context
+from shardwise.parallel.context.split import Checked
+from shardwise.parallel.expert import expert_parameters
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
+
+    from shardwise.parallel.pipeline.stages import Cut
+    from shardwise.parallel.tensor.plan import TensorPlan
+
+SAMPLES = 4
+"""Samples that a model is tried out on: more than one, so that samples and features can be told apart."""
+
+
+def first_samples(job: Job) -> Batch:
+    """The first samples of the training data, as evaluation would give them."""
+    with closing(eval_batches(as_splits(job.data).train, batch_size=SAMPLES, stop=1, prefetch=0)) as stream:
+        return next(stream)
+
+
+def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
+    """Try out the context axis; None where the plan has none.
+
+    Raises:
+        PlanError: the model is not the same on parts of sequences.
+    """
+    if plan.layout.context == 1:
+        return None
+    batch = first_samples(job)
+    objective = Objective(loss=job.loss, objective=job.objective, weight=job.weight)
+    return check_context(model, plan.layout.context, batch.inputs, batch.targets, objective)
+
+
+def find_cut(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> Cut | None:
+    """Where a pipeline cuts the model; None where the plan has none."""
+    if plan.layout.pipeline == 1:
+        return None
+    from shardwise.parallel.pipeline.stages import cut_model  # tracing takes half a second to import
+
+    batch = first_samples(job).to(device)
+    return cut_model(model, plan, batch.inputs, batch.targets, job.objective, device=device)
+
+
+def find_tensor_split(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> TensorPlan | None:
+    """How the tensor axis splits the model; None where the plan has no such axis. No collective; changes nothing.
+
+    Args:
+        job: whose data and loss to try the model with.
+        plan: its layout and its rules.
+        model: whole, with its initial weights.
+        device: where the model is.
+
+    Raises:
+        PlanError: nothing in the model can be split, or a rule does not fit it.
+    """
+    if plan.layout.tensor == 1:
+        return None
+    from shardwise.parallel.tensor.find import find_split  # imports torch's DTensor, which takes most of a second
+
+    return find_split(
+        model,
+        loss_program(job, first_samples(job).to(device)),
+        plan.layout.tensor,
+        rules=plan.tensor_rules,
+        keep=expert_parameters(model),
+    )
+
+
+def loss_program(job: Job, batch: Batch) -> Callable[[nn.Module], Any]:
+    """Computes the job's loss of a batch with a given model, as a training step does."""
+
+    def program(model: nn.Module) -> Any:
+        if job.objective is not None:
+            return job.objective(model, (batch.inputs, batch.targets))
+        assert job.loss is not None
+        return job.loss(call_model(model, batch.inputs), batch.targets)
+
+    return program
+
+
+def check_tensor_optimizer(optimizer: Optimizer, model: nn.Module, split: TensorPlan | None) -> tuple[str, ...]:
+    """Refuse an optimizer that cannot step on the parameters which the tensor axis splits; they may be whole still.
+
+    Returns:
+        What will not equal the serial run, one sentence each.
+    """
+    if split is None:
+        return ()
+    from shardwise.parallel.tensor.optimizer import check_optimizer
+
+    named = {id(parameter) for name, parameter in model.named_parameters() if name in split.shares}
+    return check_optimizer(optimizer, lambda parameter: is_dtensor(parameter) or id(parameter) in named)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """`model(x)`, with a tuple of inputs as positional and a dict as keyword arguments."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
