@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -109,13 +108,16 @@ def show(folder: Path, as_json: bool) -> None:
 
 @contextmanager
 def _pool(workers: int | None) -> Iterator[Run]:
-    """Processes that make shards, with a line on stderr for each stage."""
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    """The task engine, with a line on stderr for each stage and a bar on a terminal."""
+    from shardwise.tasks.pool import Pool
+
+    with Pool(workers=workers, preload=["shardwise.pack.pack"]) as pool:
 
         def run(function: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
             if items:
                 click.echo(f"{what}: {len(items)} {'part' if len(items) == 1 else 'parts'}", err=True)
-            return list(pool.map(function, items))
+            # a worker that is killed loses one part, which is made again
+            return list(pool.map(function, items, retries=2, progress=sys.stderr.isatty()))
 
         yield run
 
