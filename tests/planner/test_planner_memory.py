@@ -115,7 +115,10 @@ def test_memory_falls_with_every_kind_of_sharding_and_rises_with_the_micro_batch
     assert total(context=2) < alone
     assert total(data=8, zero_stage=3) < total(data=8, zero_stage=2) < total(data=8, zero_stage=1) < total(data=8)
     assert total(micro_batch=8) > alone
-    assert total(recompute="full") < total(recompute="selective") < alone
+    # the attention core keeps nothing that fused attention could give back; every second product does
+    assert total(recompute="full") < total(recompute="selective") == alone
+    sharded = {"data": 8, "zero_stage": 3}
+    assert total(recompute="full", **sharded) < total(recompute="selective", **sharded) < total(**sharded)
 
 
 def test_the_least_estimate_is_never_above_the_usual_one() -> None:

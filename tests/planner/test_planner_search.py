@@ -9,7 +9,16 @@ from click.testing import CliRunner
 from shardwise.cli.plan import plan as plan_command
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
-from shardwise.planner.explain import break_even_gbits, losers, nothing_fits, what_helps, why_best, why_not
+from shardwise.planner.explain import (
+    break_even_batch,
+    break_even_gbits,
+    break_even_link,
+    losers,
+    nothing_fits,
+    what_helps,
+    why_best,
+    why_not,
+)
 from shardwise.planner.search import Problem, as_plan, cases, family, search
 from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
@@ -135,6 +144,45 @@ def test_break_even_is_where_the_times_meet() -> None:
     target = estimate(replace(case, machine=case.machine.with_network(77, "test")), quick=True).step_seconds
     assert break_even_gbits(case, target) == pytest.approx(77, rel=0.01)
     assert break_even_gbits(case, 1e-6) is None
+
+
+def test_break_even_of_links_and_batches() -> None:
+    asked = problem(SMALL, 8, 64)
+    found = search(asked)
+    assert found.best is not None
+    wide = next(
+        case for case in cases(asked) if case.tensor == 8 and case.recompute == "none" and case.micro_batch == 2
+    )
+    link = Figure(77e9, "nominal", "test")
+    slow = replace(asked.machine, intra=replace(asked.machine.intra, bytes_per_second=link))
+    target = estimate(replace(wide, machine=slow), quick=True).step_seconds
+    assert break_even_link(wide, target) == pytest.approx(77, rel=0.01)
+    thin = problem(SMALL, 16, 16)
+    open_cases = list(cases(replace(thin, machine=thin.machine.with_network(60, "test"))))
+    deep = next(case for case in open_cases if case.pipeline == 4 and case.data == 4 and case.micro_batch == 1)
+    flat = next(case for case in open_cases if case.data == 16 and case.zero_stage == 3 and case.micro_batch == 1)
+    more = break_even_batch(deep, flat)
+    assert more is not None and more > 16
+    for batch, wins in ((more, True), (more // 2, False)):
+        mine, theirs = (estimate(replace(one, global_batch=batch), quick=True).step_seconds for one in (deep, flat))
+        assert (mine <= theirs) is wins
+
+
+def test_every_kind_of_loss_says_what_would_change_it() -> None:
+    asked = problem(LARGE, 1536, 1536, precision="fp16", attention="math")
+    told = " ".join(item.sentence for item in losers(asked, search(asked)))
+    assert "waiting in the pipeline" in told and "batch" in told
+    assert "of device memory it need not" in told and "does not fit" in told
+    slow = problem(SMALL, 32, 64)
+    slow = replace(slow, machine=slow.machine.with_network(10, "test"))
+    assert "Gbit/s per rank between nodes (now 10)" in " ".join(item.sentence for item in losers(slow, search(slow)))
+
+
+def test_why_not_of_experts_leaves_the_other_degrees_free() -> None:
+    asked = problem("llama:layers=32,hidden=4096,heads=32,kv_heads=8,ffn=14336,experts=8,seq=4096", 64, 512, "h100")
+    found = search(asked)
+    assert found.best is not None and found.best.case.expert > 1
+    assert "nothing speaks against it" in why_not(asked, Layout(expert=found.best.case.expert), found)
 
 
 def test_why_not_answers_for_one_layout() -> None:

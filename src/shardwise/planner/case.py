@@ -98,6 +98,15 @@ class Case:
         return self.attention == "math" and self.precision == "fp16"
 
     @property
+    def repeats_core(self) -> bool:
+        """What `selective` recomputes: the attention core alone, or (False) every second product and all that is cheap.
+
+        The first is Megatron's (Korthikanti et al. 2022, section 5), the second that of PyTorch's fully sharded training
+        (torchtitan, selective activation checkpointing), which is what stage 3 beside fused attention stands for.
+        """
+        return self.attention == "math" or self.zero_stage < 3
+
+    @property
     def fusion(self) -> float:
         """How much of the element-wise work runs in fused kernels: 1 compiled or classic, 0 eager, half where unknown.
 

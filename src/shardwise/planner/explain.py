@@ -25,8 +25,8 @@ PARTS = {
 }
 """Part of a step -> what the workers do meanwhile."""
 
-FASTEST_GBITS = 10_000.0
-"""Beyond this speed a network that would make a layout win is not worth a sentence."""
+FASTEST = 10_000.0
+"""Gbit/s between nodes or GB/s inside one beyond which a speed that would make a layout win is not worth a sentence."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,42 @@ def break_even_gbits(case: Case, target_seconds: float, constants: Constants = D
     """Network speed in Gbit/s per rank at which `case` takes `target_seconds`; None if no speed up to 10 Tbit/s does."""
 
     def at(gbits: float) -> float:
-        return estimate(
-            replace(case, machine=case.machine.with_network(gbits, "asked")), constants, quick=True
-        ).step_seconds
+        machine = case.machine.with_network(gbits, "asked")
+        return estimate(replace(case, machine=machine), constants, quick=True).step_seconds
 
-    if at(FASTEST_GBITS) > target_seconds:
+    return _break_even(at, target_seconds)
+
+
+def break_even_link(case: Case, target_seconds: float, constants: Constants = DEFAULT) -> float | None:
+    """Speed of the links inside a node, GB/s, at which `case` takes `target_seconds`; None if none up to 10 TB/s does."""
+    link = case.machine.intra
+
+    def at(gbytes: float) -> float:
+        speed = Figure(gbytes * 1e9, "nominal", "asked")
+        machine = replace(case.machine, intra=replace(link, bytes_per_second=speed))
+        return estimate(replace(case, machine=machine), constants, quick=True).step_seconds
+
+    return _break_even(at, target_seconds)
+
+
+def break_even_batch(item: Case, best: Case, constants: Constants = DEFAULT) -> int | None:
+    """Smallest of 2, 4, ... 64 times the global batch at which `item` is no slower than `best`; None if none."""
+    factor = 2
+    while factor <= 64:
+        mine, theirs = (
+            estimate(replace(case, global_batch=factor * case.global_batch), constants, quick=True).step_seconds
+            for case in (item, best)
+        )
+        if mine <= theirs:
+            return factor * item.global_batch
+        factor *= 2
+    return None
+
+
+def _break_even(at: Callable[[float], float], target_seconds: float) -> float | None:
+    if at(FASTEST) > target_seconds:
         return None
-    low, high = 1e-3, FASTEST_GBITS
+    low, high = 1e-3, FASTEST
     for _ in range(40):
         middle = (low * high) ** 0.5
         if at(middle) > target_seconds:
@@ -171,18 +200,37 @@ def _loses(item: Candidate, best: Candidate, constants: Constants) -> str:
         return f"it is as fast as the winner within {100 * max(slower, 0.001):.1f} %"
     extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
     worst = max(extra, key=lambda name: extra[name])
+    share = 100 * mine.seconds[worst] / mine.step_seconds
     sentence = (
-        f"it is {100 * slower:.0f} % slower than the winner; most of it is {PARTS[worst]}, "
-        f"{100 * mine.seconds[worst] / mine.step_seconds:.0f} % of its step"
+        f"it is {100 * slower:.0f} % slower than the winner; most of it is {PARTS[worst]}, {share:.0f} % of its step"
     )
-    if worst in ("tensor", "context", "shards", "gradients"):
-        even = break_even_gbits(item.case, theirs.step_seconds, constants)
-        now = item.case.machine.inter.bytes_per_second.value * 8 / 1e9
-        if even is not None and even > now:
-            sentence += f"; it would win above {even:.0f} Gbit/s per rank (now {now:.0f})"
-        elif even is None:
-            sentence += "; no network would make it win"
-    return sentence
+    even = _even(item, best, worst, constants)
+    return f"{sentence}; {even}" if even else sentence
+
+
+def _even(item: Candidate, best: Candidate, worst: str, constants: Constants) -> str:
+    """What would have to change for the layout to win, or why nothing of the kind would do."""
+    case, target = item.case, best.estimate.step_seconds
+    if worst == "compute":
+        more = 100 * (item.estimate.seconds[worst] / best.estimate.seconds[worst] - 1.0)
+        return f"its products are smaller or its ends heavier and take {more:.0f} % longer"
+    if worst == "bubble":
+        batch = break_even_batch(case, best.case, constants)
+        return f"it would win from a batch of {batch}" if batch else "no larger batch would make it win"
+    if worst == "recompute":
+        needs = estimate(replace(case, recompute="none"), constants, quick=True)
+        room = format_bytes(needs.memory.total + CONTEXT_BYTES)
+        wins = "and it would win" if needs.step_seconds <= target else "and it would still lose"
+        return f"with {room} of device memory it need not, {wins}"
+    if worst not in ("tensor", "context", "shards", "gradients"):
+        return ""
+    gbits, now = break_even_gbits(case, target, constants), case.machine.inter.bytes_per_second.value * 8 / 1e9
+    if gbits is not None and gbits > now:
+        return f"it would win above {gbits:.0f} Gbit/s per rank between nodes (now {now:.0f})"
+    gbytes, now = break_even_link(case, target, constants), case.machine.intra.bytes_per_second.value / 1e9
+    if gbytes is not None and gbytes > now:
+        return f"it would win above {gbytes:.0f} GB/s inside a node (now {now:.0f})"
+    return "no network between or inside nodes alone would make it win"
 
 
 def _too_large(item: Candidate) -> str:
@@ -202,8 +250,7 @@ def _matches(case: Case, wanted: Layout) -> bool:
         degree = getattr(wanted, axis)
         if degree > 1 and getattr(case, axis) != degree:
             return False
-    replicas = wanted.replicas
-    if replicas > 1 and case.data != replicas:
+    if wanted.data * wanted.shard > 1 and case.data != wanted.replicas:
         return False
     if wanted.shard > 1 and case.zero_stage == 0:
         return False

@@ -14,7 +14,7 @@ from shardwise.planner.schedule import V_SHAPED, rank_of
 CONTEXT_BYTES = 1.6 * 2**30
 """Device memory outside the allocator: driver context, library workspaces, communication buffers of a few groups."""
 
-SLACK = 0.05
+SLACK = 0.03
 """Allocator: reserved over allocated bytes less one, of everything that changes during the step."""
 
 WORKSPACE_BYTES = 0.4 * 2**30
@@ -26,17 +26,11 @@ UPDATE_BYTES = 12.0
 The gradient in fp32, the square root of the second moment, and the quotient: 4 each.
 """
 
-HALF_GRADIENT_BYTES = 1.0
-"""Bytes per value of gradients in the working precision beside their sums in fp32.
-
-Frameworks that keep them all (2) and frameworks that free each as soon as it is added (0) look alike in a description.
-"""
-
-UPDATE_REUSE = 0.5
-"""Share of the freed activation memory that the update's temporaries find in blocks they can use."""
+HALF_GRADIENT_BYTES = 2.0
+"""Bytes per value of the gradient in the working precision, which stays beside its sum in fp32."""
 
 SELECTIVE_KEEPS = 0.4
-"""Share of a layer's activations that selective recomputation keeps beside fused attention."""
+"""Share of a layer's activations that selective recomputation keeps where it is not the attention core alone."""
 
 LOGIT_BYTES = 14.0
 """Bytes per logit at the peak: the product in 2, its fp32 copy 4, the log-softmax 4, its gradient 4."""
@@ -50,7 +44,7 @@ class MemoryParts:
     """Bytes of the fullest rank of a layout.
 
     `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `halved_gradients`
-    is what gradients kept in 2 bytes would save.
+    is what gradients kept once and in 2 bytes would save.
     """
 
     parameters: float
@@ -199,8 +193,10 @@ def kept_bytes(case: Case) -> tuple[float, float]:
     if case.recompute == "full":
         return min(entry, whole), whole
     if case.recompute == "selective":
-        scores = score_bytes(case)
-        return (whole - scores, scores) if scores else (SELECTIVE_KEEPS * whole, (1.0 - SELECTIVE_KEEPS) * whole)
+        if case.repeats_core:  # fused attention has nothing to save that its neighbours do not keep
+            scores = score_bytes(case)
+            return whole - scores, scores
+        return SELECTIVE_KEEPS * whole, (1.0 - SELECTIVE_KEEPS) * whole
     return whole, 0.0
 
 
@@ -242,17 +238,20 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
             continue  # an earlier rank holds as many layers and as many micro-batches
         most = max(most, share.layers)
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
+        copies = 0.0
         if not case.classic and case.zero_stage < 3 and case.precision != "fp32":
-            gradients += HALF_GRADIENT_BYTES * (share.dense + share.experts)
+            copies = HALF_GRADIENT_BYTES * (share.dense + share.experts)
         layers = share.layers / case.virtual_stages
         head = logits if rank == end else 0.0
         activations = in_flight[rank] * layers * kept + whole
         activations += max(0.0, working - head) if layers else 0.0
         temporary = 0.0 if case.classic else UPDATE_BYTES * optimizer / optimizer_bytes(case)
-        update = max(0.0, temporary - UPDATE_REUSE * (activations + head + gathered))
+        update = max(0.0, temporary - activations - head - gathered)
         slack = SLACK * (activations + head + gathered) + WORKSPACE_BYTES
-        spare = 0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0
-        found = MemoryParts(parameters, gradients, optimizer, activations, head, gathered, update, slack, spare)
+        spare = copies + (0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0)
+        found = MemoryParts(
+            parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare
+        )
         if best is None or found.total > best.total:
             best = found
     assert best is not None, "a case has at least one pipeline rank"

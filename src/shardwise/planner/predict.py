@@ -2,6 +2,8 @@
 
 import csv
 import io
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,8 +107,8 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
     """The case a row describes and its estimate, with what the row leaves open chosen.
 
     Degrees: a blank degree is 1, except one that follows from the others and `gpus`. Micro-batch, virtual stages of an
-    interleaved schedule, recomputation and ZeRO stage, where blank, are chosen as a careful user would: the fastest
-    candidate among those predicted to fit, the smallest in memory if none does.
+    interleaved schedule, recomputation, ZeRO stage and ways to split the experts, where blank, are chosen as a careful
+    user would: the fastest candidate among those predicted to fit, the smallest in memory if none does.
 
     Raises:
         UserError: the row lacks what a prediction needs, or contradicts itself.
@@ -135,18 +137,22 @@ def candidates(row: Row, base: Case) -> Iterator[Case]:
     """`base` with every choice of what the row leaves open."""
     share = max(1, base.global_batch // base.data)
     sizes = [base.micro_batch] if "micro_batch" in row else [size for size in (1, 2, 4, 8, 16, 32) if share % size == 0]
-    if "micro_batch" not in row and base.pipeline > 1 and not base.classic:
-        sizes = [max(1, share // (base.pipeline * base.virtual_stages))]
+    if "micro_batch" not in row and base.pipeline > 1:
+        if base.zero_stage >= 2:
+            sizes = [max(1, share // (base.pipeline * base.virtual_stages))]
+        else:
+            sizes = [size for size in sizes if share // size >= base.pipeline] or [1]
     chunks: Sequence[int] = (base.virtual_stages,)
     if base.schedule == "interleaved1f1b" and "virtual_stages" not in row and base.classic:
         chunks = [count for count in (2, 3, 4, 5, 6) if count * base.pipeline <= base.model.layers] or [1]
     repeats = (base.recompute,) if "recompute" in row else ("none", "selective", "full")
     stages = (base.zero_stage,) if "zero_stage" in row or base.data == 1 else (0, 1, 3)
-    for size in sizes:
-        for count in chunks:
-            for repeat in repeats:
-                for stage in stages:
-                    yield replace(base, micro_batch=size, virtual_stages=count, recompute=repeat, zero_stage=stage)
+    ways = [base.expert]
+    if base.model.experts and "expert" not in row:
+        widest = math.gcd(base.model.experts, base.data)
+        ways = sorted({1, widest, math.gcd(widest, base.machine.gpus_per_node)})
+    for size, count, repeat, stage, way in itertools.product(sizes, chunks, repeats, stages, ways):
+        yield replace(base, micro_batch=size, virtual_stages=count, recompute=repeat, zero_stage=stage, expert=way)
 
 
 def base_case(row: Row, machine: Machine | None = None) -> Case:
@@ -179,7 +185,7 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
         zero_stage=int(row.get("zero_stage", 0)),
         virtual_stages=virtual,
         expert=min(int(row.get("expert", 1)), experts) if experts else 1,
-        sequence_parallel=bool(row.get("sequence_parallel", 0)) and degrees["tensor"] > 1,
+        sequence_parallel=bool(row.get("sequence_parallel", attention == "flash")) and degrees["tensor"] > 1,
         recompute=str(row.get("recompute", "none")),
         attention=attention,
         precision=precision,

@@ -30,7 +30,7 @@ from shardwise.planner.memory import (
 )
 from shardwise.planner.schedule import Timeline, closed_form, rank_of, simulate
 
-UNCERTAIN = 1.15
+UNCERTAIN = 1.2
 """Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
 
 GATHERS_PER_LAYER = 12
@@ -46,7 +46,7 @@ BUCKET_VALUES = 5e8
 """Gradients reduced by one call while the backward pass goes on (reduce_bucket_size of DeepSpeed, default)."""
 
 SELECTIVE_REPEAT = 0.4
-"""Share of a layer that selective recomputation repeats beside fused attention: every second product and all that is cheap."""
+"""Share of a layer that selective recomputation repeats where it is not the attention core alone."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _passes(
     if case.recompute == "full":
         repeat = work.forward
     elif case.recompute == "selective":
-        repeat = work.core_forward if case.attention == "math" else work.forward.times(SELECTIVE_REPEAT)
+        repeat = work.core_forward if case.repeats_core else work.forward.times(SELECTIVE_REPEAT)
     tensor_forward = _tensor_seconds(case, net)
     exchange = _exchange_seconds(case, net)
     if case.schedule == "dualpipev":

@@ -167,7 +167,8 @@ class Transformer:
 
     def __str__(self) -> str:
         kind = "llama" if self.gated_ffn else "gpt"
-        size = f"{self.parameters / 1e9:.3g}B parameters"
+        billions = self.parameters / 1e9
+        size = f"{billions / 1e3:.3g}T parameters" if billions >= 1e3 else f"{billions:.3g}B parameters"
         return f"{kind} with {self.layers} layers of width {self.hidden}, {size}"
 
 
