@@ -31,9 +31,11 @@ ROOMS: dict[str, set[str]] = {
     "dist": {"spec"},
     # Layers that are made to be split; trained serially, they need no room above them.
     "nn": {"spec", "dist"},
+    # Compiled loops that take the place of slow ones of torch, bit for bit.
+    "kernels": set(),
     "parallel": {"spec", "dist", "nn"},
     # What a run finds out about itself (stragglers, stalls) is worked out by the same functions that watch it.
-    "run": {"spec", "dist", "nn", "parallel", "data", "monitor"},
+    "run": {"spec", "dist", "kernels", "nn", "parallel", "data", "monitor"},
     "tasks": {"spec", "run"},
     # Advice on a job needs what was counted (probe), the arithmetic (planner) and the checks and trials of a run. `run`
     # itself stays below: it is handed a function that chooses a plan.

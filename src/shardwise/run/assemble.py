@@ -17,6 +17,7 @@ from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.dist.meter import Meter
 from shardwise.dist.split import is_stand_in
 from shardwise.errors import JobError, PlanError
+from shardwise.kernels.pooling import use_fast_pooling
 from shardwise.parallel.compose import Composed, check_model, compose
 from shardwise.run.clock import PhaseClock
 from shardwise.run.optimize import OptimizerStep, building_optimizers
@@ -236,6 +237,8 @@ def assemble(
     mesh = Mesh(plan.layout, world.rank, device.type, recorder.meter if recorder is not None else Meter())
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
+    if device.type == "cpu":
+        use_fast_pooling()
     cut = find_cut(job, plan, model, device)
     # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
     split = find_tensor_split(job, plan, model, device) if world.rank == 0 else None

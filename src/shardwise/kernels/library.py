@@ -1,0 +1,48 @@
+"""The compiled kernels, as functions of Python; absent where the package was installed without a C compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_LEVELS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
+"""What the processor can do, in torch's words -> builds that it can run, the best one first."""
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The best build for this processor; None where there is none, and torch's own kernels do the work."""
+    for level in _LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("plain",)):
+        path = built(level)
+        if path is None:
+            continue
+        try:
+            return open_library(path)
+        except (OSError, AttributeError):  # of another machine, or of an older version of the package
+            continue
+    return None
+
+
+def built(level: str) -> Path | None:
+    """The file of one build: `plain`, `avx2` or `avx512`."""
+    folder = Path(__file__).parent
+    names = (f"_{level}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a build and declare what is in it.
+
+    Raises:
+        OSError: it does not load here.
+        AttributeError: it lacks a kernel.
+    """
+    library = ctypes.CDLL(str(path))
+    pointer = ctypes.c_void_p
+    library.shardwise_max_pool2d.argtypes = [pointer, pointer, pointer, pointer]
+    library.shardwise_max_pool2d.restype = None
+    return library
