@@ -17,7 +17,6 @@ from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
-from shardwise.dist.mesh import Mesh
 from shardwise.errors import DataError, PlanError
 from shardwise.parallel.norm import batch_norms
 from shardwise.prove.quiet import Quiet, in_double, silence
@@ -70,23 +69,27 @@ def run_rank(rank: Rank, task: Task) -> list[RankReport]:
     Returns:
         The reports of all ranks.
     """
-    job, splits = open_job(task)
     with process_group(rank, task.device, task.timeout_seconds):
         device = torch.device(task.device, rank.local_rank) if task.device != "cpu" else torch.device("cpu")
-        silenced: list[str] = []
-        a = prepare(task, job, splits, device, silenced)
-        if task.fault is not None:
-            task.fault(a)
-        mesh = Mesh(task.plan.layout, a.world.rank, device.type)
-        axes = [axis for axis, degree in task.plan.layout.degrees.items() if degree > 1]
-        report = RankReport(a.world.rank, coordinates={axis: mesh.coordinate(axis) for axis in axes})
-        report.modules, report.has_batch_norm = silenced, bool(batch_norms(a.model))
-        recorder = Recorder(report)
-        recorder.take_size(a.model)
-        recorder.take_state("initial", a)
-        _walk(a, task, splits, recorder)
-        recorder.take_state("final", a)
-        return recorder.write(Path(task.folder), a.world)
+        return take_record(task, device)
+
+
+def take_record(task: Task, device: torch.device) -> list[RankReport]:
+    """As `run_rank`, in a process group that exists, or in none for a serial run."""
+    job, splits = open_job(task)
+    silenced: list[str] = []
+    a = prepare(task, job, splits, device, silenced)
+    if task.fault is not None:
+        task.fault(a)
+    axes = [axis for axis, degree in task.plan.layout.degrees.items() if degree > 1]
+    report = RankReport(a.world.rank, coordinates={axis: a.mesh.coordinate(axis) for axis in axes})
+    report.modules, report.has_batch_norm = silenced, bool(batch_norms(a.model))
+    recorder = Recorder(report)
+    recorder.take_size(a.model)
+    recorder.take_state("initial", a)
+    _walk(a, task, splits, recorder)
+    recorder.take_state("final", a)
+    return recorder.write(Path(task.folder), a.world)
 
 
 def open_job(task: Task) -> tuple[Job, Splits]:

@@ -20,9 +20,10 @@ from shardwise.errors import JobError, PlanError
 from shardwise.kernels.pooling import use_fast_pooling
 from shardwise.parallel.compose import Composed, check_model, compose
 from shardwise.run.clock import PhaseClock
+from shardwise.run.coupled import check_loss, wants_trial
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.run.record import Recorder
-from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split
+from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, first_samples
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
@@ -199,7 +200,8 @@ def check_job(job: Job, plan: Plan) -> None:
             model = build_model(job, None)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     layout = plan.layout
-    if layout.context * layout.tensor * layout.pipeline > 1:
+    loss_in_parts = wants_trial(job, plan, model)
+    if layout.context * layout.tensor * layout.pipeline > 1 or loss_in_parts:
         with torch.random.fork_rng(devices=[]):
             model = build_model(job, CPU)
             check_sequences(job, plan, model)
@@ -207,6 +209,8 @@ def check_job(job: Job, plan: Plan) -> None:
             if split is not None:
                 check_tensor_optimizer(build_optimizer(job, model), model, split)
             find_cut(job, plan, model, CPU)
+            if loss_in_parts:
+                check_loss(job, plan, model, first_samples(job))
 
 
 def assemble(

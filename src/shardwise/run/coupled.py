@@ -1,0 +1,162 @@
+"""Does a loss couple samples? Then it is no mean over parts of a batch, and no plan that splits batches can train with it.
+
+Contrastive losses and rankings compare samples with each other. A mean over something else than samples (tokens, unignored
+targets, class weights) without `Job.weight` looks the same from here: its parts do not add up to the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.data.batch import Batch, Tree, tree_map
+from shardwise.data.source import as_splits
+from shardwise.errors import PlanError
+from shardwise.run.tryout import call_model
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+
+TOLERANCE = 1e-4
+"""Relative difference in float32 that is no rounding: sums over a few samples agree to 1e-6."""
+
+MOST_BYTES = 1 << 28
+"""Larger models are not tried out: the trial builds and runs the whole model on the CPU before the workers start. Chosen."""
+
+
+def wants_trial(job: Job, plan: Plan, model: nn.Module) -> bool:
+    """Whether losses are computed over parts of a global batch, and a trial of that costs little.
+
+    Of data without a length, nothing is read before it must be.
+    """
+    share = -(-job.batch_size // plan.layout.replicas)
+    pieces = plan.layout.replicas > 1 or (plan.micro_batch is not None and plan.micro_batch < share)
+    small = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) <= MOST_BYTES
+    return pieces and small and as_splits(job.data).train.length is not None
+
+
+def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
+    """Refuse a plan that splits batches for a loss that couples samples.
+
+    Args:
+        model: whole, on the CPU; left in evaluation mode.
+        batch: a few samples. A loss that fails on them says so itself when the training comes to it.
+
+    Raises:
+        PlanError: the loss of these samples is not the mean of its parts.
+    """
+    model.eval()
+    bounds = [(0, 1), (1, batch.count)]
+    if batch.count < 2 or batch.phantom:
+        return
+    try:
+        found = coupling(job, model, batch, bounds, tolerance=TOLERANCE)
+        if found is None or (
+            job.objective is not None and coupling(job, model, batch, bounds, tolerance=TOLERANCE) != found
+        ):
+            return  # no coupling, or an objective that draws random numbers
+    except Exception:  # noqa: BLE001  # anything can go wrong in it, and will again where it is told better
+        return
+    split = (
+        "samples between workers"
+        if plan.layout.replicas > 1
+        else f"a batch into pieces (micro_batch={plan.micro_batch})"
+    )
+    raise PlanError(
+        f"plan {plan.layout} splits {split}, but the loss couples samples: for the first {batch.count} samples of the data it is "
+        f"{found[0]:.6g}, the mean over parts of them is {found[1]:.6g}. A loss that compares samples needs the whole batch at "
+        "once: use --plan serial, or tensor= or pipeline=, without micro_batch. A mean over tokens, unignored targets or class "
+        "weights needs Job.weight, which counts them, or an objective that returns (sum, count)"
+    )
+
+
+def coupling(
+    job: Job, model: nn.Module, batch: Batch, bounds: list[tuple[int, int]], *, tolerance: float
+) -> tuple[float, float] | None:
+    """Loss of the whole batch and weighted mean over parts of it, from the same outputs; None where they agree.
+
+    Args:
+        model: in the mode in which its outputs for a sample do not depend on the others.
+        bounds: (start, stop) of the parts.
+        tolerance: relative difference that counts as agreement.
+    """
+    with torch.no_grad(), state_kept(model):
+        loss_sum = weights = 0.0
+        if job.objective is None:
+            output = call_model(model, batch.inputs)
+            assert job.loss is not None
+            whole = float(job.loss(output, batch.targets))
+            for start, stop in bounds:
+                part = rows_of(batch, start, stop)
+                own = weight_of(job, part) if start < stop else 0.0
+                if own:
+                    loss_sum += float(job.loss(_tree_rows(output, start, stop, batch.count), part.targets)) * own
+                    weights += own
+        else:
+            value, weight = loss_sum_of(job, model, batch)
+            whole = float(value) / weight
+            for start, stop in bounds:
+                if start < stop:
+                    value, own = loss_sum_of(job, model, rows_of(batch, start, stop))
+                    loss_sum, weights = loss_sum + float(value), weights + own
+    mean = loss_sum / weights if weights else float("nan")
+    if not isfinite(whole) or not isfinite(mean):
+        return None
+    return None if abs(mean - whole) <= tolerance * max(abs(whole), abs(mean)) else (whole, mean)
+
+
+def loss_sum_of(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+    """Sum of the losses of a part, and what it is a mean over."""
+    if job.objective is None:
+        assert job.loss is not None
+        weight = weight_of(job, batch)
+        if not weight:
+            return torch.stack([parameter.sum() * 0 for parameter in model.parameters()]).sum(), 0.0
+        return job.loss(call_model(model, batch.inputs), batch.targets) * weight, weight
+    value: Any = job.objective(model, (batch.inputs, batch.targets))
+    if isinstance(value, tuple):
+        return value[0], float(value[1])
+    return value * batch.count, float(batch.count)
+
+
+def weight_of(job: Job, batch: Batch) -> float:
+    """What the loss of a batch is a mean over."""
+    return float(batch.count) if job.weight is None else float(job.weight(batch.targets))
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some samples of a batch."""
+    targets = None if batch.targets is None else _tree_rows(batch.targets, start, stop, batch.count)
+    inputs = _tree_rows(batch.inputs, start, stop, batch.count)
+    return replace(batch, inputs=inputs, targets=targets, count=stop - start, indices=None)
+
+
+def _tree_rows(tree: Any, start: int, stop: int, count: int) -> Tree:
+    """The rows of some samples of every tensor that has as many rows for each sample: (N, ...), or (N * tokens, ...)."""
+
+    def rows(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] % count:
+            return leaf
+        each = leaf.shape[0] // count
+        return leaf[start * each : stop * each]
+
+    result: Tree = tree_map(rows, tree)
+    return result
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers are after the block what they were before it."""
+    before = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])

@@ -1,0 +1,120 @@
+"""Losses that couple samples are refused before a worker starts, and no others are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shardwise
+from shardwise.errors import PlanError
+from shardwise.run.assemble import check_job
+from shardwise.run.coupled import MOST_BYTES
+from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
+
+GENERATOR = torch.Generator().manual_seed(0)
+INPUTS, CLASSES = torch.randn(20, 7, generator=GENERATOR), torch.arange(20) % 3
+
+
+def contrastive(output: Tensor, _: Tensor) -> Tensor:
+    return F.cross_entropy(output @ output.T, torch.arange(len(output)))
+
+
+def class_weighted(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, weight=torch.tensor([1.0, 2.0, 5.0]))
+
+
+def counts_classes(target: Tensor) -> Tensor:
+    return torch.tensor([1.0, 2.0, 5.0])[target].sum()
+
+
+def some_ignored(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, torch.where(target == 1, -100, target))
+
+
+def own_contrastive(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return contrastive(model(batch[0]), batch[1])
+
+
+def noisy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(F.dropout(model(batch[0]), 0.5), batch[1])
+
+
+def _job(**changes: Any) -> shardwise.Job:
+    values: dict[str, Any] = {
+        "model": lambda: nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)),
+        "data": (INPUTS, CLASSES),
+        "loss": F.cross_entropy,
+        "optimizer": lambda params: torch.optim.SGD(params, lr=0.1),
+        "batch_size": 8,
+        "epochs": 1,
+    }
+    values |= changes
+    return shardwise.Job(**values | ({"loss": None} if "objective" in changes else {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": contrastive},
+        {"loss": class_weighted},
+        {"loss": some_ignored},
+        {"objective": own_contrastive},
+    ],
+)
+def test_refused_where_batches_are_split(changes: dict[str, Any], tmp_path: Path) -> None:
+    words = "splits samples between workers, but the loss couples samples: for the first 4 samples"
+    with pytest.raises(PlanError, match=words):
+        shardwise.train(_job(**changes), plan="data=2", out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    pieces = Plan(micro_batch=3)
+    with pytest.raises(PlanError, match=r"splits a batch into pieces \(micro_batch=3\), but the loss couples"):
+        check_job(_job(model=lambda: nn.Linear(7, 3), **changes), pieces)
+    check_job(_job(**changes), Plan())
+    check_job(_job(**changes), Plan(layout=Layout(pipeline=2)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": class_weighted, "weight": counts_classes},
+        {"objective": noisy},
+        {"loss": lambda output, target: F.cross_entropy(output, target) * float("nan")},
+        {"loss": lambda output, target: 1 / 0},  # says so itself when it is trained with
+    ],
+)
+def test_not_refused(changes: dict[str, Any]) -> None:
+    state = torch.get_rng_state()
+    check_job(_job(**changes), Plan(layout=Layout(data=2)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_large_model_is_not_built_for_it() -> None:
+    built: list[str] = []
+
+    def model() -> nn.Module:
+        made = nn.Linear(7, MOST_BYTES // 4 // 7)
+        built.append(made.weight.device.type)
+        return made
+
+    check_job(_job(model=model, loss=contrastive), Plan(layout=Layout(data=2)))
+    assert built == ["meta"]
+
+
+def test_streams_are_not_opened_for_it() -> None:
+    opened: list[int] = []
+
+    def rows() -> Any:
+        opened.append(1)
+        return iter(zip(INPUTS, CLASSES, strict=True))
+
+    make: Callable[[], Any] = rows
+    check_job(_job(data=shardwise.data.Stream(make), loss=contrastive), Plan(layout=Layout(data=2)))
+    assert opened == []
