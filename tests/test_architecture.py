@@ -36,7 +36,8 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"spec", "dist", "nn"},
     # What a run finds out about itself (stragglers, stalls) is worked out by the same functions that watch it.
     "run": {"spec", "dist", "kernels", "nn", "parallel", "data", "monitor"},
-    "tasks": {"spec", "run"},
+    # A trial divides its data into folds; an ensemble is assembled like any other model.
+    "tasks": {"spec", "run", "data", "dist"},
     # Advice on a job needs what was counted (probe), the arithmetic (planner) and the checks and trials of a run. `run`
     # itself stays below: it is handed a function that chooses a plan.
     "advise": {"spec", "planner", "probe", "data", "dist", "parallel", "run"},

@@ -103,7 +103,7 @@ def _shardwise(words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int
 
 def test_every_program_and_command_is_found() -> None:
     """The patterns of this file still match the page."""
-    assert sum(block.language == "python" for block in BLOCKS) == 2
+    assert sum(block.language == "python" for block in BLOCKS) == 3
     verbs = [_words(line)[0] for line in COMMANDS]
     assert set(verbs) == {"make", "shardwise", "python", "torchrun"}
     assert verbs.count("shardwise") >= 10

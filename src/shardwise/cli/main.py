@@ -25,6 +25,7 @@ VERBS = {
     "prove": "Prove that a plan's parallel run is the serial run, or name what makes it another.",
     "plan": "Rank the layouts of a described transformer on a cluster, and say why.",
     "probe": "Measure this machine: rates of computation, memory and messages.",
+    "sweep": "Train many combinations of hyper-parameters at once, and compare them.",
     "data": "Pack a data set into memory-mapped shards, in parallel; check and show it.",
     "predict": "Predict what published training layouts cost; no torch needed.",
 }

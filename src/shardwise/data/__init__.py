@@ -6,6 +6,7 @@ from typing import Any
 _WHERE = {
     "source": ("Arrays", "Samples", "Source", "Splits", "Stream", "as_splits"),
     "batch": ("Batch", "tree_map"),
+    "folds": ("fold",),
     "transforms": ("Compose", "Flip", "Normalize", "RandomCrop", "ToFloat"),
     "readers.cifar": ("cifar10", "cifar100"),
     "readers.mnist": ("mnist",),

@@ -5,7 +5,7 @@ its pages with the whole machine. Nothing here writes to them.
 """
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 from typing import Any, final
 
@@ -62,6 +62,11 @@ class Arrays(Source):
     @property
     def threaded(self) -> bool:
         return True
+
+    def choose(self, rows_of: Callable[[Any], Any]) -> "Arrays":
+        """The source of some of the samples, with the same transform; `rows_of` chooses them in a tree of arrays."""
+        targets = None if self.targets is None else rows_of(self.targets)
+        return Arrays((rows_of(self.inputs), targets), self._transform)
 
     def read(self, reading: Reading) -> Generator[Batch, None, None]:
         wanted = requests(self._length, reading)

@@ -57,6 +57,10 @@ class Samples(Source):
     def length(self) -> int:
         return self._length
 
+    def choose(self, dataset: Dataset[Any]) -> "Samples":
+        """The source of another data set, such as a part of this one, read and transformed in the same way."""
+        return Samples(dataset, self.loader_workers, self._collate, self._transform)
+
     def _batch(self, request: Request, collated: Any, reading: Reading) -> Batch:
         inputs, targets = as_pair(collated)
         if self._transform is not None:

@@ -39,12 +39,15 @@ class Saving:
         every_seconds: after each so many seconds of training; None for never by time.
         keep_last: older checkpoints are removed.
         at_end: one more after the last step.
+        pause_after: end after so many epochs (steps, where the job counts those) with a checkpoint to go on from; the
+            job's own length is what schedules see. None for the whole training.
     """
 
     every_steps: int | None = None
     every_seconds: float | None = 600.0
     keep_last: int = 2
     at_end: bool = True
+    pause_after: int | None = None
 
 
 @final
@@ -83,6 +86,7 @@ class Course:
     samples: int = 0
     train_seconds: float = 0.0
     stopped: bool = False
+    paused: bool = False
     saved_step: int = -1
     evaluated_step: int = -1
     last_save: float = field(default_factory=perf_counter)
@@ -128,22 +132,35 @@ def run_loop(assembly: Assembly, course: Course) -> None:
     if not course.stopped and course.evaluate and course.evaluated_step != a.step:
         _evaluate(a, course)
     check_replicas(a.model, a.mesh, a.step)
-    if course.saved_step != a.step and (course.stopped or course.saving.at_end):
+    course.paused = not course.stopped and not _reached(a, course, a.job.steps, a.job.epochs)
+    if course.saved_step != a.step and (course.stopped or course.paused or course.saving.at_end):
         _save(a, course)
 
 
 def _finished(a: Assembly, course: Course) -> bool:
-    if a.job.steps is not None:
-        return a.step >= a.job.steps
-    return a.job.epochs is not None and course.position.epoch >= a.job.epochs
+    return _reached(a, course, _end_step(a, course), _sooner(a.job.epochs, course.saving.pause_after))
+
+
+def _reached(a: Assembly, course: Course, steps: int | None, epochs: int | None) -> bool:
+    if steps is not None:
+        return a.step >= steps
+    return epochs is not None and course.position.epoch >= epochs
+
+
+def _end_step(a: Assembly, course: Course) -> int | None:
+    return _sooner(a.job.steps, course.saving.pause_after)
+
+
+def _sooner(end: int | None, pause: int | None) -> int | None:
+    return end if end is None or pause is None else min(end, pause)
 
 
 def _run_epoch(a: Assembly, course: Course, ledger: Ledger, observer: Observer) -> bool:
     """Train to the end of the epoch, of the steps, or to a stop. Returns whether the epoch was completed."""
-    position = course.position
+    position, end_step = course.position, _end_step(a, course)
     with closing(open_epoch(a, course.splits, epoch=position.epoch, start=position.batch)) as stream:
         while True:
-            if a.job.steps is not None and a.step >= a.job.steps:
+            if end_step is not None and a.step >= end_step:
                 return False
             a.clock.begin_step(a.step)
             batch = next_batch(stream, a.samples, a.device)
@@ -160,7 +177,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger, observer: Observer) 
                 # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
                 check_replicas(a.model, a.mesh, a.step)
             by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
-            last = a.job.steps is not None and a.step >= a.job.steps
+            last = end_step is not None and a.step >= end_step
             if ledger.due or by_steps or last:
                 _settle(a, course, ledger, observer, save_now=by_steps)
                 if course.stopped:

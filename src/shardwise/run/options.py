@@ -37,6 +37,8 @@ class TrainOptions:
         nodes: this node's place among several.
         progress: show progress on stderr.
         timeout_seconds: how long a collective may wait for a missing rank.
+        last_checkpoint: write one after the last step too; the weights are kept in any case.
+        pause_after: end after so many epochs (steps, where the job counts those) with a checkpoint; `resume` goes on.
         recording: what every rank keeps of a run that is measured, in the folder's `records/`; None for nothing.
     """
 
@@ -52,6 +54,8 @@ class TrainOptions:
     nodes: Nodes = field(default_factory=Nodes)
     progress: bool = True
     timeout_seconds: float = 600.0
+    last_checkpoint: bool = True
+    pause_after: int | None = None
     recording: Recording | None = None
 
 
@@ -68,6 +72,8 @@ def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> Trai
     made = replace(options or TrainOptions(), **given)
     if made.max_restarts < 0:
         raise UserError(f"max_restarts={made.max_restarts}: it must be 0 or more")
+    if made.pause_after is not None and made.pause_after < 1:
+        raise UserError(f"pause_after={made.pause_after}: a run can pause after 1 epoch (or step) at the earliest")
     if not made.timeout_seconds > 0:
         raise UserError(f"timeout_seconds={made.timeout_seconds:g}: workers need some time to meet; give more than 0")
     if made.resume and made.out is None:

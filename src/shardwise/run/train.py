@@ -74,7 +74,11 @@ def train(
         reference=reference,
         plan=plan,
         device=device,
-        saving=parse_saving(chosen.checkpoint_every, chosen.keep_last),
+        saving=replace(
+            parse_saving(chosen.checkpoint_every, chosen.keep_last),
+            at_end=chosen.last_checkpoint,
+            pause_after=chosen.pause_after,
+        ),
         out=str(chosen.out) if chosen.out is not None else None,
         folder_ready=False,
         resume=chosen.resume,

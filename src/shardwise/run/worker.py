@@ -162,7 +162,7 @@ def _train(
                 recorder.write(folder)
         summary = _summary(assembly, course, rank, work, first_step, total)
         try:
-            if not course.stopped:
+            if not course.stopped and not course.paused:
                 save_weights(assembly.model, folder.weights_path)
             if is_first:
                 write_aside(folder.path / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
@@ -297,4 +297,5 @@ def _summary(
         "parameters": sum(parameter.numel() for parameter in assembly.model.parameters()),
         "restarts": rank.restarts,
         "stopped": course.stopped,
+        "paused": course.paused,
     }

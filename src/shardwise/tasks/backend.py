@@ -117,6 +117,10 @@ class Backend(ABC):
     def capacity(self) -> Capacity:
         """What there is for all tasks together."""
 
+    def prepare(self) -> None:
+        """Begin with what workers will need, without waiting for it."""
+        return
+
     @abstractmethod
     def open(self, threads: int, devices: tuple[str, ...], share: float) -> Worker:
         """A warm worker for tasks with so many threads on these devices, new where none is idle.

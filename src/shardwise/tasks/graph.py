@@ -19,7 +19,7 @@ from shardwise.tasks.handle import Handle, gathering
 from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import Outcome, State, TaskFailure
 from shardwise.tasks.pool import Pool, name_of
-from shardwise.tasks.progress import Counts, make_meter
+from shardwise.tasks.progress import Counts, Meter, make_meter
 from shardwise.tasks.results import outcome_of
 from shardwise.tasks.store import Record, Store, digest, open_store
 from shardwise.tasks.task import Ending, Task
@@ -59,6 +59,7 @@ class Graph:
         store: a file that keeps each result as soon as it is there; with
         resume: what is in it does not run again. The program must add the same tasks in the same order.
         progress: show on stderr what runs, what waits and why.
+        meter: shows it in another way.
         options: of the pool, where none is given.
 
     Raises:
@@ -72,6 +73,7 @@ class Graph:
         store: Path | str | None = None,
         resume: bool = False,
         progress: bool = False,
+        meter: Meter | None = None,
         **options: Any,
     ) -> None:
         if pool is not None and options:
@@ -84,7 +86,7 @@ class Graph:
         self._open = 0
         self._ended: deque[_Node] = deque()
         self._counts = Counts(total=0)
-        self._meter = make_meter(show=progress, name="tasks")
+        self._meter = meter or make_meter(show=progress, name="tasks")
         self._closed = False
 
     # What there is to do

@@ -150,6 +150,10 @@ class LocalBackend(Backend):
     def capacity(self) -> Capacity:
         return self._capacity
 
+    def prepare(self) -> None:
+        if self._nursery is None:
+            self._start_nursery()
+
     def open(self, threads: int, devices: tuple[str, ...], share: float) -> Worker:
         for index in range(len(self._idle) - 1, -1, -1):  # the last used is the warmest
             worker = self._idle[index]
@@ -185,11 +189,14 @@ class LocalBackend(Backend):
     def close(self) -> None:
         if self._owner != os.getpid():  # in a process that the user forked: the workers are not ours
             return
+        idle = not self._workers
         for worker in list(self._workers.values()):
             self._forget(worker)
         if self._nursery is not None:
             assert self._line is not None
             self._line.close()
+            if idle:
+                self._nursery.kill()  # it may be in the middle of its imports
             self._nursery.wait()
             self._nursery = self._line = None
         self._selector.close()

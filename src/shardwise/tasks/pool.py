@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardwise.tasks.graph import Graph
+    from shardwise.tasks.progress import Meter
     from shardwise.tasks.results import Results
 
 
@@ -97,11 +98,22 @@ class Pool:
             progress=progress,
         )
 
-    def graph(self, *, store: Path | str | None = None, resume: bool = False, progress: bool = False) -> Graph:
+    def graph(
+        self,
+        *,
+        store: Path | str | None = None,
+        resume: bool = False,
+        progress: bool = False,
+        meter: Meter | None = None,
+    ) -> Graph:
         """An empty graph of tasks that will run in this pool."""
         from shardwise.tasks.graph import Graph
 
-        return Graph(self, store=store, resume=resume, progress=progress)
+        return Graph(self, store=store, resume=resume, progress=progress, meter=meter)
+
+    def prepare(self) -> None:
+        """Start what takes a while, such as the imports, and return at once."""
+        self._backend.prepare()
 
     def close(self) -> None:
         """End the workers; what has not ended is cancelled."""
