@@ -147,3 +147,35 @@ def test_layers_are_cut_by_cost() -> None:
     assert balanced(8, 4, 0.5) == (2, 2, 2, 2)
     assert sum(balanced(28, 8, 2.5)) == 28 and len(balanced(28, 8, 2.5)) == 8
     assert case(model=replace(GPT, layers=10), pipeline=4, attention="math").layers_per_stage == (3, 3, 2, 2)
+
+
+def test_only_scores_in_fp16_stand_for_software_of_the_time_before_overlap() -> None:
+    assert case(attention="math", precision="fp16").classic
+    assert (
+        not case(attention="math", precision="bf16").classic and not case(attention="flash", precision="fp16").classic
+    )
+
+
+def test_what_selective_recomputation_repeats() -> None:
+    def repeated(**changes: object) -> float:
+        return estimate(case(recompute="selective", global_batch=16, data=8, **changes)).seconds["recompute"]
+
+    # the attention core alone is cheaper than every second product
+    assert 0 < repeated(zero_stage=1) < 0.5 * repeated(zero_stage=3)
+    assert case(attention="math", precision="fp16", zero_stage=3).repeats_core
+
+
+def test_a_tensor_group_waits_for_its_slowest_host() -> None:
+    small = {"global_batch": 8, "micro_batch": 1, "seq_len": 512}
+    loose, tight = replace(DEFAULT, host_norm=8.0), replace(DEFAULT, host_norm=1.0)
+    for tensor, waits in ((1, False), (4, True)):
+        layout = case(tensor=tensor, **small)
+        assert (estimate(layout, tight).step_seconds > 1.05 * estimate(layout, loose).step_seconds) is waits
+
+
+def test_dualpipe_hides_the_exchange_of_tokens() -> None:
+    model = Transformer.from_values({"layers": 16, "hidden": 2048, "experts": 16, "experts_per_token": 4})
+    layout = {"model": model, "data": 16, "expert": 16, "pipeline": 4, "global_batch": 256, "micro_batch": 1}
+    plain = case(**layout, schedule="1f1b")
+    hidden = case(**layout, schedule="dualpipev", virtual_stages=2)
+    assert 0 < estimate(hidden).seconds["tensor"] < estimate(plain).seconds["tensor"]

@@ -165,6 +165,19 @@ def test_blanks_are_filled_by_the_stated_rules() -> None:
     assert old.attention == "math" and old.precision == "fp16"
 
 
+def test_open_settings_follow_the_usual_software() -> None:
+    open_row = {key: value for key, value in BASE.items() if key != "sequence_parallel"}
+    assert resolve(open_row)[0].sequence_parallel
+    assert not resolve({**open_row, "attention": "math", "precision": "fp16"})[0].sequence_parallel
+    sparse = {**BASE, "experts": 64, "experts_per_token": 2}
+    case, _ = resolve(sparse)
+    assert case.expert > 1 and case.data % case.expert == 0
+    assert resolve({**sparse, "expert": 1})[0].expert == 1
+    deep = {key: value for key, value in BASE.items() if key != "micro_batch"} | {"pipeline": 4, "data": 4}
+    assert resolve(deep)[0].micro_batches >= 4
+    assert resolve({**deep, "zero_stage": 2})[0].micro_batches == 4
+
+
 def test_an_open_recomputation_is_chosen_so_that_it_fits() -> None:
     roomy = {key: value for key, value in BASE.items() if key != "recompute"}
     assert resolve(roomy)[0].recompute == "none"
