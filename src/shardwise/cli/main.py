@@ -27,6 +27,7 @@ VERBS = {
     "probe": "Measure this machine: rates of computation, memory and messages.",
     "sweep": "Train many combinations of hyper-parameters at once, and compare them.",
     "data": "Pack a data set into memory-mapped shards, in parallel; check and show it.",
+    "watch": "Show what a run is doing, live: progress, stragglers, stalls.",
     "predict": "Predict what published training layouts cost; no torch needed.",
 }
 """Verb -> its line in the help; each lives in `shardwise.cli.<verb>` and is loaded only when it is used."""

@@ -1,0 +1,128 @@
+"""`shardwise watch`: what is it doing now."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardwise.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shardwise.monitor.runs import FollowedRun, Watcher
+    from shardwise.monitor.state import RunState
+    from shardwise.spec.events import Event
+
+POLL_SECONDS = 0.5
+_ENDED = ("finished", "stopped", "failed")
+
+
+@click.command()
+@click.argument("place", required=False, type=click.Path(path_type=Path), metavar="[RUN|FOLDER OF RUNS]")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="P", help="Of the page; 0 takes a free one.")
+@click.option("--token", default="", metavar="TEXT", help="Of the page's address, to keep it; random if left out.")
+@click.option("--text", "as_text", is_flag=True, help="In the terminal instead of a page.")
+@click.option("--once", is_flag=True, help="With --text: show it once and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the state as one JSON document and end.")
+def watch(place: Path | None, port: int, token: str, as_text: bool, once: bool, as_json: bool) -> None:
+    """Show what a run is doing: live, or afterwards, also of runs that were killed.
+
+    PLACE is a run folder, or a folder whose runs are shown side by side; `runs` if left out. Only the runs' events.jsonl are
+    read, so watching cannot disturb a training. Without --text a page is served on this machine alone, at the address
+    that is printed.
+    """
+    from shardwise.cli.main import print_json
+    from shardwise.monitor.runs import Watcher
+
+    if once and not as_text:
+        raise UserError("--once shows the text once: give it together with --text")
+    source = click.get_current_context().get_parameter_source("port")
+    if source == click.core.ParameterSource.COMMANDLINE and (as_text or as_json):
+        raise UserError("--port is of the page: leave it out with --text and --json")
+    with ExitStack() as stack:
+        listeners: list[Callable[[FollowedRun, Event], None]] = []
+
+        def tell(run: FollowedRun, event: Event) -> None:
+            for listener in listeners:
+                listener(run, event)
+
+        watcher = Watcher(place if place is not None else Path("runs"), tell)
+        if as_json:
+            watcher.poll()
+            print_json(document(watcher))
+        elif as_text:
+            _show_text(watcher, listeners, once=once)
+        else:
+            _serve(watcher, port, token)
+        stack.close()
+
+
+def document(watcher: Watcher) -> dict[str, object]:
+    """All runs as JSON data, and in what they differ."""
+    from shardwise.monitor.state import differing_settings
+
+    runs = watcher.newest_first()
+    return {
+        "place": str(watcher.place),
+        "runs": [{**run.state.snapshot(), "skipped_lines": run.skipped, "error": run.error} for run in runs],
+        "differing_settings": differing_settings([run.state for run in runs]),
+    }
+
+
+def _show_text(watcher: Watcher, listeners: list[Callable[[FollowedRun, Event], None]], *, once: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from shardwise.monitor.state import note_of
+    from shardwise.monitor.text import note_line, render
+
+    console = Console()
+    watcher.poll()
+
+    def states() -> list[RunState]:
+        return [run.state for run in watcher.newest_first()]
+
+    if once or _over(watcher):
+        console.print(render(states()))
+        return
+    try:
+        if console.is_terminal:
+            with Live(render(states()), console=console, refresh_per_second=4, screen=False) as live:
+                while not _over(watcher):
+                    time.sleep(POLL_SECONDS)
+                    watcher.poll()
+                    live.update(render(states()))
+            return
+        # A pipe or a log: the state once, then a line for each thing that happens.
+        console.print(render(states()))
+
+        def tell(run: FollowedRun, event: Event) -> None:
+            note = note_of(event)
+            if note is not None:
+                print(note_line(note, "" if watcher.single else run.name), flush=True)
+
+        listeners.append(tell)
+        while not _over(watcher):
+            time.sleep(POLL_SECONDS)
+            watcher.poll()
+    except KeyboardInterrupt:
+        return
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read it has gone; nothing is left to be said
+
+
+def _over(watcher: Watcher) -> bool:
+    """A single run that has ended. A folder of runs may always get another one."""
+    return watcher.single and all(run.state.end in _ENDED for run in watcher.runs.values()) and bool(watcher.runs)
+
+
+def _serve(watcher: Watcher, port: int, token: str) -> None:
+    from shardwise.monitor.server import serve
+
+    serve(watcher, port, lambda text: print(text, flush=True), token=token)

@@ -1,0 +1,132 @@
+"""Finding the runs of a folder and following their events, whatever happens to the files meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+from shardwise.errors import FolderError
+from shardwise.monitor.state import RunState
+from shardwise.spec.events import Event, EventReader
+
+EVENTS = "events.jsonl"
+
+_DEPTH = 3  # folders below the given one that are searched for runs
+_MOST_RUNS = 200
+_INSIDE = {"checkpoints", "records", "traces", "positions"}  # of a run folder: no runs there
+
+
+@final
+class FollowedRun:
+    """One run folder. `poll` reads what is new; a file that was replaced or cut is read again from its start."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.error = ""
+        self.state = RunState(path=name)
+        self._reader = EventReader(folder / EVENTS)
+        self._identity: tuple[int, int] | None = None
+        self._size = 0
+
+    def poll(self) -> list[Event]:
+        """Events that are new since the last call; a file that cannot be read is told in `error`."""
+        try:
+            status = (self.folder / EVENTS).stat()
+        except OSError:
+            return []
+        identity = (status.st_dev, status.st_ino)
+        if self._identity not in (None, identity) or status.st_size < self._size:
+            self._reader = EventReader(self.folder / EVENTS)
+            self.state = RunState(path=self.name)
+        self._identity, self._size = identity, status.st_size
+        try:
+            events = self._reader.poll()
+        except (FolderError, OSError) as error:
+            self.error = str(error)
+            return []
+        for event in events:
+            self.state.apply(event)
+        return events
+
+    @property
+    def skipped(self) -> int:
+        """Lines that were no events."""
+        return self._reader.skipped + self.state.malformed
+
+
+@final
+class Watcher:
+    """All runs at a place: a run folder, or a folder of them, searched again at every poll for new ones.
+
+    Args:
+        place: the folder.
+        on_event: called with each new event and its run, for exports and plain text.
+
+    Raises:
+        FolderError: there is no such folder, or it is a file.
+    """
+
+    def __init__(self, place: Path, on_event: Callable[[FollowedRun, Event], None] | None = None) -> None:
+        if not place.is_dir():
+            what = "is a file" if place.exists() else "does not exist"
+            raise FolderError(
+                f"{place} {what}: give a run folder that `shardwise train` has made, or a folder that holds some"
+            )
+        self.place = place
+        self.runs: dict[str, FollowedRun] = {}
+        self._on_event = on_event
+
+    @property
+    def single(self) -> bool:
+        """The place is itself a run folder."""
+        return _is_run(self.place)
+
+    def poll(self) -> bool:
+        """Read what is new everywhere; returns whether there was anything."""
+        changed = False
+        for folder in find_runs(self.place):
+            name = folder.name if folder == self.place else str(folder.relative_to(self.place))
+            run = self.runs.get(name)
+            if run is None:
+                run = self.runs[name] = FollowedRun(folder, name)
+                changed = True
+            for event in run.poll():
+                changed = True
+                if self._on_event is not None:
+                    self._on_event(run, event)
+        return changed
+
+    def newest_first(self) -> list[FollowedRun]:
+        """Runs, the one with the latest news first."""
+        return sorted(self.runs.values(), key=lambda run: -(run.state.last or 0.0))
+
+
+def find_runs(place: Path) -> list[Path]:
+    """Run folders at a place: itself, or those up to three folders below, by name; links are not followed."""
+    if _is_run(place):
+        return [place]
+    found: list[Path] = []
+
+    def search(folder: Path, depth: int) -> None:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            return
+        for entry in entries:
+            if len(found) >= _MOST_RUNS or entry.name in _INSIDE or not entry.is_dir(follow_symlinks=False):
+                continue
+            inside = Path(entry.path)
+            if _is_run(inside):
+                found.append(inside)
+            elif depth > 1:
+                search(inside, depth - 1)
+
+    search(place, _DEPTH)
+    return found
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / EVENTS).is_file() or (folder / "run.json").is_file()
