@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ def is_stand_in(value: object) -> bool:
     """Whether `value` is a tensor without memory, which stands for one that only other ranks hold (pipeline stages)."""
     module = sys.modules.get(_FAKES)
     return module is not None and isinstance(value, module.FakeTensor)
+
+
+def is_elsewhere(value: object) -> bool:
+    """Whether only other ranks hold the tensor that `value` stands for.
+
+    Where a step is counted on fake tensors, all of them are without memory, and this rank's all the same.
+    """
+    return is_stand_in(value) and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
-from shardwise.dist.split import is_stand_in
+from shardwise.dist.split import is_elsewhere
 from shardwise.errors import PlanError
 from shardwise.parallel.context.split import Checked, ContextSplit
 from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
@@ -213,7 +213,7 @@ def compose(
         inside = () if split is None else split.inside
         sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside)
         communicates = True
-    named = [(name, p) for name, p in model.named_parameters() if not is_stand_in(p)]
+    named = [(name, p) for name, p in model.named_parameters() if not is_elsewhere(p)]
     dense = GradientSum(
         [(name, p) for name, p in named if name not in experts],
         tokens,  # what is sharded is left out, whatever its group

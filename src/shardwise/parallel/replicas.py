@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
-from shardwise.dist.split import is_stand_in, local_part, split_axes
+from shardwise.dist.split import is_elsewhere, local_part, split_axes
 from shardwise.errors import RunFailed
 from shardwise.spec.layout import AXES
 
@@ -18,7 +18,7 @@ _PIECE = 1 << 22
 def named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and buffer that this rank has, shared ones once."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, tensor) for name, tensor in named if not is_stand_in(tensor)]
+    return [(name, tensor) for name, tensor in named if not is_elsewhere(tensor)]
 
 
 @torch.no_grad()

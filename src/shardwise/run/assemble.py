@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.dist.meter import Meter
-from shardwise.dist.split import is_stand_in
+from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.pooling import use_fast_pooling
 from shardwise.parallel.compose import Composed, check_model, compose
@@ -162,11 +162,11 @@ def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
 def _leave_to_other_stages(optimizer: Optimizer) -> None:
     """Take out the parameters that only other pipeline stages hold; the groups stay, so that they mean the same everywhere."""
     for group in optimizer.param_groups:
-        here = [not is_stand_in(parameter) for parameter in group["params"]]
+        here = [not is_elsewhere(parameter) for parameter in group["params"]]
         for key in ("params", "param_names"):
             if key in group:
                 group[key] = [item for item, is_here in zip(group[key], here, strict=True) if is_here]
-    for parameter in [parameter for parameter in optimizer.state if is_stand_in(parameter)]:
+    for parameter in [parameter for parameter in optimizer.state if is_elsewhere(parameter)]:
         del optimizer.state[parameter]
 
 
@@ -262,7 +262,7 @@ def assemble(
         scheduler=scheduler,
         clock=PhaseClock(device, mesh.meter, recorder=recorder),
         total_steps=total_steps,
-        parameters=tuple(parameter for parameter in model.parameters() if not is_stand_in(parameter)),
+        parameters=tuple(parameter for parameter in model.parameters() if not is_elsewhere(parameter)),
     )
 
 
