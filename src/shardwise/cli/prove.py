@@ -21,6 +21,7 @@ import click
 @click.option("--micro-batch", type=int, metavar="N", help="Samples per worker and forward pass; gradients accumulate.")
 @click.option("--seed", type=int, metavar="N", help="Of initial weights and sample order.")
 @click.option("--threads", type=int, metavar="N", help="Compute threads per worker.")
+@click.option("--recompute", type=click.Choice(["none", "selective", "full"]), help="As in train.")
 @click.option("--device", default="cpu", show_default=True, metavar="KIND", help="cpu, cuda, ... or auto.")
 @click.option("--timeout", default="10m", show_default=True, metavar="TIME", help="Longest wait for a missing worker.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", type=int, metavar="N", help="Number of workers in all.")
 @click.option("--threads", type=int, metavar="N", help="Compute threads per worker.")
+@click.option(
+    "--recompute", type=click.Choice(["none", "selective", "full"]), help="Compute activations again, to save memory."
+)
 @click.option("--device", default="auto", show_default=True, metavar="KIND", help="auto, cpu, cuda, ...")
 @click.option("--epochs", type=int, metavar="N", help="Passes over the training data.")
 @click.option("--steps", type=int, metavar="N", help="Optimizer steps in all, instead of epochs.")

@@ -5,9 +5,10 @@
 3. Replicas get equal weights, while every rank still holds all of them.
 4. The tensor axis cuts single weights, which must be whole for that; then context and experts, whose functions must see its
    pieces. A rank keeps its pipeline stages, before anything is sharded inside of them.
-5. Parameters are sharded: from here on a rank holds a part of each.
-6. The gradient reduction is planned over what is not reduced yet.
-7. Compilation wraps what is left, so that it sees the model as it will run.
+5. Recomputation wraps forward functions, which are final now; what FSDP2 does around a call must not be done again.
+6. Parameters are sharded: from here on a rank holds a part of each.
+7. The gradient reduction is planned over what is not reduced yet.
+8. Compilation wraps what is left, so that it sees the model as it will run.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from shardwise.dist.split import is_elsewhere
 from shardwise.errors import PlanError
 from shardwise.parallel.context.split import Checked, ContextSplit
 from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
-from shardwise.parallel.expert import check_experts, forward_meets_others, split_experts
+from shardwise.parallel.expert import check_experts, expert_parameters, forward_meets_others, split_experts
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
 from shardwise.spec.plan import Plan
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Cut, StageGradients, Stages
+    from shardwise.parallel.recompute import Recomputed
     from shardwise.parallel.shard import Sharded
     from shardwise.parallel.tensor.plan import TensorPlan
 
@@ -62,6 +64,7 @@ class Composed:
         remarks: what will not equal the serial run, one sentence each.
         context: splits batches over the context axis, where there is one.
         split: how the tensor axis splits the parameters, where there is one.
+        recomputed: what is computed again in the backward pass, where the plan says so.
         stages: this rank's part of the pipeline, where the plan has one.
         apart: groups of ranks with different parameters, for clipping.
         counted: whether this rank is the one that counts a parameter in a norm over `apart`.
@@ -77,6 +80,7 @@ class Composed:
     apart: tuple[Group, ...] = ()
     counted: Callable[[nn.Parameter], bool] = _always
     split: TensorPlan | None = None
+    recomputed: Recomputed | None = None
 
 
 def check_layout(plan: Plan) -> None:
@@ -98,10 +102,14 @@ def check_layout(plan: Plan) -> None:
             f"plan {layout}: beside pipeline this version splits over {' and '.join(_BESIDE_PIPELINE)} only, not over "
             f"{beside[0]}; use --plan pipeline={layout.pipeline},data={layout.workers // layout.pipeline}"
         )
-    if plan.recompute != "none":
+    if plan.recompute != "none" and plan.compile:
         raise PlanError(
-            f"plan recompute={plan.recompute!r}: activations cannot be computed again yet; leave recompute out, or use a "
-            "smaller micro_batch to save memory"
+            f"plan recompute={plan.recompute!r} with compile: compiled code decides itself what to compute again; leave one of "
+            "them out"
+        )
+    if plan.recompute == "none" and plan.recompute_modules:
+        raise PlanError(
+            "plan recompute_modules names what to recompute, but recompute is 'none': give recompute as well"
         )
     if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
         raise PlanError(
@@ -136,6 +144,10 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
         from shardwise.parallel.shard import check_shard  # FSDP2 takes a second to import: only where it is used
 
         check_shard(model)
+    if plan.recompute != "none":
+        from shardwise.parallel.recompute import recomputed_modules
+
+        recomputed_modules(model, plan)
     share = -(-batch_size // replicas)
     splits = plan.micro_batch is not None and plan.micro_batch < share
     check_experts(model, plan.layout, splits_share=splits)
@@ -204,6 +216,7 @@ def compose(
         from shardwise.parallel.pipeline.stages import StageGradients, take_stages
 
         stages = take_stages(cut, model, mesh.group("pipeline"), plan, next(model.parameters()).device)
+    recomputed = _recompute(model, plan, stages)
     sharded: Sharded | None = None
     if plan.layout.shard > 1:
         from shardwise.parallel.shard import shard_model
@@ -235,7 +248,18 @@ def compose(
         stages.part.compile()
     elif plan.compile:
         model.compile()
-    return Composed(model, gradients, state, communicates, remarks, context, stages, apart, counted, split)
+    return Composed(model, gradients, state, communicates, remarks, context, stages, apart, counted, split, recomputed)
+
+
+def _recompute(model: nn.Module, plan: Plan, stages: Stages | None) -> Recomputed | None:
+    if plan.recompute == "none":
+        return None
+    from shardwise.parallel.recompute import recompute, recompute_stages
+
+    if stages is not None:
+        return recompute_stages(stages.part, plan)
+    # Tokens may leave a rank without any for an expert, whose recomputation would then end earlier than on other ranks.
+    return recompute(model, plan, early_stop=not expert_parameters(model))
 
 
 def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:

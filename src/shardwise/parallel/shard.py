@@ -23,6 +23,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
 from shardwise.dist.split import local_part
 from shardwise.errors import PlanError
+from shardwise.parallel.blocks import CONTAINERS, repeated_blocks
 from shardwise.parallel.data import sparse_parameters
 from shardwise.parallel.metered import meter_collectives
 
@@ -174,18 +175,16 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
 def unit_names(model: nn.Module, no_units: Collection[str] = ()) -> list[str]:
     """Names of the modules that become units: repeated blocks, else the children of a sequential model, else none.
 
-    A unit is gathered by all ranks when it is called, so it must be one that every rank calls in every pass. A repeated
-    block is a child of a module that has at least two children of one class with structure of their own (the layers of a
-    transformer, the stages of a ResNet). A module that shares a parameter with the rest of the model is no unit, because
-    a shared parameter must be gathered with all its users: it stays with the root.
+    A unit is gathered by all ranks when it is called, so it must be one that every rank calls in every pass. A module that
+    shares a parameter with the rest of the model is no unit, because a shared parameter must be gathered with all its users:
+    it stays with the root.
     """
     holders = _holders(model)
-    chosen = [name for name, module in model.named_modules() if _is_block(model, name, module)]
+    chosen = repeated_blocks(model)
     if not chosen and isinstance(model, nn.Sequential):
         chosen = [name for name, _ in model.named_children()]
-    outermost = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
     modules = dict(model.named_modules())
-    return [name for name in outermost if name not in no_units and _can_stand_alone(modules[name], holders)]
+    return [name for name in chosen if name not in no_units and _can_stand_alone(modules[name], holders)]
 
 
 def _stage_units(model: nn.Module, stage: Sequence[str]) -> list[str]:
@@ -207,20 +206,9 @@ def _holders(model: nn.Module) -> Counter[int]:
     return holders
 
 
-def _is_block(model: nn.Module, name: str, module: nn.Module) -> bool:
-    if not name or not any(True for _ in module.parameters()):
-        return False
-    parent = model.get_submodule(name.rpartition(".")[0])
-    alike = [
-        child for child in parent.children() if type(child) is type(module) and any(True for _ in child.parameters())
-    ]
-    # Two linear layers side by side are no blocks; blocks have structure of their own.
-    return len(alike) >= 2 and any(True for _ in module.children())
-
-
 def _can_stand_alone(module: nn.Module, holders: Counter[int]) -> bool:
     """The module has parameters, and none of them is used outside of it; containers are never called themselves."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+    if isinstance(module, CONTAINERS):
         return False
     inside: Counter[int] = Counter()
     for child in module.modules():

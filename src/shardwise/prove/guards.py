@@ -25,6 +25,10 @@ def check_guards(candidate: Record, yardstick: Yardstick, layout: Layout, sample
     split = [axis for axis in _SPLIT_PARAMETERS if layout.degrees[axis] > 1]
     if split:
         guards.append(_parameters(candidate, yardstick, split))
+    recomputed = [report.recomputed for report in candidate.reports if report.recomputed is not None]
+    if recomputed:
+        text = f"forward passes of modules were computed again {sum(recomputed)} times"
+        guards.append(Guard(name="recomputed", passed=sum(recomputed) > 0, text=text))
     return guards
 
 

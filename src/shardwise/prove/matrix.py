@@ -42,6 +42,7 @@ def prove_all(
     steps: int = 3,
     device: str = "cpu",
     threads: int | None = None,
+    recompute: str | None = None,
     reference: Callable[[], Job] | None = None,
     timeout_seconds: float = 600.0,
     report: Callable[[str], None] = print_report,
@@ -59,7 +60,7 @@ def prove_all(
     began = time.perf_counter()
     if workers < 1:
         raise UserError(f"workers={workers}: at least 1 is needed")
-    serial = settle(job, (plan or Plan()).with_layout(Layout()), device=device, threads=threads)
+    serial = settle(job, (plan or Plan()).with_layout(Layout()), device=device, threads=threads, recompute=recompute)
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory(prefix="shardwise-proof-") as folder:
         setting = make_setting(

@@ -71,6 +71,7 @@ def prove(
     steps: int = 3,
     device: str = "cpu",
     threads: int | None = None,
+    recompute: str | None = None,
     reference: Callable[[], Job] | None = None,
     timeout_seconds: float = 600.0,
     report: Callable[[str], None] = print_report,
@@ -84,6 +85,7 @@ def prove(
         steps: optimizer steps of each run; where the data allow it, the last one is on the short batch that ends an epoch.
         device: `cpu`, or the name of an accelerator or `auto`.
         threads: compute threads per worker.
+        recompute: instead of what the plan says.
         reference: picklable function that builds the job again, for workers that cannot inherit it (on accelerators).
         timeout_seconds: how long a collective may wait for a missing rank.
         report: receives messages for people, such as the traceback of a worker.
@@ -94,7 +96,7 @@ def prove(
         RunFailed: a worker failed.
     """
     began = time.perf_counter()
-    settled = settle(job, plan, device=device, threads=threads)
+    settled = settle(job, plan, device=device, threads=threads, recompute=recompute)
     refuse(job, settled)
     with tempfile.TemporaryDirectory(prefix="shardwise-proof-") as folder:
         setting = make_setting(
@@ -124,7 +126,9 @@ def prove_before_training(job: Job, plan: Plan | str | Path | None, **options: A
     return verdict
 
 
-def settle(job: Job, plan: Plan | str | Path | None, *, device: str, threads: int | None) -> Plan:
+def settle(
+    job: Job, plan: Plan | str | Path | None, *, device: str, threads: int | None, recompute: str | None = None
+) -> Plan:
     """The plan as training would take it.
 
     Raises:
@@ -133,7 +137,7 @@ def settle(job: Job, plan: Plan | str | Path | None, *, device: str, threads: in
     """
     if current_rank() is not None:
         raise UserError("prove starts its workers itself: run it once, in a plain process, without torchrun")
-    options = TrainOptions(plan=plan, threads=threads)
+    options = TrainOptions(plan=plan, threads=threads, recompute=recompute)
     return resolve_plan(job, options, device=choose_device(device), world=None)
 
 

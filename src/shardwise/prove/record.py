@@ -43,6 +43,7 @@ class RankReport:
         aliases: further names of tied tensors, each with the first name.
         buffers: names that are buffers.
         digests: key -> digest of this rank's value.
+        recomputed: forward passes that were computed again in backward passes; None where the plan recomputes nothing.
         silenced: dropout functions that were switched off.
         modules: modules whose randomness was switched off.
         random: random functions that were called all the same.
@@ -61,6 +62,7 @@ class RankReport:
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     digests: dict[str, bytes] = field(default_factory=dict)
+    recomputed: int | None = None
     silenced: set[str] = field(default_factory=set)
     modules: list[str] = field(default_factory=list)
     random: set[str] = field(default_factory=set)

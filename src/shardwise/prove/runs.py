@@ -151,6 +151,8 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
     if taken == 0:
         raise DataError("the training split gave no batch: the data is empty")
     report.silenced, report.random = quiet.silenced, quiet.random
+    if a.composed.recomputed is not None:
+        report.recomputed = a.composed.recomputed.calls
 
 
 def walk_batches(a: Assembly, splits: Splits, steps: int) -> Iterator[Batch]:

@@ -73,7 +73,7 @@ def train_command(command: TrainCommand, *, before: Callable[[Job, Plan], None] 
     values = {f"set.{name}": value for name, (value, _) in loaded.hyper_parameters.items()}
     run = train(
         job,
-        options=replace(options, plan=plan, workers=None, threads=None),
+        options=replace(options, plan=plan, workers=None, threads=None, recompute=None),
         settings=settings,
         reference=functools.partial(_load_again, loaded.reference, changes),
         identity=run_identity(job, loaded.origin, values),

@@ -176,6 +176,7 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger, observer: Observer) 
             if a.step == 1:
                 # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
                 check_replicas(a.model, a.mesh, a.step)
+                _tell_not_recomputed(a, course)
             by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
             last = end_step is not None and a.step >= end_step
             if ledger.due or by_steps or last:
@@ -184,6 +185,13 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger, observer: Observer) 
                     return False
             a.clock.mark("other")
             a.clock.end_step()
+
+
+def _tell_not_recomputed(a: Assembly, course: Course) -> None:
+    kept = a.composed.recomputed
+    if kept is not None and kept.names and not kept.calls:
+        warn(course, f"recompute saves nothing: {kept.names[0]} and the other modules of the plan were not called in the "
+                     "first step; name others with recompute_modules")  # fmt: skip
 
 
 def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Generator[Batch, None, None]:

@@ -28,6 +28,7 @@ class TrainOptions:
         plan: a `Plan`, a layout in text form, the path of a plan file, or None to let shardwise choose.
         workers: number of ranks in all; None lets the plan or shardwise decide.
         threads: compute threads per worker; None divides the cores.
+        recompute: what is computed again in backward passes (`none`, `selective`, `full`), instead of what the plan says.
         device: `auto`, `cpu`, or the name of an accelerator such as `cuda`.
         out: the run folder; None makes a new one under `runs/`.
         resume: go on from the last checkpoint in `out`.
@@ -45,6 +46,7 @@ class TrainOptions:
     plan: Plan | str | Path | None = None
     workers: int | None = None
     threads: int | None = None
+    recompute: str | None = None
     device: str = "auto"
     out: Path | str | None = None
     resume: bool = False
@@ -109,6 +111,8 @@ def resolve_plan(job: Job, options: TrainOptions, *, device: str, world: int | N
                 f"leave --workers out, or use --plan data={workers}"
             )
         plan = with_threads(plan, nodes=nodes)
+    if options.recompute is not None:
+        plan = Plan.from_dict({**vars(plan), "recompute": options.recompute})
     if world is not None and plan.layout.workers != world:
         raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers, but {world} are running")
     if plan.layout.workers % nodes:

@@ -55,7 +55,12 @@ def find_cut(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> Cu
     from shardwise.parallel.pipeline.stages import cut_model  # tracing takes half a second to import
 
     batch = first_samples(job).to(device)
-    return cut_model(model, plan, batch.inputs, batch.targets, job.objective, device=device)
+    cut = cut_model(model, plan, batch.inputs, batch.targets, job.objective, device=device)
+    if plan.recompute != "none":
+        from shardwise.parallel.recompute import check_cut
+
+        check_cut(model, plan, cut.split.program.opened)
+    return cut
 
 
 def find_tensor_split(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> TensorPlan | None:

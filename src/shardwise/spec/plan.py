@@ -41,7 +41,10 @@ class Plan:
         schedule: pipeline schedule, one of `SCHEDULES`; meaningless without a pipeline.
         cuts: names of the modules that start a new pipeline stage; empty lets shardwise balance them.
         micro_batch: samples per worker and forward pass; None is the worker's whole share of the global batch.
-        recompute: which activations are thrown away and computed again in the backward pass.
+        recompute: what is thrown away after a module's forward pass and computed again in the backward pass: `none`, with
+            `full` all but its inputs, with `selective` what is cheap (what products of matrices, convolutions and attention
+            gave is kept).
+        recompute_modules: names of the modules, `*` for any one part of a name ("blocks.*.mlp"); empty for the repeated blocks.
         precision: `fp32`, or `bf16` for bfloat16 autocast over fp32 weights.
         threads: compute threads per worker; None lets shardwise divide the cores.
         compile: run the model through `torch.compile`.
@@ -55,6 +58,7 @@ class Plan:
     cuts: tuple[str, ...] = ()
     micro_batch: int | None = None
     recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] = ()
     precision: Precision = "fp32"
     threads: int | None = None
     compile: bool = False
@@ -78,7 +82,7 @@ class Plan:
             raise PlanError(f"plan tensor_rules={self.tensor_rules!r}: it must be a table of module names and rules")
         for name, rule in self.tensor_rules.items():
             _check_choice(f"tensor_rules of {name!r}", rule, TENSOR_RULES)
-        for name in ("cuts", "reasons"):
+        for name in ("cuts", "recompute_modules", "reasons"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
                 raise PlanError(f"plan {name}={value!r}: it must be a list of texts")
@@ -114,7 +118,7 @@ class Plan:
                 raise PlanError(
                     f"plan prediction={prediction!r}: {error}; leave it out of a plan of your own"
                 ) from error
-        for name in ("cuts", "reasons"):
+        for name in ("cuts", "recompute_modules", "reasons"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(layout=layout, prediction=prediction, **values)

@@ -90,11 +90,16 @@ class PipelinePart:
 
         Call it last: compilation sees what the other kinds of parallelism made of the units.
         """
+        for _, gate in self.gates():
+            gate.run = torch.compile(gate.run, **options)
+
+    def gates(self) -> Iterator[tuple[str, Gate]]:
+        """(name, gate) of every unit whose parameters this rank holds: behind it lies the unit's own code."""
         for name, unit in units(self.model, self.program.opened):
             gate = self._gates.get(name)
             parameters = list(unit.parameters())
             if gate is not None and parameters and not any(is_stand_in(parameter) for parameter in parameters):
-                gate.run = torch.compile(gate.run, **options)
+                yield name, gate
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name, buffer) of what this rank holds."""
