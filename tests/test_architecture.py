@@ -45,7 +45,8 @@ ROOMS: dict[str, set[str]] = {
     "prove": {"spec", "dist", "parallel", "data", "run"},
     # Public and a single file, but on top of a room: what users' own tests call.
     "testing": {"spec", "prove"},
-    "bench": {"spec", "run", "monitor"},
+    # Operations of a step and the peak rate of the machine are what `probe` counts and measures.
+    "bench": {"spec", "data", "run", "monitor", "probe"},
     "jobs": {"spec", "data", "nn"},
     # Prepares data for training; its processes need no torch, so it imports torch-free files of `data` only.
     "pack": {"spec", "data"},

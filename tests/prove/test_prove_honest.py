@@ -20,10 +20,10 @@ from shardwise.jobs.charlm import charlm
 from shardwise.jobs.cifar10 import cifar10
 from shardwise.jobs.digits import digits
 from shardwise.prove import compare, proof
-from shardwise.prove.matrix import layouts, prove_all
+from shardwise.prove.matrix import prove_all
 from shardwise.prove.proof import prove, prove_before_training
 from shardwise.spec.job import Job
-from shardwise.spec.layout import Layout
+from shardwise.spec.layout import Layout, layouts
 from shardwise.spec.plan import Plan
 from shardwise.testing import assert_parallel_equals_serial
 

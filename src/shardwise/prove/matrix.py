@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from shardwise.errors import RunFailed, UserError
@@ -16,22 +15,9 @@ from shardwise.prove.proof import judge, make_setting, settle
 from shardwise.run.choose import with_threads
 from shardwise.run.launch import print_report
 from shardwise.spec.job import Job
-from shardwise.spec.layout import AXES, Layout
+from shardwise.spec.layout import Layout, layouts
 from shardwise.spec.plan import Plan
 from shardwise.spec.verdict import Cell, Matrix
-
-
-def layouts(workers: int) -> list[Layout]:
-    """All layouts of 1 to `workers` workers, fewest workers first, then fewest axes."""
-    found: list[dict[str, int]] = [{}]
-    for axis in AXES:
-        found += [
-            {**degrees, axis: degree}
-            for degrees in found
-            for degree in range(2, workers // prod(degrees.values()) + 1)
-        ]  # fmt: skip
-    made = [Layout(**degrees) for degrees in found]
-    return sorted(made, key=lambda layout: (layout.workers, sum(d > 1 for d in layout.degrees.values())))
 
 
 def prove_all(

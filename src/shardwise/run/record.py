@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, process_time, time
@@ -19,7 +18,7 @@ from shardwise.dist.meter import Meter
 from shardwise.run.folder import RunFolder, write_aside
 
 _SAMPLE_SECONDS = 0.25
-"""How often the system is asked how long this process stood in line for a core; asking takes some 20 us."""
+"""How often the system is asked how long this process stood in line for a core: seldom enough to cost nothing."""
 
 
 @final
@@ -91,13 +90,19 @@ class Recorder:
         self.rows.append(row)
         self._row = {}
 
-    def write(self, folder: RunFolder) -> None:
-        """Keep it with the run, where `record_path` says."""
+    def write(self, folder: RunFolder, *, peak_memory_bytes: int) -> None:
+        """Keep it with the run, where `record_path` says.
+
+        Args:
+            peak_memory_bytes: most memory this rank held.
+        """
+        self._machine.append((perf_counter(), process_time(), waiting_for_core_seconds()))
         record = {
             "version": 1,
             "rank": self.rank,
             "pid": os.getpid(),
             "clock": {"unix": time(), "perf_counter": perf_counter()},
+            "peak_memory_bytes": peak_memory_bytes,
             "steps": self.rows,
             "machine": self._machine,
         }
@@ -112,11 +117,11 @@ def record_path(folder: RunFolder, rank: int) -> Path:
 
 
 def waiting_for_core_seconds() -> float:
-    """Seconds that the threads of this process were ready to run and had no core (Linux); nan where nobody counts them."""
-    total, counted = 0.0, False
-    with suppress(OSError):
-        for thread in Path("/proc/self/task").iterdir():
-            with suppress(OSError, ValueError, IndexError):
-                total += int((thread / "schedstat").read_text().split()[1]) / 1e9
-                counted = True
-    return total if counted else float("nan")
+    """Seconds that this process's first thread was ready to run and had no core (Linux); nan where nobody counts them.
+
+    The first thread takes the steps; helper threads that wait in line while it waits for them would count twice.
+    """
+    try:
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return float("nan")

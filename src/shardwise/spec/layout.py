@@ -81,3 +81,16 @@ class Layout:
     def __str__(self) -> str:
         shown = ("data", "shard", "tensor", "pipeline", "context", "expert")
         return ",".join(f"{axis}={self.degrees[axis]}" for axis in shown if self.degrees[axis] > 1) or "serial"
+
+
+def layouts(workers: int) -> list[Layout]:
+    """All layouts of 1 to `workers` workers, fewest workers first, then fewest axes."""
+    found: list[dict[str, int]] = [{}]
+    for axis in AXES:
+        found += [
+            {**degrees, axis: degree}
+            for degrees in found
+            for degree in range(2, workers // prod(degrees.values()) + 1)
+        ]  # fmt: skip
+    made = [Layout(**degrees) for degrees in found]
+    return sorted(made, key=lambda layout: (layout.workers, sum(d > 1 for d in layout.degrees.values())))
