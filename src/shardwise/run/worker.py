@@ -159,7 +159,7 @@ def _train(
         run_loop(assembly, course)
         if recorder is not None:
             with writing_in(folder.path):
-                recorder.write(folder, peak_memory_bytes=_peak_memory(assembly.device))
+                recorder.write(folder, peak_memory_bytes=peak_memory_bytes(assembly.device))
         summary = _summary(assembly, course, rank, work, first_step, total)
         try:
             if not course.stopped and not course.paused:
