@@ -54,6 +54,13 @@ if TYPE_CHECKING:
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet: an address of machine 0.")
 @click.option("--rdzv-id", default="shardwise", show_default=True, metavar="NAME", help="Name of the meeting.")
 @click.option("--timeout", default="10m", show_default=True, metavar="TIME", help="Longest wait for a missing worker.")
+@click.option(
+    "--stall-after",
+    default="60s",
+    show_default=True,
+    metavar="TIME",
+    help="Longest step before it is looked into; 0: never.",
+)
 @click.option("--prove", "prove_first", is_flag=True, help="First prove that the plan's steps equal serial ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress stays on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -66,6 +73,7 @@ def train(
     rdzv_endpoint: str | None,
     rdzv_id: str,
     timeout: str,
+    stall_after: str,
     prove_first: bool,
     as_json: bool,
     quiet: bool,
@@ -95,6 +103,7 @@ def train(
             "out": out,
             "nodes": Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id=rdzv_id),
             "timeout_seconds": parse_seconds(timeout),
+            "stall_seconds": parse_seconds(stall_after),
             "progress": not quiet,
         },
         given=_given(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shardwise.monitor.runs import FollowedRun, Watcher
+    from shardwise.monitor.sinks import Sink
     from shardwise.monitor.state import RunState
     from shardwise.spec.events import Event
 
@@ -27,10 +29,19 @@ _ENDED = ("finished", "stopped", "failed")
 @click.argument("place", required=False, type=click.Path(path_type=Path), metavar="[RUN|FOLDER OF RUNS]")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="P", help="Of the page; 0 takes a free one.")
 @click.option("--token", default="", metavar="TEXT", help="Of the page's address, to keep it; random if left out.")
+@click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    metavar="WHERE",
+    help="Also write to FILE.csv, FILE.parquet, tensorboard:FOLDER or FILE.py:FUNCTION; repeatable.",
+)
 @click.option("--text", "as_text", is_flag=True, help="In the terminal instead of a page.")
 @click.option("--once", is_flag=True, help="With --text: show it once and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print the state as one JSON document and end.")
-def watch(place: Path | None, port: int, token: str, as_text: bool, once: bool, as_json: bool) -> None:
+def watch(
+    place: Path | None, port: int, token: str, exports: tuple[str, ...], as_text: bool, once: bool, as_json: bool
+) -> None:
     """Show what a run is doing: live, or afterwards, also of runs that were killed.
 
     PLACE is a run folder, or a folder whose runs are shown side by side; `runs` if left out. Only the runs' events.jsonl are
@@ -39,6 +50,7 @@ def watch(place: Path | None, port: int, token: str, as_text: bool, once: bool, 
     """
     from shardwise.cli.main import print_json
     from shardwise.monitor.runs import Watcher
+    from shardwise.monitor.sinks import make_sink
 
     if once and not as_text:
         raise UserError("--once shows the text once: give it together with --text")
@@ -47,6 +59,10 @@ def watch(place: Path | None, port: int, token: str, as_text: bool, once: bool, 
         raise UserError("--port is of the page: leave it out with --text and --json")
     with ExitStack() as stack:
         listeners: list[Callable[[FollowedRun, Event], None]] = []
+        for where in exports:
+            sink = make_sink(where)
+            stack.callback(sink.close)
+            listeners.append(functools.partial(_feed, sink))
 
         def tell(run: FollowedRun, event: Event) -> None:
             for listener in listeners:
@@ -60,7 +76,10 @@ def watch(place: Path | None, port: int, token: str, as_text: bool, once: bool, 
             _show_text(watcher, listeners, once=once)
         else:
             _serve(watcher, port, token)
-        stack.close()
+
+
+def _feed(sink: Sink, run: FollowedRun, event: Event) -> None:
+    sink.take(run.name, event)
 
 
 def document(watcher: Watcher) -> dict[str, object]:

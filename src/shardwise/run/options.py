@@ -56,6 +56,7 @@ class TrainOptions:
     nodes: Nodes = field(default_factory=Nodes)
     progress: bool = True
     timeout_seconds: float = 600.0
+    stall_seconds: float = 60.0
     last_checkpoint: bool = True
     pause_after: int | None = None
     recording: Recording | None = None
@@ -78,6 +79,8 @@ def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> Trai
         raise UserError(f"pause_after={made.pause_after}: a run can pause after 1 epoch (or step) at the earliest")
     if not made.timeout_seconds > 0:
         raise UserError(f"timeout_seconds={made.timeout_seconds:g}: workers need some time to meet; give more than 0")
+    if not made.stall_seconds >= 0:
+        raise UserError(f"stall_seconds={made.stall_seconds:g}: give a time, or 0 to look into nothing")
     if made.resume and made.out is None:
         raise FolderError("resume needs the run folder: give the one to continue with --out (out=)")
     return made

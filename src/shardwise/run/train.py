@@ -84,6 +84,8 @@ def train(
         resume=chosen.resume,
         progress=chosen.progress,
         timeout_seconds=chosen.timeout_seconds,
+        # A hang is looked into before the collectives give up.
+        stall_seconds=min(chosen.stall_seconds, chosen.timeout_seconds / 2),
         settings=settings if settings is not None else job_settings(job, plan, chosen),
         identity=dict(identity) if identity is not None else job_identity(job),
         began=began,

@@ -7,7 +7,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -28,8 +28,10 @@ from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder, write_aside, writing_in
 from shardwise.run.gauge import peak_memory_bytes
 from shardwise.run.loop import Course, Position, Saving, run_loop, total_steps, warn
-from shardwise.run.progress import Display, Silent, make_display
+from shardwise.run.position import this_peer
+from shardwise.run.progress import Display, Silent, make_display, tell
 from shardwise.run.record import Recorder, Recording
+from shardwise.run.sentinel import Sentinel, clear_positions
 from shardwise.run.signals import StopRequest
 from shardwise.spec.events import RestartEvent, RunEvent, SummaryEvent
 from shardwise.spec.job import Job
@@ -64,6 +66,7 @@ class Work:
     resume: bool
     progress: bool
     timeout_seconds: float
+    stall_seconds: float
     settings: Settings
     identity: Mapping[str, Any]
     began: float
@@ -110,6 +113,7 @@ def _train(
     assembly = assemble(
         job, work.plan, world, device, total_steps=total, timeout_seconds=work.timeout_seconds, recorder=recorder
     )
+    peers = world.gather_objects(this_peer(world.rank))
     position, metrics, loss = Position(), {}, float("nan")
     checkpoint = latest(folder) if resume else None
     if checkpoint is not None:
@@ -134,10 +138,11 @@ def _train(
             position=position,
             metrics=metrics,
             loss=loss,
-            one_clock=len(set(world.gather_objects(_clock()))) == 1,
+            one_clock=len({peer.clock for peer in peers}) == 1,
         )
         first_step = assembly.step
         if is_first:
+            clear_positions(folder.path)
             _write_record(folder, work, assembly)
         course.tell(_run_event(job, work, world, first_step, total))
         if rank.restarts:
@@ -156,7 +161,9 @@ def _train(
             display.say(assembly.composed.split.summary + f" (the table is in {folder.path / SPLIT_TABLE})")
         for remark in assembly.composed.remarks:
             warn(course, remark)
-        run_loop(assembly, course)
+        say = display.say if is_first or not work.progress else tell
+        with Sentinel(assembly, folder, world.rank, peers, stall_seconds=work.stall_seconds, say=say):
+            run_loop(assembly, course)
         if recorder is not None:
             with writing_in(folder.path):
                 recorder.write(folder, peak_memory_bytes=peak_memory_bytes(assembly.device))
@@ -248,13 +255,6 @@ def _write_record(folder: RunFolder, work: Work, assembly: Assembly) -> None:
         write_aside(folder.settings_path, json.dumps(work.settings.to_dict(), indent=2, default=str).encode() + b"\n")
 
 
-def _clock() -> str:
-    """Equal for processes whose readings of `time.perf_counter` can be compared: those of one boot of one machine."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    return socket.gethostname()
-
-
 def _run_event(job: Job, work: Work, world: Group, first_step: int, total: int | None) -> RunEvent:
     return RunEvent(
         name=job.name,
@@ -268,6 +268,7 @@ def _run_event(job: Job, work: Work, world: Group, first_step: int, total: int |
         device=work.device,
         cores=usable_cores(),
         batch_size=job.batch_size,
+        stall_seconds=work.stall_seconds,
     )
 
 

@@ -1,0 +1,90 @@
+"""A job with planted trouble, for the tests of `watch`: the real command trains it, and what is wrong must be named.
+
+`trouble` is one of: sleep_backward, busy_backward, skip, hang, stop, starved, calm. Rank 1 is the one in trouble, or rank 0
+where it is alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import shardwise
+
+CALLS_BEFORE = 8
+
+
+class _SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trouble: str, seconds: float) -> Tensor:
+        ctx.trouble, ctx.seconds = trouble, seconds
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.trouble == "sleep_backward":
+            time.sleep(ctx.seconds)
+        end = time.perf_counter() + ctx.seconds
+        while ctx.trouble == "busy_backward" and time.perf_counter() < end:
+            pass
+        return gradient, None, None
+
+
+class Net(nn.Module):
+    def __init__(self, trouble: str, seconds: float) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(20, 30), nn.Linear(30, 2)
+        self.trouble, self.seconds, self.calls = trouble, seconds, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        workers = c10d.get_world_size() if c10d.is_initialized() else 1
+        rank = c10d.get_rank() if workers > 1 else 0
+        here = rank == min(1, workers - 1)
+        self.calls += self.training
+        hidden = torch.relu(self.first(x))
+        if here:
+            hidden = _SlowBackward.apply(hidden, self.trouble, self.seconds)  # type: ignore[no-untyped-call]
+        if self.calls == CALLS_BEFORE:
+            self.calls += 1
+            if self.trouble == "skip" and not here:
+                c10d.all_reduce(torch.ones(3))  # planted: rank 1 skips it
+            if self.trouble == "hang" and here:
+                time.sleep(self.seconds)  # planted: hangs here
+            if self.trouble == "stop" and here:
+                os.kill(os.getpid(), signal.SIGSTOP)
+        answer: Tensor = self.last(hidden)
+        return answer
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """Each batch takes its time to be read."""
+
+    def __init__(self, trouble: str, seconds: float) -> None:
+        self.trouble, self.seconds = trouble, seconds
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.trouble == "starved":
+            time.sleep(self.seconds)
+        x = torch.randn(20, generator=torch.Generator().manual_seed(index))
+        return x, (x[0] > 0).long()
+
+
+def job(trouble: str = "calm", seconds: float = 0.02, steps: int = 100) -> shardwise.Job:
+    return shardwise.Job(
+        model=lambda: Net(trouble, seconds),
+        data={"train": shardwise.data.Samples(Rows(trouble, seconds))},
+        loss=nn.functional.cross_entropy,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=8,
+        steps=steps,
+    )
