@@ -148,19 +148,7 @@ def _train(
         if rank.restarts:
             reason = "a worker failed; all were started again from the last checkpoint"
             course.tell(RestartEvent(attempt=rank.restarts, step=first_step, reason=reason))
-        if resume:
-            source = (
-                f"checkpoint {checkpoint.name}" if checkpoint is not None else "the start: there is no checkpoint yet"
-            )
-            display.say(f"resuming from {source}")
-            if total is not None and first_step >= total:
-                display.say(f"nothing left to train: {first_step} of {total} steps are done")
-        if assembly.composed.stages is not None:
-            display.say(str(assembly.composed.stages.part.table))
-        if assembly.composed.split is not None:
-            display.say(assembly.composed.split.summary + f" (the table is in {folder.path / SPLIT_TABLE})")
-        for remark in assembly.composed.remarks:
-            warn(course, remark)
+        _announce(assembly, course, checkpoint, first_step, total, resume=resume)
         say = display.say if is_first or not work.progress else tell
         with Sentinel(assembly, folder, world.rank, peers, stall_seconds=work.stall_seconds, say=say):
             run_loop(assembly, course)
@@ -180,6 +168,23 @@ def _train(
             ) from error
         world.barrier()
         return summary
+
+
+def _announce(
+    assembly: Assembly, course: Course, checkpoint: Path | None, first_step: int, total: int | None, *, resume: bool
+) -> None:
+    """What is to be known before the first step."""
+    if resume:
+        source = f"checkpoint {checkpoint.name}" if checkpoint is not None else "the start: there is no checkpoint yet"
+        course.display.say(f"resuming from {source}")
+        if total is not None and first_step >= total:
+            course.display.say(f"nothing left to train: {first_step} of {total} steps are done")
+    if assembly.composed.stages is not None:
+        course.display.say(str(assembly.composed.stages.part.table))
+    if assembly.composed.split is not None:
+        course.display.say(assembly.composed.split.summary + f" (the table is in {course.folder.path / SPLIT_TABLE})")
+    for remark in assembly.composed.remarks:
+        warn(course, remark)
 
 
 @contextmanager
