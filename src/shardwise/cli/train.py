@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     metavar="TIME",
     help="Longest step before it is looked into; 0: never.",
 )
+@click.option("--trace", metavar="FIRST:STOP", help="Keep a trace of these steps of all ranks, for Perfetto or Chrome.")
 @click.option("--prove", "prove_first", is_flag=True, help="First prove that the plan's steps equal serial ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress stays on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -74,6 +75,7 @@ def train(
     rdzv_id: str,
     timeout: str,
     stall_after: str,
+    trace: str | None,
     prove_first: bool,
     as_json: bool,
     quiet: bool,
@@ -90,6 +92,7 @@ def train(
     from shardwise.run.launch import Nodes
     from shardwise.run.progress import tell
     from shardwise.run.summary import closing_lines
+    from shardwise.run.trace import parse_trace
     from shardwise.units import parse_seconds
 
     changes = {name: rest.pop(name) for name in ("epochs", "steps", "batch_size", "micro_batch", "precision", "seed")}
@@ -104,6 +107,7 @@ def train(
             "nodes": Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id=rdzv_id),
             "timeout_seconds": parse_seconds(timeout),
             "stall_seconds": parse_seconds(stall_after),
+            "recording": parse_trace(trace) if trace is not None else None,
             "progress": not quiet,
         },
         given=_given(),

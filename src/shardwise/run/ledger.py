@@ -148,6 +148,11 @@ class Ledger:
         self._left = perf_counter()
         return settled
 
+    @property
+    def offset_seconds(self) -> float:
+        """How far this rank's clock is ahead of the mean of all ranks' clocks, as far as is known."""
+        return 0.0 if self.one_clock or not self._offsets else median(self._offsets)
+
     def _late(self, sums: list[float]) -> float:
         """How much later than the mean of the ranks this one came, given the sums over the ranks of what it sent.
 
@@ -159,6 +164,5 @@ class Ledger:
             return 0.0
         if self._left:
             self._offsets.append(self._left - left / self.group.size)
-        offset = 0.0 if self.one_clock or not self._offsets else median(self._offsets)
         pairs = zip(self._arrivals, arrivals, strict=True)
-        return sum(own - total / self.group.size for own, total in pairs) / len(arrivals) - offset
+        return sum(own - total / self.group.size for own, total in pairs) / len(arrivals) - self.offset_seconds

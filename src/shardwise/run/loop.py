@@ -25,6 +25,7 @@ from shardwise.run.ledger import Ledger
 from shardwise.run.observe import Observer
 from shardwise.run.progress import Display
 from shardwise.run.step import take_step
+from shardwise.run.trace import Tracer
 from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, WarningEvent
 from shardwise.units import format_seconds
 
@@ -92,6 +93,7 @@ class Course:
     last_save: float = field(default_factory=perf_counter)
     warned_loss: bool = False
     one_clock: bool = True
+    tracer: Tracer | None = None
 
     def tell(self, event: Event) -> None:
         """Write an event, on rank 0."""
@@ -129,6 +131,8 @@ def run_loop(assembly: Assembly, course: Course) -> None:
                 raise DataError("the training split gave no batch in a whole epoch: the data is empty")
             _end_epoch(a, course, perf_counter() - began, job.epochs)
             ledger.skip_time()
+    if course.tracer is not None:
+        course.tracer.settled(a.world, a.step, ledger.offset_seconds, ended=True)
     if not course.stopped and course.evaluate and course.evaluated_step != a.step:
         _evaluate(a, course)
     check_replicas(a.model, a.mesh, a.step)
@@ -238,6 +242,8 @@ def _settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, 
         )
         course.position.samples += samples
         observer.settled(settled)
+        if course.tracer is not None:
+            course.tracer.settled(a.world, a.step, ledger.offset_seconds)
         if not course.warned_loss and any(not abs(loss) < float("inf") for loss in settled.losses):
             course.warned_loss = True
             warn(course, f"the loss became {settled.losses[-1]} by step {a.step}: the training goes on, but lower the "

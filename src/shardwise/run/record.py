@@ -28,10 +28,12 @@ class Recording:
 
     Attributes:
         first, last: global numbers of the steps of which every phase and message is kept; the first of a run is 0.
+        all_steps: keep the seconds of all other steps too.
     """
 
     first: int
     last: int
+    all_steps: bool = True
 
 
 @final
@@ -58,7 +60,7 @@ class Recorder:
         self._row = {"step": step, "began": now, "busy": {}, "waited": {}}
         self._waited = dict(meter.waited_seconds)
         self._sent = (meter.traffic_bytes, meter.payload_bytes, meter.calls)
-        if not self._machine or now - self._machine[-1][0] >= _SAMPLE_SECONDS:
+        if self.recording.all_steps and (not self._machine or now - self._machine[-1][0] >= _SAMPLE_SECONDS):
             self._machine.append((now, process_time(), waiting_for_core_seconds()))
 
     def phase(self, name: str, began: float, ended: float) -> None:
@@ -87,7 +89,9 @@ class Recorder:
         if self._spans is not None:
             row["spans"] = self._spans
             row["flights"] = [(each.kind, each.began, each.waited, each.ended) for each in meter.flights or ()]
-        self.rows.append(row)
+            row["whats"] = [each.what for each in meter.flights or ()]
+        if self.recording.all_steps or self._spans is not None:
+            self.rows.append(row)
         self._row = {}
 
     def write(self, folder: RunFolder, *, peak_memory_bytes: int) -> None:

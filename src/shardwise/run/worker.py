@@ -33,6 +33,7 @@ from shardwise.run.progress import Display, Silent, make_display, tell
 from shardwise.run.record import Recorder, Recording
 from shardwise.run.sentinel import Sentinel, clear_positions
 from shardwise.run.signals import StopRequest
+from shardwise.run.trace import Tracer
 from shardwise.spec.events import RestartEvent, RunEvent, SummaryEvent
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
@@ -140,6 +141,8 @@ def _train(
             loss=loss,
             one_clock=len({peer.clock for peer in peers}) == 1,
         )
+        if recorder is not None and not recorder.recording.all_steps:
+            course.tracer = Tracer(recorder, folder, course.tell)
         first_step = assembly.step
         if is_first:
             clear_positions(folder.path)
@@ -152,7 +155,7 @@ def _train(
         say = display.say if is_first or not work.progress else tell
         with Sentinel(assembly, folder, world.rank, peers, stall_seconds=work.stall_seconds, say=say):
             run_loop(assembly, course)
-        if recorder is not None:
+        if recorder is not None and recorder.recording.all_steps:
             with writing_in(folder.path):
                 recorder.write(folder, peak_memory_bytes=peak_memory_bytes(assembly.device))
         summary = _summary(assembly, course, rank, work, first_step, total)
