@@ -46,7 +46,7 @@ ROOMS: dict[str, set[str]] = {
     # Public and a single file, but on top of a room: what users' own tests call.
     "testing": {"spec", "prove"},
     # Operations of a step and the peak rate of the machine are what `probe` counts and measures.
-    "bench": {"spec", "data", "run", "monitor", "probe"},
+    "bench": {"spec", "planner", "data", "run", "monitor", "probe"},
     "jobs": {"spec", "data", "nn"},
     # Prepares data for training; its processes need no torch, so it imports torch-free files of `data` only.
     "pack": {"spec", "data"},

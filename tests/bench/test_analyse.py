@@ -12,6 +12,7 @@ from shardwise.bench.analyse import Context, Measurement, judge, make_cases
 from shardwise.bench.cases import Wanted
 from shardwise.bench.compare import compare, comparison_lines
 from shardwise.bench.execute import Attempt
+from shardwise.bench.known import Known
 from shardwise.bench.reading import RankReading, Reading, _parts
 from shardwise.bench.result import PARTS, Bench, Case, Course, Spread
 from shardwise.bench.text import result_lines
@@ -56,19 +57,13 @@ def measured(layout: str, *runs: Reading, threads: int = 1, seconds: float = 10.
     return found
 
 
+NOTHING = Known(facts=None, machine=None)
 ALONE = reading(rank_reading(forward=4, backward=5, optimizer=1))
 
 
 def cases(*others: Measurement, price: float | None = None) -> list[Case]:
     found = [measured("serial", ALONE), *others]
-    context = Context(
-        device="cpu",
-        cores=CORES,
-        price=price,
-        steps_per_epoch=100,
-        flops=1e6,
-        peak=lambda wanted: 1e9 * wanted.units("cpu"),
-    )
+    context = Context(device="cpu", cores=CORES, price=price, steps_per_epoch=100, known=NOTHING)
     return make_cases(found, found[0].wanted.name, context)
 
 
@@ -89,7 +84,6 @@ def test_lost_time_adds_up_to_the_whole_loss() -> None:
     assert both.lost_seconds["optimizer"] == pytest.approx(0.0005)
     assert sum(alone.lost_seconds.values()) == pytest.approx(0)
     assert both.cost_per_epoch == pytest.approx(3.6 * 2 * 0.010 * 100 / 3600)
-    assert both.flops_per_second == pytest.approx(1e8) and both.mfu == pytest.approx(0.05)
     assert both.traffic_bytes == 4096
 
 
@@ -99,7 +93,7 @@ def test_speed_ups_are_of_the_same_round() -> None:
     half = reading(*[rank_reading(forward=2, backward=2.5, optimizer=0.5)] * 2)
     half_slow = reading(*[rank_reading(forward=4, backward=5, optimizer=1)] * 2)
     found = [measured("serial", ALONE, slow), measured("data=2", half, half_slow)]
-    context = Context(device="cpu", cores=2, price=None, steps_per_epoch=None, flops=None, peak=lambda wanted: None)
+    context = Context(device="cpu", cores=2, price=None, steps_per_epoch=None, known=NOTHING)
     _, both = make_cases(found, found[0].wanted.name, context)
     assert both.speedup is not None and both.step_seconds is not None
     assert both.speedup.low == pytest.approx(2) and both.speedup.high == pytest.approx(2)
@@ -114,7 +108,7 @@ def test_the_fastest_one_worker_run_is_the_baseline() -> None:
         measured("serial", ALONE),
         measured("data=2", reading(*[rank_reading(forward=5)] * 2)),
     ]
-    context = Context(device="cpu", cores=2, price=None, steps_per_epoch=None, flops=None, peak=lambda wanted: None)
+    context = Context(device="cpu", cores=2, price=None, steps_per_epoch=None, known=NOTHING)
     first, second, _ = make_cases(found, found[1].wanted.name, context)
     assert first.speedup is not None and first.speedup.median == pytest.approx(0.1)
     assert second.speedup is not None and second.speedup.median == pytest.approx(1.0)
@@ -196,7 +190,7 @@ def test_metrics_are_held_against_the_noise_of_seeds(value: float, other: tuple[
     serial = [replace(ALONE, metrics={"accuracy": one}) for one in other]
     two = reading(*[rank_reading(forward=2)] * 2, metrics={"accuracy": value})
     found = [measured("serial", *serial), measured("data=2", *[two] * len(other))]
-    context = Context(device="cpu", cores=2, price=None, steps_per_epoch=None, flops=None, peak=lambda wanted: None)
+    context = Context(device="cpu", cores=2, price=None, steps_per_epoch=None, known=NOTHING)
     _, both = make_cases(found, found[0].wanted.name, context)
     assert [metric.verdict for metric in both.metrics] == [verdict]
 

@@ -10,6 +10,7 @@ from typing import Literal, final
 
 from shardwise.bench.cases import Wanted
 from shardwise.bench.execute import Attempt
+from shardwise.bench.known import Known
 from shardwise.bench.reading import Reading
 from shardwise.bench.result import PARTS, Case, Metric, Outcome, RankSplit, Spread
 
@@ -41,16 +42,14 @@ class Context:
     Attributes:
         cores: of the machine, that this process may use.
         steps_per_epoch: of the job's own batch size; None where unknown.
-        flops: of one step with the job's own batch size; None where unknown.
-        peak: units -> peak FLOP/s of so many cores or accelerators together; None where unknown.
+        known: operations, peak rates and predictions, as far as they are known.
     """
 
     device: str
     cores: int
     price: float | None
     steps_per_epoch: int | None
-    flops: float | None
-    peak: Callable[[Wanted], float | None]
+    known: Known
 
 
 def _step(attempt: Attempt, reading: Reading) -> float:
@@ -90,7 +89,7 @@ def _case(one: Measurement, baseline: Measurement, unit: Measurement, context: C
         outcome, reason = "refused", wanted.refused
     elif not one.rounds and one.failed is None:
         outcome, reason = "interrupted", "the bench was interrupted before it was measured"
-    prediction = wanted.plan.prediction
+    prediction = context.known.prediction(wanted)
     case = Case(
         name=wanted.name,
         plan=wanted.plan.to_dict(),
@@ -114,8 +113,8 @@ def _case(one: Measurement, baseline: Measurement, unit: Measurement, context: C
     readings = [reading for _, reading in one.rounds.values()]
     ranks = [_split(rank, readings) for rank in range(workers)]
     seconds = statistics.median(step.values())
-    flops = context.flops * growth / seconds if context.flops else None
-    peak = context.peak(wanted)
+    flops = context.known.flops * growth / seconds if context.known.flops else None
+    peak = context.known.peak(wanted)
     case = replace(
         case,
         step_seconds=Spread.of(list(step.values())),

@@ -13,7 +13,7 @@ from typing import Any, final
 from shardwise.bench.analyse import Context, fastest_alone, make_cases
 from shardwise.bench.cases import parse_plans, select
 from shardwise.bench.execute import Target
-from shardwise.bench.known import known_flops, known_peak
+from shardwise.bench.known import find_known
 from shardwise.bench.result import Bench, Case, Spread
 from shardwise.bench.runs import Orders, Runs
 from shardwise.bench.why import find_losses
@@ -81,6 +81,8 @@ def bench(command: BenchCommand) -> Bench:
         raise UserError(
             f"--to {command.to}: the job has no metric {target.metric!r}; it has {', '.join(['loss', *job.metrics])}"
         )
+    splits = as_splits(job.data)
+    _ = splits.train, splits.test  # what is wrong with a file shows before anything is measured
     plans = parse_plans(command.plans) if command.plans else None
     selection = select(job, plans, every=command.every, weak=command.weak, workers=command.workers, device=device)
     _make_folder(command.out)
@@ -168,13 +170,12 @@ def _cases(
     """The cases with their losses, what to say of all of them, and the steps of an epoch."""
     cores = usable_cores()
     epoch = steps_per_epoch(as_splits(job.data).train, job.batch_size)
-    flops, flops_remark = known_flops(job)
-    peak, peak_remark = known_peak(device)
-    context = Context(device=device, cores=cores, price=price, steps_per_epoch=epoch, flops=flops, peak=peak)
+    known = find_known(job, device)
+    context = Context(device=device, cores=cores, price=price, steps_per_epoch=epoch, known=known)
     cases = make_cases(runs.found, one_unit, context)
     unit = next(case for case in cases if case.name == one_unit)
     cases = [replace(case, findings=find_losses(case, unit, cores=cores, device=device)) for case in cases]
-    return cases, [remark for remark in (flops_remark, peak_remark, *_doubts(cases)) if remark], epoch
+    return cases, [*known.remarks, *_doubts(cases)], epoch
 
 
 def _doubts(cases: list[Case]) -> list[str]:
