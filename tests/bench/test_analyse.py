@@ -15,8 +15,8 @@ from shardwise.bench.execute import Attempt
 from shardwise.bench.known import Known
 from shardwise.bench.reading import RankReading, Reading, _parts
 from shardwise.bench.result import PARTS, Bench, Case, Course, Spread
-from shardwise.bench.text import result_lines
-from shardwise.bench.why import find_losses
+from shardwise.bench.text import heading, result_lines
+from shardwise.bench.why import crowd_remark, find_losses
 from shardwise.spec.plan import Plan, Prediction
 
 CORES = 2
@@ -133,6 +133,29 @@ def test_a_slow_rank_is_named_with_its_phase() -> None:
     assert "10.0 ms late" in finding.message
 
 
+def test_an_uneven_pipeline_is_told_as_one() -> None:
+    long, short = rank_reading(slowest=0.9, backward=8, bubble=1), rank_reading(slowest=0.1, backward=5, bubble=4)
+    alone, both = cases(measured("pipeline=2", reading(short, long)))
+    found = {finding.kind: finding.message for finding in find_losses(both, alone, cores=CORES, device="cpu")}
+    assert "stage of rank 1 has 3.00 ms more work" in found["slow rank"]
+    assert "stage of rank 0 waits" in found["bubble"]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        ((0.004, 0.005), "times as fast as one worker"),
+        ((0.009, 0.012), "no plan is faster than one worker in every round"),
+        ((0.02, 0.03), "no plan beats one worker"),
+    ],
+)
+def test_the_heading_promises_only_what_every_round_shows(rounds: tuple[float, float], said: str) -> None:
+    runs = [reading(*[rank_reading(forward=1000 * step)] * 2) for step in rounds]
+    found = [measured("serial", ALONE, ALONE), measured("data=2", *runs)]
+    context = Context(device="cpu", cores=2, price=None, steps_per_epoch=None, known=NOTHING)
+    assert said in heading(replace(bench(0.005), cases=make_cases(found, found[0].wanted.name, context)))
+
+
 def test_a_rank_that_is_last_by_chance_is_not_named() -> None:
     ranks = [rank_reading(slowest=0.5, forward=2, backward=4, optimizer=1, waiting=2)] * 2
     alone, both = cases(measured("data=2", reading(*ranks)))
@@ -167,7 +190,10 @@ def test_an_oversubscribed_machine_is_told_before_what_it_causes() -> None:
     assert "oversubscribed" in first.message and "4 x 1 thread on 2 cores" in first.message
     busy = [rank_reading(forward=8, backward=10, queue=0.009)] * 2
     alone, two = cases(measured("data=2", reading(*busy)))
-    assert "something else uses this machine" in find_losses(two, alone, cores=CORES, device="cpu")[0].advice
+    assert "cores" not in kinds(two, alone)  # two threads on two cores: others are to blame, and not the plan
+    assert "other programs used this machine" in crowd_remark([alone, two], CORES) and not crowd_remark(
+        [alone, four], CORES
+    )
 
 
 def test_a_good_plan_has_nothing_to_tell() -> None:
@@ -246,7 +272,7 @@ def test_result_survives_json_and_says_everything() -> None:
     assert again == first
     text = "\n".join(result_lines(again))
     for words in (
-        "data=2 is 2.00 times as fast",
+        "data=2 is 2.00 (2.00-2.00 over the rounds) times as fast",
         "refused: not for this model",
         "predicted 4.00 ms a step (-20%)",
         "4.00 KiB sent",

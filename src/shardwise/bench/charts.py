@@ -88,7 +88,8 @@ def speed_chart(bench: Bench, scaling: Scaling, *, times: bool) -> Callable[[Fig
         axes.plot([1, most], [1, most] if times else [100, 100], color="#555555", linestyle=":", label="perfect")
         for points in _curves(shown, bench.one_unit):
             xs = [case.units for case in points]
-            axes.plot(xs, [value(case, _median(case)) for case in points], color="#888888", linewidth=1, zorder=1)
+            colour = LINES[shown.index(points[-1]) % len(LINES)]
+            axes.plot(xs, [value(case, _median(case)) for case in points], color=colour, linewidth=1, zorder=1)
         seen: dict[int, int] = {}
         for number, case in enumerate(shown):
             assert case.efficiency is not None

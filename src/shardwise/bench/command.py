@@ -16,7 +16,7 @@ from shardwise.bench.execute import Target
 from shardwise.bench.known import find_known
 from shardwise.bench.result import Bench, Case, Spread
 from shardwise.bench.runs import Orders, Runs
-from shardwise.bench.why import find_losses
+from shardwise.bench.why import crowd_remark, find_losses
 from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import as_splits
 from shardwise.errors import RunFailed, UserError
@@ -134,6 +134,7 @@ def bench(command: BenchCommand) -> Bench:
         seconds=time.perf_counter() - clock,
         cases=cases,
         interrupted=interrupted,
+        warnings=_doubts(cases, device),
         remarks=remarks,
     )
 
@@ -175,20 +176,22 @@ def _cases(
     cases = make_cases(runs.found, one_unit, context)
     unit = next(case for case in cases if case.name == one_unit)
     cases = [replace(case, findings=find_losses(case, unit, cores=cores, device=device)) for case in cases]
-    return cases, [*known.remarks, *_doubts(cases)], epoch
+    remarks = list(known.remarks)
+    if any(case.measured and "pipeline" in case.layout_name for case in cases):
+        remarks.append("a pipeline stage does forward and backward passes in turn: both are in its backward pass here")
+    return cases, remarks, epoch
 
 
-def _doubts(cases: list[Case]) -> list[str]:
+def _doubts(cases: list[Case], device: str) -> list[str]:
     """What makes the numbers less certain than they look."""
-    found = []
+    crowd = crowd_remark(cases, usable_cores()) if device == "cpu" else ""
+    found = [crowd] if crowd else []
     wide = [case.name for case in cases if case.step_seconds is not None and _width(case.step_seconds) > UNSTEADY]
     if wide:
         found.append(
             f"step times of {', '.join(wide)} differ by more than {UNSTEADY:.0%} between rounds: the machine was not quiet; "
             "believe ratios more than seconds, and add rounds"
         )
-    if any(case.measured and "pipeline" in case.layout_name for case in cases):
-        found.append("a pipeline stage does forward and backward passes in turn: both are in its backward pass here")
     if any(case.step_seconds is not None and case.step_seconds.rounds == 1 for case in cases):
         found.append("one round shows no spread and cannot tell whether metrics differ: --rounds 3 or more")
     return found

@@ -11,7 +11,7 @@ import jinja2
 
 from shardwise.bench import charts, text
 from shardwise.bench.result import PART_NAMES, PARTS, Bench, Case, Scaling
-from shardwise.bench.why import start_up_note
+from shardwise.bench.why import queue_share, start_up_note
 from shardwise.units import format_bytes, format_rate, format_seconds
 
 
@@ -165,6 +165,7 @@ def _resources(case: Case) -> dict[str, str]:
         "memory": ", ".join(format_bytes(rank.peak_memory_bytes) for rank in case.ranks),
         "traffic": format_bytes(case.traffic_bytes) if case.traffic_bytes else "none",
         "use": f"{case.core_use:.0%}" if case.core_use is not None else "not measured",
+        "queue": f"{queue_share(case):.0%}" if case.core_use is not None else "not measured",
         "flops": format_rate(case.flops_per_second, "FLOP/s") if case.flops_per_second is not None else "not known",
         "mfu": f"{case.mfu:.0%}" if case.mfu is not None else "not known",
         "predicted": f"{format_seconds(predicted)} ({predicted / step.median - 1:+.0%})"

@@ -225,7 +225,8 @@ class Bench:
         warm_up: first steps that do not count for the steady state.
         steps_per_epoch: None where the data has no known length.
         interrupted: not everything that was asked for was measured.
-        remarks: what a reader should know about all numbers.
+        warnings: what makes the numbers doubtful; shown first.
+        remarks: what else a reader should know about all numbers.
     """
 
     job: str
@@ -245,6 +246,7 @@ class Bench:
     seconds: float
     cases: list[Case]
     interrupted: bool = False
+    warnings: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     def case(self, name: str) -> Case | None:

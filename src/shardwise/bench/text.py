@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardwise.bench.result import PART_NAMES, PARTS, Bench, Case, Spread
-from shardwise.bench.why import start_up_note
+from shardwise.bench.why import queue_share, start_up_note
 from shardwise.units import format_bytes, format_rate, format_seconds
 
 COLUMNS = ("plan", "step", "speed-up", "efficiency", "in all", "speed-up in all", "samples/s")
@@ -13,7 +13,8 @@ COLUMNS = ("plan", "step", "speed-up", "efficiency", "in all", "speed-up in all"
 
 def result_lines(bench: Bench) -> list[str]:
     """Everything a reader needs, most important first."""
-    lines = [heading(bench), *(f"  {line}" for line in how_measured(bench)), ""]
+    warnings = [f"  warning: {sentence}" for sentence in bench.warnings]
+    lines = [heading(bench), *warnings, *(f"  {line}" for line in how_measured(bench)), ""]
     for scaling, title in (("strong", STRONG), ("weak", WEAK)):
         shown = [case for case in bench.cases if case.scaling == scaling]
         if any(case.measured for case in shown):
@@ -49,13 +50,17 @@ def heading(bench: Bench) -> str:
     assert baseline is not None and baseline.step_seconds is not None
     if not measured:
         return f"{bench.job}: one worker takes {format_seconds(baseline.step_seconds.median)} a step; no other plan was measured"
-    best = max(measured, key=lambda case: case.speedup.median if case.speedup else 0.0)
+    sure = [case for case in measured if case.speedup is not None and case.speedup.low > 1]
+    best = max(sure or measured, key=lambda case: case.speedup.median if case.speedup else 0.0)
     assert best.speedup is not None
-    times = best.speedup.median
-    if times >= 1:
-        spread = range_text(best.speedup)
-        return f"{bench.job}: {best.layout_name} is {times:.2f} times as fast as one worker ({spread} over the rounds)"
-    return f"{bench.job}: no plan beats one worker; the best, {best.layout_name}, reaches {times:.2f} times its speed"
+    spread = f"{best.speedup.median:.2f} ({range_text(best.speedup)} over the rounds)"
+    if sure:
+        return f"{bench.job}: {best.layout_name} is {spread} times as fast as one worker"
+    if best.speedup.high < 1:
+        return f"{bench.job}: no plan beats one worker; the best, {best.layout_name}, reaches {spread} times its speed"
+    return (
+        f"{bench.job}: no plan is faster than one worker in every round; the best, {best.layout_name}, reaches {spread}"
+    )
 
 
 def how_measured(bench: Bench) -> list[str]:
@@ -161,7 +166,10 @@ def more_lines(case: Case) -> list[str]:
     if case.traffic_bytes is not None and case.workers > 1:
         parts.append(f"{format_bytes(case.traffic_bytes)} sent a step and rank")
     if case.core_use is not None:
-        parts.append(f"{case.core_use:.0%} of the machine's cores busy")
+        line = queue_share(case)
+        parts.append(
+            f"{case.core_use:.0%} of the machine's cores busy with it, in line for a core {line:.0%} of the step"
+        )
     if case.flops_per_second is not None:
         mfu = f" (MFU {case.mfu:.0%} of the measured peak)" if case.mfu is not None else ""
         parts.append(f"{format_rate(case.flops_per_second, 'FLOP/s')}{mfu}")

@@ -15,9 +15,6 @@ QUEUE_SHARE = 0.10
 """Waiting for a core is told from this part of the step on; the scheduler's own turns stay below 2 % on a quiet machine
 (measured on two cores, 2026-11)."""
 
-CROWDED_SHARE = 0.3
-"""From this part of the step on, waiting for a core comes before all other losses."""
-
 SLOW_EXCESS = 0.10
 """A rank is called slow when it works longer than the others by this part of the step ..."""
 
@@ -38,7 +35,7 @@ def find_losses(case: Case, one_unit: Case, *, cores: int, device: str) -> list[
         return []
     step = statistics.fmean(sum(rank.seconds.values()) for rank in case.ranks)
     found = [
-        *_queue(case, step, cores, device),
+        *_queue(case, cores, device),
         *_data(case, step),
         *_slow_rank(case, step),
         *_communication(case, step),
@@ -47,29 +44,38 @@ def find_losses(case: Case, one_unit: Case, *, cores: int, device: str) -> list[
         *_repeated(case, step),
     ]
     told = [finding for finding in found if finding.share >= WORTH_TELLING]
-    # Waiting for a core makes every other part longer: where there is much of it, nothing else can be read before it ends.
-    return sorted(told, key=lambda finding: (finding.kind != "cores" or finding.share < CROWDED_SHARE, -finding.share))
+    # Waiting for a core makes every other part longer: it comes first whatever its size.
+    return sorted(told, key=lambda finding: (finding.kind != "cores", -finding.share))
 
 
-def _queue(case: Case, step: float, cores: int, device: str) -> list[Finding]:
-    queues = [rank.queue_seconds for rank in case.ranks if rank.queue_seconds is not None]
-    if not queues or device != "cpu":
+def queue_share(case: Case) -> float:
+    """The part of its step in which the rank that waits most is ready and has no core; 0 where nobody counts it."""
+    shares = [rank.queue_seconds / sum(rank.seconds.values()) for rank in case.ranks if rank.queue_seconds is not None]
+    return max(shares, default=0.0)
+
+
+def _queue(case: Case, cores: int, device: str) -> list[Finding]:
+    """More threads than cores. What other programs take is no loss of the plan: see `crowd_remark`."""
+    share = queue_share(case)
+    if device != "cpu" or case.units <= cores or share < QUEUE_SHARE:
         return []
-    worst = max(queues)
-    share = worst / step
-    if share < QUEUE_SHARE:
-        return []
-    rank = next(one.rank for one in case.ranks if one.queue_seconds == worst)
     wants = f"{case.workers} x {_count(case.threads, 'thread')} on {_count(cores, 'core')}"
-    if case.units > cores:
-        message = (
-            f"rank {rank} stands in line for a core for {share:.0%} of its step: {wants}, the machine is oversubscribed"
-        )
-        advice = f"use at most {_count(cores, 'worker')} (or fewer threads each), or a machine with {case.units} cores"
-    else:
-        message = f"rank {rank} stands in line for a core for {share:.0%} of its step, though {wants} would fit"
-        advice = "something else uses this machine: end it, or give this run cores of its own, and measure again"
+    message = f"a rank stands in line for a core for {share:.0%} of its step: {wants}, the machine is oversubscribed"
+    advice = f"use at most {_count(cores, 'worker')} (or fewer threads each), or a machine with {case.units} cores"
     return [Finding(kind="cores", share=share, message=message, advice=advice)]
+
+
+def crowd_remark(cases: Sequence[Case], cores: int) -> str:
+    """What other programs on the machine did to the numbers; empty where they did nothing to speak of."""
+    shares = {case.name: queue_share(case) for case in cases if case.ranks and case.units <= cores}
+    worst = max(shares, key=lambda name: shares[name], default=None)
+    if worst is None or shares[worst] < QUEUE_SHARE:
+        return ""
+    return (
+        f"other programs used this machine: ranks stood in line for a core for up to {shares[worst]:.0%} of their step "
+        f"({worst}), although all their threads would fit on {_count(cores, 'core')}; end them and measure again before you "
+        "believe any of these times"
+    )
 
 
 def _data(case: Case, step: float) -> list[Finding]:
@@ -113,6 +119,13 @@ def _slow_rank(case: Case, step: float) -> list[Finding]:
         key=lambda name: slow.seconds[name] - statistics.median(rank.seconds[name] for rank in others),
     )
     more = slow.seconds[part] - statistics.median(rank.seconds[part] for rank in others)
+    if any(rank.seconds["bubble"] > 0 for rank in case.ranks):
+        message = (
+            f"the pipeline stage of rank {slow.rank} has {format_seconds(excess)} more work a step than the others, which wait "
+            "for it"
+        )
+        advice = "move cut points (cuts of the plan) so that its stage gets less of the model"
+        return [Finding(kind="slow rank", share=excess / step, message=message, advice=advice)]
     message = (
         f"rank {slow.rank} is slower than the others in {slow.slowest:.0%} of the steps, by {format_seconds(excess)}, most of "
         f"it in its {PART_NAMES[part]} (+{format_seconds(more)}); it comes to its first collective "
@@ -175,9 +188,13 @@ def _repeated(case: Case, step: float) -> list[Finding]:
     """What every worker does in full."""
     if case.workers == 1 or not case.lost_seconds:
         return []
+    if any(axis in str(case.plan.get("layout")) for axis in ("shard", "tensor", "pipeline")):
+        update = "its calls cost the same on smaller pieces: a fused optimizer, or a larger model"
+    else:
+        update = "every replica updates all parameters: the shard axis divides that; a fused optimizer is faster"
     found = []
     for part, advice in (
-        ("optimizer", "every replica updates all parameters: the shard axis divides that; a fused optimizer is faster"),
+        ("optimizer", update),
         (
             "other",
             "fixed costs of a step (gradients copied for sending, bookkeeping): a larger batch makes them count less",
