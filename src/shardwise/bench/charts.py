@@ -163,7 +163,12 @@ def timeline_chart(case: Case) -> Callable[[Figure], None]:
                     continue
                 part = _PHASE_PART.get(bar.name, bar.name) if bar.lane == "work" else "communication"
                 _box(
-                    axes, bar, lanes[bar.lane], 0.4 if bar.lane == "work" else 0.16, part, _once(told, PART_NAMES[part])
+                    axes,
+                    bar,
+                    lanes[bar.lane],
+                    0.4 if bar.lane == "work" else 0.16,
+                    part,
+                    _once(told, PART_NAMES[part] if bar.lane == "work" else "communication under way"),
                 )
             for bar in own:
                 if bar.lane == "wait":
