@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import shardwise
 from shardwise.data.gather import Arrays
@@ -299,11 +300,13 @@ def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
     ("changes", "options", "kind", "words"),
     [
         ({}, {"plan": "data=13"}, PlanError, "1 of 13 workers would have no sample"),
-        ({}, {"plan": "tensor=2"}, PlanError, "not yet over tensor"),
         ({}, {"plan": shardwise.Plan(recompute="full")}, PlanError, "cannot be computed again yet"),
         ({}, {"plan": shardwise.Plan(cuts=("2",))}, PlanError, "schedule and cuts belong to a pipeline"),
         ({"micro_batch": 2}, {}, PlanError, "BatchNorm layer '1' needs statistics of the whole global batch"),
-        ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {"plan": "serial"}, JobError, "LBFGS"),
+        ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {}, JobError, "LBFGS"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, speed=1)}, {}, TypeError, "speed"),
+        ({"schedule": lambda o, steps: steps}, {}, JobError, "must return a torch LRScheduler"),
+        ({"schedule": lambda o, steps: ReduceLROnPlateau(o)}, {}, JobError, "ReduceLROnPlateau needs a metric"),
         ({"optimizer": lambda p: "sgd"}, {"plan": "serial"}, JobError, "must return a torch.optim.Optimizer"),
         ({"model": lambda: "net"}, {}, JobError, "must return a torch.nn.Module"),
         ({"model": lambda: nn.LazyLinear(4)}, {}, PlanError, "has no shape yet"),

@@ -37,7 +37,7 @@ def charlm(
         lr: greatest learning rate of AdamW, reached after a tenth of the steps.
         block: characters of a window; windows start every half block.
     """
-    windows = shakespeare(block) if data is None else text(data, block=block, stride=max(1, block // 2))
+    windows = text_windows(data, block)
     return Job(
         name="charlm",
         model=lambda: CharGPT(len(windows.classes), block, width, layers, heads),
@@ -136,7 +136,10 @@ def warmup_then_cosine(optimizer: Optimizer, steps: int | None) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
-def shakespeare(block: int) -> Splits:
-    """The text that comes with shardwise, in windows of `block` characters."""
+def text_windows(data: str | None, block: int) -> Splits:
+    """A text in windows of `block` characters that start every half block; none for the text that comes with shardwise."""
+    stride = max(1, block // 2)
+    if data is not None:
+        return text(data, block=block, stride=stride)
     with as_file(files("shardwise.jobs") / "files" / "shakespeare.txt") as path:
-        return text(path, block=block, stride=max(1, block // 2))
+        return text(path, block=block, stride=stride)

@@ -11,13 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from shardwise.data.readers.text import text
 from shardwise.jobs.charlm import (
     Attention,
     CharGPT,
     bits_per_character,
     next_character_loss,
-    shakespeare,
+    text_windows,
     warmup_then_cosine,
 )
 from shardwise.nn.moe import MoE, with_auxiliary_loss
@@ -48,7 +47,7 @@ def moe(
         balance: weight of the loss that keeps the experts evenly used.
         block: characters of a window; windows start every half block.
     """
-    windows = shakespeare(block) if data is None else text(data, block=block, stride=max(1, block // 2))
+    windows = text_windows(data, block)
     return Job(
         name="moe",
         model=lambda: MixtureGPT(len(windows.classes), block, width, layers, heads, experts, top_k, balance),

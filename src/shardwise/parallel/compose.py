@@ -44,7 +44,7 @@ READY_AXES = ("data", "shard", "tensor", "pipeline", "context", "expert")
 _BESIDE_PIPELINE = ("data", "shard")
 """Axes that a layout with a pipeline may have as well."""
 
-_STOCHASTIC = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _always(_: nn.Parameter) -> bool:
@@ -262,10 +262,20 @@ def _recompute(model: nn.Module, plan: Plan, stages: Stages | None) -> Recompute
     return recompute(model, plan, early_stop=not expert_parameters(model))
 
 
+def _draws_masks(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1  # it drops between layers
+    if isinstance(module, nn.RReLU):
+        return module.lower < module.upper
+    return isinstance(module, _DROPOUTS) and module.p > 0
+
+
 def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:
     remarks = []
     split = plan.layout.replicas > 1 or plan.micro_batch is not None
-    stochastic = [name for name, module in model.named_modules() if isinstance(module, _STOCHASTIC)]
+    stochastic = [name for name, module in model.named_modules() if _draws_masks(module)]
     if stochastic and split:
         remarks.append(
             f"dropout ({stochastic[0]}) draws other masks than a serial run: equal in distribution, not in value"

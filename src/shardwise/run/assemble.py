@@ -188,6 +188,23 @@ def build_scheduler(job: Job, optimizer: Optimizer, total_steps: int | None) -> 
     return scheduler
 
 
+def check_updates(job: Job, total_steps: int | None) -> None:
+    """Make the job's optimizer and schedule once before any worker starts, and throw them away.
+
+    Raises:
+        JobError: one of them cannot be used. What the job's own functions raise comes through as it is.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                optimizer = build_optimizer(job, build_model(job, None))
+        except JobError:
+            raise
+        except Exception:  # noqa: BLE001  # some (fused=True) take no parameters without memory
+            optimizer = build_optimizer(job, build_model(job, CPU))
+        build_scheduler(job, optimizer, total_steps)
+
+
 def check_job(job: Job, plan: Plan) -> None:
     """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts."""
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are none of our business

@@ -12,11 +12,12 @@ from typing import Any
 
 from shardwise.data.source import as_splits
 from shardwise.errors import FolderError, RunFailed, Stopped, UserError
-from shardwise.run.assemble import check_job
+from shardwise.run.assemble import check_job, check_updates
 from shardwise.run.choose import choose_device
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
 from shardwise.run.launch import current_rank, launch
+from shardwise.run.loop import total_steps
 from shardwise.run.options import TrainOptions, make_options, parse_saving, resolve_plan
 from shardwise.run.result import Run
 from shardwise.run.worker import Work, claim_folder, train_rank
@@ -68,6 +69,7 @@ def train(
     if rank is None and chosen.nodes.count == 1:
         # Read here, once: workers inherit the pages, and what is wrong with a file shows before any worker starts.
         _ = splits.train, splits.test
+        check_updates(job, total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps))
     work = Work(
         job=job,
         splits=splits,
