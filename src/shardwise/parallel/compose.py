@@ -264,7 +264,7 @@ def _recompute(model: nn.Module, plan: Plan, stages: Stages | None) -> Recompute
 
 def _draws_masks(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
-        return module.dropout > 0
+        return bool(module.dropout > 0)
     if isinstance(module, nn.RNNBase):
         return module.dropout > 0 and module.num_layers > 1  # it drops between layers
     if isinstance(module, nn.RReLU):
