@@ -135,6 +135,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Run:
         Plan(layout=Layout(pipeline=2, shard=2)),
         Plan(layout=Layout(pipeline=2), schedule="interleaved1f1b", cuts=("blocks.1", "blocks.2", "norm")),
         Plan(layout=Layout(pipeline=3)),
+        Plan(layout=Layout(pipeline=2, tensor=2), cuts=("blocks.1.3",)),  # where tensor has its values in pieces
         Plan(layout=Layout(shard=2)),  # for what an evaluation between steps leaves behind
     ],
     ids=str,
@@ -164,7 +165,7 @@ def test_resume_under_other_layouts(tmp_path: Path) -> None:
     out = tmp_path / "run"
     _train(_job(epochs=1, schedule=None), out, "pipeline=3")
     _train(_job(epochs=2, schedule=None), out, "data=2", resume=True)
-    _train(_job(epochs=3, schedule=None), out, "shard=2,pipeline=2", resume=True)
+    _train(_job(epochs=3, schedule=None), out, "tensor=2,pipeline=2", resume=True)
     _same(_train(job, out, "serial", resume=True), serial)
 
 
@@ -249,7 +250,11 @@ def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         ({}, Plan(layout=Layout(pipeline=2), cuts=("blocks.9",)), "no module 'blocks.9'; did you mean"),
         ({}, Plan(layout=Layout(pipeline=2), cuts=("norm", "head")), "makes 3 stages, but 2 are needed"),
         ({}, Plan(layout=Layout(pipeline=2), schedule="zbv"), "this version runs gpipe, 1f1b"),
-        ({}, "pipeline=2,context=2", "beside pipeline this version splits over data and shard only, not over context"),
+        (
+            {},
+            "pipeline=2,context=2",
+            "beside pipeline this version splits over data, shard, tensor only, not over context",
+        ),
         ({}, "pipeline=2,expert=2", "not over expert; use --plan pipeline=2,data=2"),
         (
             {"model": Normed, "data": (torch.zeros(20, 7), torch.zeros(20, 3)), "loss": F.mse_loss, "weight": None},

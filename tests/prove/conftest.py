@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from shardwise.data.gather import Arrays
 from shardwise.data.source import Splits
+from shardwise.nn import MoE
 from shardwise.spec.job import Job
 
 
@@ -87,6 +88,20 @@ class Bag(nn.Module):
         return torch.as_tensor(self.head(self.bag(tokens)))
 
 
+class Mixed(nn.Module):
+    """Tokens take one of four experts each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 6)
+        self.mixture = MoE(6, 9, 4, 1, balance=0)
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        return torch.as_tensor(self.head(x + self.mixture(x)))
+
+
 class Towers(nn.Module):
     """Two encoders whose outputs are compared over all pairs of the batch."""
 
@@ -159,6 +174,7 @@ def make_job(kind: str, **changes: Any) -> Job:
         "conv": (ConvNet, _images),
         "gpt": (Gpt, _texts),
         "bag": (Bag, _bags),
+        "moe": (Mixed, _texts),
         "towers": (Towers, _vectors),
     }
     model, data = kinds[kind]
@@ -171,7 +187,7 @@ def make_job(kind: str, **changes: Any) -> Job:
         "batch_size": 13,
         "epochs": 2,
     }
-    if kind == "gpt":
+    if kind in ("gpt", "moe"):
         values |= {"loss": token_loss, "weight": token_weight, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)}
     if kind == "towers":
         values["loss"] = contrastive

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shardwise.data.batch import Batch
 from shardwise.dist.collectives import Group
+from shardwise.dist.split import is_dtensor, local_part
 from shardwise.parallel import data as parallel_data
 from shardwise.parallel import norm as parallel_norm
 from shardwise.parallel.clip import clip_by_global_norm
@@ -139,6 +140,56 @@ def scale_short_batch(a: Assembly) -> None:
     _after_sum(change)(a)
 
 
+def clip_per_stage(a: Assembly) -> None:
+    """Each stage takes the norm of its own gradients for that of the model."""
+    a.composed.apart = ()
+
+
+def keep_own_part(a: Assembly) -> None:
+    """Stages do not tell each other the gradients of the weights they share."""
+    gradients: Any = a.composed.gradients
+    gradients._shared._shared = []
+
+
+def no_reduction_of_stages(a: Assembly) -> None:
+    gradients: Any = a.composed.gradients
+    gradients._same_stages._group = Group()
+
+
+def drop_second_of_pipeline(a: Assembly) -> None:
+    """The schedule forgets a micro-batch, on all stages alike."""
+    runner: Any = a.composed.stages and a.composed.stages.runner
+    step_of = runner.step
+
+    def step(inputs: Any, objective: Any, **options: Any) -> None:
+        kept = [index for index in range(len(inputs)) if index != 1]
+        step_of([inputs[index] for index in kept], lambda output, place: objective(output, kept[place]), **options)
+
+    runner.__dict__["step"] = step
+
+
+def sum_of_micro_batches(a: Assembly) -> None:
+    """Pipeline libraries that leave it to their users to divide the losses do this."""
+    runner: Any = a.composed.stages and a.composed.stages.runner
+    step_of = runner.step
+
+    def step(inputs: Any, objective: Any, **options: Any) -> None:
+        step_of(inputs, lambda output, index: objective(output, index) * len(inputs), **options)
+
+    runner.__dict__["step"] = step
+
+
+def experts_summed_twice(a: Assembly) -> None:
+    """As if their gradients were summed over the expert axis, along which they are complete already."""
+
+    def change(assembly: Assembly) -> None:
+        for parameter in assembly.parameters:
+            if is_dtensor(parameter) and parameter.grad is not None:
+                local_part(parameter.grad).mul_(assembly.plan.layout.expert)
+
+    _after_sum(change)(a)
+
+
 def _refuted(verdict: Verdict, pattern: str) -> Finding:
     assert verdict.outcome == "refuted", verdict
     patterns = [finding.pattern for finding in verdict.findings]
@@ -193,6 +244,42 @@ def test_tied_weight_untied(job: Jobs) -> None:
     found = _refuted(prove(job("gpt"), "data=2", fault=untie), "tied weight untied")
     assert set(found.parameters) == {"tokens.weight", "head.weight"}
     assert "add up to the right one" in found.message
+
+
+def test_clipped_per_stage(job: Jobs) -> None:
+    found = _refuted(prove(job("mlp", clip_norm=0.1), "pipeline=2", fault=clip_per_stage), "clipped per part")
+    assert "per stage" in found.message and found.axes == ("pipeline",)
+
+
+def test_weight_of_two_stages_untied(job: Jobs) -> None:
+    verdict = prove(job("gpt"), "pipeline=2", fault=keep_own_part)
+    found = _refuted(verdict, "tied weight untied")
+    assert found.parameters == ("tokens.weight",) and found.axes == ("pipeline",)
+    assert "used on several pipeline stages" in str(verdict)
+
+
+def test_no_reduction_over_the_replicas_of_a_stage(job: Jobs) -> None:
+    found = _refuted(prove(job("mlp"), "data=2,pipeline=2", fault=no_reduction_of_stages), "missing reduction")
+    assert found.axes == ("data",) and "all parameters" in found.message
+
+
+def test_pipeline_drops_a_micro_batch(job: Jobs) -> None:
+    verdict = prove(job("mlp", micro_batch=4), "pipeline=2", fault=drop_second_of_pipeline)
+    assert "samples 4 to 7 of the global batch" in _refuted(verdict, "dropped micro-batch").message
+
+
+def test_pipeline_sums_the_means_of_micro_batches(job: Jobs) -> None:
+    verdict = prove(job("mlp", micro_batch=4), "pipeline=2", fault=sum_of_micro_batches)
+    found = _refuted(verdict, "scaled gradients")
+    assert found.factor == pytest.approx(4)
+    assert "the number of micro-batches" in found.message
+
+
+def test_expert_gradients_scaled_by_the_degree(job: Jobs) -> None:
+    found = _refuted(prove(job("moe"), "expert=2", fault=experts_summed_twice), "scaled gradients")
+    assert found.factor == pytest.approx(2)
+    assert "x2 on all parameters of MoE" in found.message or "x2 on mixture" in found.message
+    assert "the degree of expert, as if summed once too often" in found.message
 
 
 def test_dropped_micro_batch(job: Jobs) -> None:

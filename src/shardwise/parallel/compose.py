@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 READY_AXES = ("data", "shard", "tensor", "pipeline", "context", "expert")
 """Axes that this version can run; the others are planned for and refused."""
 
-_BESIDE_PIPELINE = ("data", "shard")
+_BESIDE_PIPELINE = ("data", "shard", "tensor")
 """Axes that a layout with a pipeline may have as well."""
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -99,7 +99,7 @@ def check_layout(plan: Plan) -> None:
     beside = [axis for axis, d in layout.degrees.items() if d > 1 and axis not in (*_BESIDE_PIPELINE, "pipeline")]
     if layout.pipeline > 1 and beside:
         raise PlanError(
-            f"plan {layout}: beside pipeline this version splits over {' and '.join(_BESIDE_PIPELINE)} only, not over "
+            f"plan {layout}: beside pipeline this version splits over {', '.join(_BESIDE_PIPELINE)} only, not over "
             f"{beside[0]}; use --plan pipeline={layout.pipeline},data={layout.workers // layout.pipeline}"
         )
     if plan.recompute != "none" and plan.compile:
@@ -199,11 +199,12 @@ def compose(
     tokens = mesh.group("data", "shard", "context", "expert")
     communicates = batch_norm == "global" and tokens.size > 1 and globalize_batch_norm(model, tokens, state) > 0
     broadcast_state(model, mesh.world)
+    on_pieces: Callable[..., Any] | None = None
     if split is not None:
         from shardwise.parallel.tensor.apply import apply_split
 
         axis = mesh.group("tensor"), mesh.device_mesh("tensor")
-        apply_split(model, split, *axis, sharded_next=plan.layout.shard > 1)
+        on_pieces = apply_split(model, split, *axis, sharded_next=plan.layout.shard > 1)
     sparse = sparse_parameters(model)
     context: ContextSplit | None = None
     if checked is not None:
@@ -215,7 +216,7 @@ def compose(
     if cut is not None:
         from shardwise.parallel.pipeline.stages import StageGradients, take_stages
 
-        stages = take_stages(cut, model, mesh.group("pipeline"), plan, next(model.parameters()).device)
+        stages = take_stages(cut, model, mesh.group("pipeline"), plan, next(model.parameters()).device, on_pieces)
     recomputed = _recompute(model, plan, stages)
     sharded: Sharded | None = None
     if plan.layout.shard > 1:

@@ -36,6 +36,12 @@ def _missing_reduction(e: Evidence) -> list[Finding]:
     for count in range(1, len(axes) + 1):
         for chosen in combinations(axes, count):
             missing = [name for name in names if _adds_up(e, name, chosen)]
+            if missing and chosen == ("pipeline",):
+                text = (
+                    f"{listed(missing)} is used on several pipeline stages, each of which has only its own part of the "
+                    "gradient: the parts add up to the right one, and were not added up"
+                )
+                return [Finding(pattern="tied weight untied", message=text, parameters=tuple(missing), axes=chosen)]
             if missing:
                 where = " and ".join(chosen)
                 holder = "each rank has only the gradient of its own samples" if set(chosen) <= set(SAMPLE_AXES) else (
@@ -50,12 +56,14 @@ def _missing_reduction(e: Evidence) -> list[Finding]:
 
 def _adds_up(e: Evidence, name: str, axes: Sequence[str]) -> bool:
     exact = e.yardstick.exact.first(reference_key(e.moment[1] + name, e.aliases))
-    ranks = [
-        report.rank
-        for report in e.candidate.reports
-        if all(place == 0 for axis, place in report.coordinates.items() if axis not in axes)
+    every = [(report, e.candidate.at(e.moment[1] + name, report.rank)) for report in e.candidate.reports]
+    held = [(report.coordinates, value) for report, value in every if value is not None]
+    # Of the ranks that have it (one pipeline stage, perhaps), those that differ from the first along these axes only.
+    values = [
+        value
+        for coordinates, value in held
+        if all(place == held[0][0][axis] for axis, place in coordinates.items() if axis not in axes)
     ]
-    values = [value for rank in ranks if (value := e.candidate.at(e.moment[1] + name, rank)) is not None]
     if exact is None or len(values) < 2 or any(value.shape != exact.shape for value in values):
         return False
     if all(torch.equal(value, values[0]) for value in values):
@@ -89,6 +97,9 @@ def _meaning(e: Evidence, factor: float) -> str:
             return f": the degree of {axis}, as if summed once too often, or not divided by it"
         if abs(factor * degree - 1) <= ALIKE:
             return f": one over the degree of {axis}, as if averaged where a sum belongs"
+    pieces = 1 + max((part.index for part in e.pieces.parts), default=0) if e.pieces is not None else 1
+    if pieces > 1 and abs(factor - pieces) <= ALIKE * pieces:
+        return ": the number of micro-batches, as if their means were summed and not weighted by their samples"
     return ""
 
 

@@ -110,7 +110,7 @@ def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor)
             totals[0] += _pair(value, few[index].count, LOSS).to(a.device)
 
     def add_output(output: Any, index: int) -> None:
-        batch = few[index]
+        batch, output = few[index], whole_output(a, output)
         if not batch.count:
             return
         if not stages.own_loss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -46,6 +46,14 @@ class Split:
         return len(self.table.stages)
 
 
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
 @final
 @dataclass
 class PipelinePart:
@@ -56,6 +64,8 @@ class PipelinePart:
             stand-ins with shape, dtype and device and without memory; they never get a gradient.
         stages: the stages this rank runs.
         holders: name of every parameter and buffer -> the ranks that hold it; the first is its owner.
+        around: `around(function, *args)` runs a stage.
+        plain: makes a value of a stage one that can be sent.
     """
 
     model: nn.Module
@@ -65,6 +75,8 @@ class PipelinePart:
     ranks: int
     stages: tuple[int, ...]
     holders: dict[str, tuple[int, ...]]
+    around: Callable[..., Any] = _call
+    plain: Callable[[Any], Any] = _itself
     session: Session = field(default_factory=Session)
     _gates: dict[str, Gate] = field(default_factory=dict)
     _accepted: set[int] = field(default_factory=set)

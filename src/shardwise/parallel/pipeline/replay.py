@@ -50,6 +50,7 @@ def run_stage(
     stage: int,
     inputs: Any,
     arrived: dict[int, Tensor],
+    plain: Callable[[Any], Any],
 ) -> StageResult:
     """Run one stage on one micro-batch.
 
@@ -60,6 +61,7 @@ def run_stage(
         cutting: of a pass with inputs of these shapes, in the model's present modes.
         inputs: those of the model; every stage has them.
         arrived: tensor of every value in `cutting.carried[stage]`; the stage may overwrite them.
+        plain: makes a value of this stage one that can be sent.
 
     Raises:
         RunFailed: the pass took another way than its trace.
@@ -87,7 +89,7 @@ def run_stage(
     finally:
         session.handler = None
     following = cutting.carried[stage + 1] if stage + 1 < cutting.stages else ()
-    return StageResult(leaves, {number: replay.values[number] for number in following}, output)
+    return StageResult(leaves, {number: plain(replay.values[number]) for number in following}, output)
 
 
 @final

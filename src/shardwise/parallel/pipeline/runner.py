@@ -159,7 +159,9 @@ class PipelineRunner:
         arrived = {number: value for number, value in self._take(walk, "F", stage, index).items() if value is not None}
         part = self._part
         inputs = walk.micro_batches[index]
-        result = run_stage(part.program.forward, part.model, part.session, cutting, stage, inputs, arrived)
+        result = part.around(
+            run_stage, part.program.forward, part.model, part.session, cutting, stage, inputs, arrived, part.plain
+        )
         if stage == cutting.stages - 1:
             walk.objectives[index] = walk.on_output(result.output, index)
             result.output = None

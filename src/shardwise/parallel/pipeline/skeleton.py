@@ -9,10 +9,12 @@ import copy
 import functools
 from typing import final
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from shardwise.dist.split import is_dtensor
 from shardwise.errors import PlanError
 
 
@@ -28,7 +30,11 @@ class Fakes:
         """A stand-in with the shape, dtype, device and `requires_grad` of `tensor`, a Parameter for a Parameter."""
         known = self._made.get(id(tensor))
         if known is None:
-            fake: Tensor = self.mode.from_tensor(tensor.detach())
+            if is_dtensor(tensor):
+                with self.mode:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            else:
+                fake = self.mode.from_tensor(tensor.detach())
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             # The original is kept beside it: an address may only be used again after its tensor is gone.

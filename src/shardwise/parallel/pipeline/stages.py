@@ -80,14 +80,26 @@ def cut_model(
     return Cut(made, Program(model, outputs, made.program.cuts))
 
 
-def take_stages(cut: Cut, model: nn.Module, group: Group, plan: Plan, device: torch.device) -> Stages:
+def take_stages(
+    cut: Cut,
+    model: nn.Module,
+    group: Group,
+    plan: Plan,
+    device: torch.device,
+    on_pieces: Callable[..., Any] | None = None,
+) -> Stages:
     """Keep this rank's stages of the model, in place.
 
     Args:
         cut: of this very model.
         group: the ranks of this pipeline.
+        on_pieces: runs what calls the model, where the tensor axis splits its weights.
     """
     part = take_part(cut.split, model, group.rank, group.size)
+    if on_pieces is not None:
+        from shardwise.parallel.tensor.part import plain
+
+        part.around, part.plain = on_pieces, plain
     runner = PipelineRunner(part, group, schedule=plan.schedule, device=device)
     outputs = runner
     if cut.outputs is not None:

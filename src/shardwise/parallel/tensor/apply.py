@@ -44,7 +44,7 @@ _UNTOUCHED = METADATA | {
 
 def apply_split(
     model: nn.Module, plan: TensorPlan, group: Group, mesh: DeviceMesh, *, sharded_next: bool = False
-) -> None:
+) -> Callable[..., Any]:
     """Make every rank keep its share of the split parameters, and compute with it, in place.
 
     Every rank must hold the same whole model. Optimizers are made afterwards, over the new parameters.
@@ -57,6 +57,10 @@ def apply_split(
         sharded_next: FSDP2 will shard the parameters further. It keeps the order of elements only along a dim that is not
             split in blocks: fused weights are then sharded along their other dim by `shard_model`, and fused biases, which
             have no other, stay whole on the tensor axis.
+
+    Returns:
+        `call(function, *args)`: runs what calls the model, for those who look at its torch functions with a mode of their own:
+        theirs then sees the user's calls and not those on pieces.
 
     Raises:
         PlanError: the plan is for another number of ranks.
@@ -77,6 +81,7 @@ def apply_split(
                 own = True
         if own or not name:
             wires.connect(module)
+    return wires.call
 
 
 def _split_parameter(parameter: nn.Parameter, share: Share, ring: Ring, mesh: DeviceMesh) -> nn.Parameter:
