@@ -10,6 +10,7 @@ from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.schedule import (
     Action,
     ScheduleTable,
+    _simulate,
     forward_table,
     rank_of,
     schedule_table,
@@ -18,7 +19,7 @@ from shardwise.parallel.pipeline.schedule import (
 
 GRID = [
     (schedule, ranks, micro_batches)
-    for schedule in ("gpipe", "1f1b", "interleaved1f1b")
+    for schedule in ("gpipe", "1f1b", "interleaved1f1b", "zerobubble")
     for ranks in (2, 3, 4, 8)
     for micro_batches in (0, 1, 2, 3, 5, 8, 13)
 ]
@@ -43,7 +44,7 @@ def blocking_run(table: ScheduleTable) -> list[Action]:
             action = current(rank)
             if action is None:
                 continue
-            if action.kind in ("F", "B"):
+            if action.kind in ("F", "B", "W"):
                 done.append(action)
                 place[rank] += 1
                 moved = True
@@ -71,8 +72,10 @@ def check_order(table: ScheduleTable, done: Sequence[Action], *, backward: bool)
         else:
             assert Action("F", stage, index) in seen
             assert stage == last or Action("B", stage + 1, index) in seen
+            assert kind == "B" or Action("B", stage, index) in seen
         seen.add(action)
-    assert len(seen) == table.stages * table.micro_batches * (2 if backward else 1)
+    kinds = (3 if table.name == "zerobubble" else 2) if backward else 1
+    assert len(seen) == table.stages * table.micro_batches * kinds
 
 
 @pytest.mark.parametrize(("schedule", "ranks", "micro_batches"), GRID)
@@ -107,6 +110,26 @@ def test_one_forward_one_backward_holds_few_micro_batches() -> None:
     assert [most_in_flight(all_all, rank) for rank in range(4)] == [12, 12, 12, 12]
 
 
+def _end(table: ScheduleTable, *, halved: bool) -> int:
+    """When the last rank is done, if F, B and W take one unit each, and an unhalved B two."""
+    rows = [[action for action in row if action.kind in ("F", "B", "W")] for row in table.rows]
+    return max(end for _, end, _, _ in _simulate(rows, table.stages, halved))
+
+
+def test_zero_bubble_waits_less_and_holds_no_more() -> None:
+    plain, halved = (schedule_table(name, 4, 4, 12) for name in ("1f1b", "zerobubble"))
+    work = 3 * 12
+    # Qi et al. 2023, table 2, with equal times: a bubble of (p - 1)(F + B + W) = 9 for 1F1B; their ZB-H1, which is not found
+    # by preferences alone, has (p - 1)(F + B - W) = 3.
+    assert _end(plain, halved=False) - work == 9
+    assert _end(halved, halved=True) - work == 5
+    for row in halved.rows:
+        held = 0
+        for action in row:
+            held += {"F": 1, "W": -1}.get(action.kind, 0)
+            assert held <= 4
+
+
 def test_a_swapped_pair_of_messages_is_seen_as_a_deadlock() -> None:
     table = schedule_table("1f1b", 2, 2, 3)
     row = list(table.rows[1])
@@ -128,7 +151,8 @@ def test_a_table_prints_a_row_per_rank() -> None:
 @pytest.mark.parametrize(
     ("schedule", "cuts", "says"),
     [
-        ("zerobubble", (), "zero-bubble"),
+        ("zbv", (), "places the stages in a V"),
+        ("dualpipev", (), "places the stages in a V"),
         ("interleaved1f1b", ("a",), "same number of"),
         ("interleaved1f1b", ("a", "b"), "same number of"),
     ],

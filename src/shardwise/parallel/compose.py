@@ -111,6 +111,11 @@ def check_layout(plan: Plan) -> None:
         raise PlanError(
             "plan recompute_modules names what to recompute, but recompute is 'none': give recompute as well"
         )
+    if plan.schedule == "zerobubble" and (layout.shard * layout.tensor > 1 or plan.recompute != "none"):
+        raise PlanError(
+            f"plan {layout} with schedule='zerobubble': its backward pass is in two halves, through which neither shard nor "
+            "tensor nor recompute go; use schedule='1f1b', or data beside the pipeline"
+        )
     if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
         raise PlanError(
             f"plan {layout}: schedule and cuts belong to a pipeline, which this layout has not; leave them out"

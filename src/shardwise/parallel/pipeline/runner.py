@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from shardwise.parallel.pipeline.message import Form, pack, unpack
 from shardwise.parallel.pipeline.part import PipelinePart
 from shardwise.parallel.pipeline.program import Cutting
 from shardwise.parallel.pipeline.replay import StageResult, run_stage
-from shardwise.parallel.pipeline.schedule import Action, ScheduleTable, forward_table, rank_of, schedule_table
+from shardwise.parallel.pipeline.schedule import HALVED, Action, ScheduleTable, forward_table, rank_of, schedule_table
+
+if TYPE_CHECKING:
+    from shardwise.parallel.pipeline.halves import Halves
 
 Objective: TypeAlias = Callable[[Any, int], Tensor]
 """`(output, micro-batch)` -> the scalar to back-propagate: that micro-batch's share of the global mean."""
@@ -40,6 +43,7 @@ class _Pass:
     here: dict[tuple[str, int, int], dict[int, Tensor | None]] = field(default_factory=dict)
     results: dict[tuple[int, int], StageResult] = field(default_factory=dict)
     objectives: dict[int, Tensor | None] = field(default_factory=dict)
+    weights: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)
     backward_left: int = 0
 
 
@@ -71,6 +75,7 @@ class PipelineRunner:
         self._device = device
         self._timeout = timeout_seconds
         self._tables: dict[tuple[str, int], ScheduleTable] = {}
+        self._halves: Halves | None = None
 
     @property
     def has_output(self) -> bool:
@@ -138,7 +143,7 @@ class PipelineRunner:
         row = table.rows[self._part.rank]
         cuttings = [self._part.cutting(inputs) for inputs in micro_batches]
         walk = _Pass(table, micro_batches, cuttings, on_output, on_last_backward)
-        walk.backward_left = sum(action.kind == "B" for action in row)
+        walk.backward_left = sum(action.kind in ("B", "W") for action in row)
         if not walk.backward_left:
             on_last_backward()
         for action in row:
@@ -146,6 +151,9 @@ class PipelineRunner:
                 self._forward(walk, action)
             elif action.kind == "B":
                 self._backward(walk, action)
+            elif action.kind == "W":
+                self._count_backward(walk)
+                walk.weights.pop((action.stage, action.micro_batch), lambda: None)()
             elif action.kind in _BEFORE:
                 self._receive(walk, action)
             else:
@@ -173,13 +181,11 @@ class PipelineRunner:
     def _backward(self, walk: _Pass, action: Action) -> None:
         stage, index = action.stage, action.micro_batch
         result = walk.results.pop((stage, index))
-        if walk.backward_left == 1:
-            walk.on_last_backward()
-        walk.backward_left -= 1
+        self._count_backward(walk)
         if stage == walk.cuttings[index].stages - 1:
             objective = walk.objectives.pop(index)
             if objective is not None and objective.requires_grad:
-                objective.backward()
+                self._propagate(walk, action, result, [objective], None)
         else:
             # The gradients are the answer to these activations: the message has arrived, its memory can go.
             sent = walk.sent.pop(("F", stage + 1, index), None)
@@ -191,10 +197,32 @@ class PipelineRunner:
             ]
             pairs = [(value, gradient) for value, gradient in pairs if value.requires_grad]
             if pairs:
-                torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+                values, gradients_of = [value for value, _ in pairs], [gradient for _, gradient in pairs]
+                self._propagate(walk, action, result, values, gradients_of)
         if stage:
             returned = {number: leaf.grad for number, leaf in result.leaves.items() if leaf.requires_grad}
             self._hand_on(walk, "B", stage - 1, index, returned)
+
+    def _count_backward(self, walk: _Pass) -> None:
+        if walk.backward_left == 1:
+            walk.on_last_backward()
+        walk.backward_left -= 1
+
+    def _propagate(
+        self, walk: _Pass, action: Action, result: StageResult, outputs: list[Tensor], gradients: list[Tensor] | None
+    ) -> None:
+        """The backward pass of a stage, or, under a schedule with W, its first half."""
+        leaves = [leaf for leaf in result.leaves.values() if leaf.requires_grad]
+        if walk.table.name not in HALVED or not leaves:  # the first stage has nobody who waits
+            torch.autograd.backward(outputs, gradients)
+            return
+        if self._halves is None:
+            from shardwise.parallel.pipeline.halves import Halves
+
+            self._halves = Halves([parameter for _, parameter in self._part.named_parameters()])
+        later = self._halves.inputs(action.stage, outputs, gradients, leaves)
+        if later is not None:
+            walk.weights[(action.stage, action.micro_batch)] = later
 
     # Messages
 

@@ -12,8 +12,10 @@ from typing import Literal, NamedTuple, final
 
 from shardwise.errors import PlanError
 
-Kind = Literal["F", "B", "SEND_F", "RECV_F", "SEND_B", "RECV_B"]
-READY_SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b")
+Kind = Literal["F", "B", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B"]
+READY_SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble")
+HALVED = ("zerobubble",)
+"""Schedules whose backward pass is in two halves."""
 """Schedules this version runs."""
 CHUNKS = 2
 """Stages per rank of the interleaved schedule where no cuts say otherwise."""
@@ -22,8 +24,8 @@ FORWARD_TIME, BACKWARD_TIME = 1, 2
 
 
 class Action(NamedTuple):
-    """One entry of a row: F and B compute; SEND_F hands a stage's activations on, RECV_F takes those a stage needs;
-    SEND_B and RECV_B do so with gradients."""
+    """One entry of a row: F and B compute, and W what a halved B left, the gradients of weights; SEND_F hands a stage's
+    activations on, RECV_F takes those a stage needs; SEND_B and RECV_B do so with gradients."""
 
     kind: Kind
     stage: int
@@ -62,8 +64,8 @@ def stages_for(schedule: str, ranks: int, cuts: Sequence[str] = ()) -> int:
     """
     if schedule not in READY_SCHEDULES:
         raise PlanError(
-            f"plan schedule={schedule!r}: this version runs {', '.join(READY_SCHEDULES)}; the zero-bubble schedules need the "
-            "gradients of weights apart from those of activations, which it does not compute. Use schedule='1f1b', or "
+            f"plan schedule={schedule!r}: this version runs {', '.join(READY_SCHEDULES)}; {schedule} places the stages in a V, "
+            "the first and the last one on the same rank, which it does not do. Use schedule='zerobubble' or "
             "'interleaved1f1b' for a smaller bubble"
         )
     if schedule != "interleaved1f1b":
@@ -81,17 +83,22 @@ def schedule_table(schedule: str, ranks: int, stages: int, micro_batches: int) -
     """The table for one optimizer step.
 
     gpipe: Huang et al. 2019. 1f1b: Narayanan et al. 2019 (PipeDream-flush). interleaved1f1b: Narayanan et al. 2021,
-    section 2.2; a number of micro-batches that the ranks do not divide leaves gaps.
+    section 2.2; a number of micro-batches that the ranks do not divide leaves gaps. zerobubble: in the manner of
+    ZB-H1 of Qi et al. 2023, with the memory of 1f1b, but found greedily.
     """
     if schedule == "gpipe":
         rows = [_all_forward_all_backward(rank, micro_batches) for rank in range(ranks)]
     elif schedule == "1f1b":
         rows = [_one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)]
+    elif schedule == "zerobubble":
+        rows = _zero_bubble(ranks, micro_batches)
     elif schedule == "interleaved1f1b":
         rows = [_interleaved(rank, ranks, stages // ranks, micro_batches) for rank in range(ranks)]
     else:
         raise PlanError(f"plan schedule={schedule!r}: known tables are {', '.join(READY_SCHEDULES)}")
-    return ScheduleTable(schedule, ranks, stages, micro_batches, _with_messages(rows, ranks, stages))
+    return ScheduleTable(
+        schedule, ranks, stages, micro_batches, _with_messages(rows, ranks, stages, schedule in HALVED)
+    )
 
 
 def forward_table(ranks: int, stages: int, micro_batches: int) -> ScheduleTable:
@@ -138,13 +145,43 @@ def _interleaved(rank: int, ranks: int, chunks: int, micro_batches: int) -> list
     return [item for item in row if item.micro_batch < micro_batches]
 
 
-def _with_messages(rows: Sequence[Sequence[Action]], ranks: int, stages: int) -> tuple[tuple[Action, ...], ...]:
+def _zero_bubble(ranks: int, micro_batches: int) -> list[list[Action]]:
+    """Rows of F, B (gradients of activations) and W (of weights), found by letting time pass: a rank prefers B, for which
+    others wait, to F, and F to W, and holds no more micro-batches than under 1f1b."""
+    rows: list[list[Action]] = [[] for _ in range(ranks)]
+    done: dict[str, list[dict[int, int]]] = {kind: [{} for _ in range(ranks)] for kind in ("F", "B", "W")}
+    now = 0
+    while any(len(done["W"][rank]) < micro_batches for rank in range(ranks)):
+        for rank in range(ranks):
+            f, b, w = (len(done[kind][rank]) for kind in ("F", "B", "W"))
+            arrived = rank == 0 or done["F"][rank - 1].get(f, now) < now
+            returned = done["B"][rank + 1].get(b, now) < now if rank + 1 < ranks else b < f
+            kind: Kind | None = None
+            if b < f and returned:
+                kind = "B"
+            elif f < micro_batches and arrived and f - b < ranks - rank and f - w < ranks:
+                kind = "F"
+            elif w < b:
+                kind = "W"
+            if kind is not None:
+                index = {"F": f, "B": b, "W": w}[kind]
+                rows[rank].append(Action(kind, rank, index))
+                done[kind][rank][index] = now
+        now += 1
+    return rows
+
+
+def _with_messages(
+    rows: Sequence[Sequence[Action]], ranks: int, stages: int, halved: bool = False
+) -> tuple[tuple[Action, ...], ...]:
     """The rows with the messages between them, at the times at which they can be sent."""
     # (time, messages before computations at that time, a fixed order among messages, the action)
     timed: list[list[tuple[int, int, int, Action]]] = [[] for _ in range(ranks)]
     serial = 0
-    for begin, end, rank, action in _simulate(rows, stages):
+    for begin, end, rank, action in _simulate(rows, stages, halved):
         timed[rank].append((begin, 1, serial, action))
+        if action.kind == "W":
+            continue
         ahead = action.kind == "F"
         target = action.stage + 1 if ahead else action.stage - 1
         serial += 1
@@ -157,7 +194,7 @@ def _with_messages(rows: Sequence[Sequence[Action]], ranks: int, stages: int) ->
     return tuple(tuple(action for *_, action in sorted(row)) for row in timed)
 
 
-def _simulate(rows: Sequence[Sequence[Action]], stages: int) -> list[tuple[int, int, int, Action]]:
+def _simulate(rows: Sequence[Sequence[Action]], stages: int, halved: bool) -> list[tuple[int, int, int, Action]]:
     """(begin, end, rank, action) of every computation if messages took no time, ordered by end and rank."""
     done: dict[tuple[str, int, int], int] = {}
     clock = [0] * len(rows)
@@ -172,7 +209,7 @@ def _simulate(rows: Sequence[Sequence[Action]], stages: int) -> list[tuple[int, 
                 if needed is not None and needed not in done:
                     break
                 begin = max(clock[rank], done[needed] if needed is not None else 0)
-                clock[rank] = begin + (FORWARD_TIME if action.kind == "F" else BACKWARD_TIME)
+                clock[rank] = begin + (BACKWARD_TIME if action.kind == "B" and not halved else FORWARD_TIME)
                 done[(action.kind, action.stage, action.micro_batch)] = clock[rank]
                 found.append((begin, clock[rank], rank, action))
                 place[rank] += 1
@@ -185,6 +222,8 @@ def _simulate(rows: Sequence[Sequence[Action]], stages: int) -> list[tuple[int, 
 def _needed(action: Action, stages: int) -> tuple[str, int, int] | None:
     if action.kind == "F":
         return ("F", action.stage - 1, action.micro_batch) if action.stage else None
+    if action.kind == "W":
+        return ("B", action.stage, action.micro_batch)
     if action.stage == stages - 1:
         return ("F", action.stage, action.micro_batch)
     return ("B", action.stage + 1, action.micro_batch)
