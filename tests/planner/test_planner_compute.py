@@ -179,3 +179,14 @@ def test_dualpipe_hides_the_exchange_of_tokens() -> None:
     plain = case(**layout, schedule="1f1b")
     hidden = case(**layout, schedule="dualpipev", virtual_stages=2)
     assert 0 < estimate(hidden).seconds["tensor"] < estimate(plain).seconds["tensor"]
+
+
+def test_a_faster_unit_loses_more_at_short_inner_dimensions() -> None:
+    def loss(name: str) -> float:
+        rates = device_rates(catalogue.accelerator(name), "bf16", DEFAULT)
+        short, long = (matmul_seconds(16384, 16384, inner, rates) / inner for inner in (1024, 65536))
+        return short / long
+
+    assert loss("v100-32gb-sxm") < loss("a100-80gb-sxm") < loss("h100-80gb-sxm") < loss("b200-180gb-sxm")
+    assert loss("a100-80gb-sxm") == pytest.approx(1 + DEFAULT.matmul_inner_half / 1024, rel=0.01)
+    assert loss("tpu-v4") == pytest.approx(loss("a100-80gb-sxm"), rel=0.01)

@@ -193,7 +193,16 @@ def test_why_not_answers_for_one_layout() -> None:
         asked, Layout(tensor=found.best.case.tensor, pipeline=found.best.case.pipeline), found
     )
     assert "slower than the winner" in why_not(asked, Layout(tensor=8), found)
-    assert "is not possible here" in why_not(asked, Layout(tensor=7), found)
+    for layout, rule in (
+        (Layout(tensor=7), "not possible here: tensor must divide the 32 heads; 7 must divide the 32 workers"),
+        (Layout(tensor=16), "not possible here: tensor ranks stay within the 8 ranks of a node"),
+        (Layout(expert=2), "not possible here: the model has no experts"),
+        (Layout(context=2), "not possible here: sequences are split only from 16384 tokens on"),
+        (Layout(pipeline=64), "not possible here: a pipeline has at most 32 stages; 64 must divide the 32 workers"),
+        (Layout(shard=128), "the 64 sequences of a step must divide evenly over 128 data ranks"),
+        (Layout(pipeline=16, tensor=4), "64 must divide the 32 workers"),
+    ):
+        assert rule in why_not(asked, layout, found)
     assert "does not fit" in why_not(asked, Layout(data=32), found)
 
 

@@ -24,6 +24,12 @@ CAST_BYTES = 2.0
 """Bytes moved per operand value of an fp8 product. A tensor is cast and transposed in one pass, reading 2 and writing 1 + 1,
 and serves two of the three products of a linear map (Transformer Engine, fused cast and transpose)."""
 
+A100_UNIT_FLOPS = 312e12 / 108
+"""FLOP/s of one multiprocessor of the part for which `matmul_inner_half` is stated (NVIDIA A100 datasheet)."""
+
+FEW_UNITS = 32
+"""Parts with fewer units than this are not built of multiprocessors."""
+
 SMALL_HEAD = 128
 """Width of a head below which fused attention loses rate (FlashAttention-2, figure 4: 64 against 128)."""
 
@@ -72,11 +78,20 @@ def device_rates(accelerator: Accelerator, precision: str, constants: Constants)
         batched_flops=half_rate,
         memory_bytes=accelerator.memory_bytes_per_second.value * constants.memory_rate,
         units=int(accelerator.multiprocessors.value),
-        inner_half=constants.matmul_inner_half,
+        inner_half=constants.matmul_inner_half * _startup_factor(peaks[used].value, accelerator.multiprocessors.value),
         kernel_seconds=constants.kernel_seconds,
         element=BYTES[precision],
         cast_bytes=CAST_BYTES if used == "fp8" else 0.0,
     )
+
+
+def _startup_factor(peak_flops: float, units: float) -> float:
+    """Inner steps in which a tile starts up and drains, over those of an A100.
+
+    That takes a constant time, in which a faster unit would do more steps. Between a half and three, and one for parts
+    whose few units are systolic arrays: their products are not cut into such tiles.
+    """
+    return 1.0 if units < FEW_UNITS else min(3.0, max(0.5, peak_flops / units / A100_UNIT_FLOPS))
 
 
 @lru_cache(maxsize=200_000)

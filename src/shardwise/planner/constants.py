@@ -14,7 +14,7 @@ class Constants:
 
     Attributes:
         matmul_rate: rate of a large training matrix product over the best shape of a search on that part.
-        matmul_inner_half: inner dimension at which a tile reaches half of its rate (prologue and epilogue of the tile).
+        matmul_inner_half: inner dimension at which a tile reaches half of its rate on an A100 (its prologue and epilogue).
         memory_rate: rate of an element-wise kernel over the nominal memory bandwidth.
         attention_rate: fused attention in training over the published rate of that kernel.
         eager_traffic: bytes moved by element-wise kernels over the bytes of perfectly fused ones, not compiled.
@@ -31,7 +31,7 @@ class Constants:
     """
 
     matmul_rate: float = 0.885
-    matmul_inner_half: float = 140.0
+    matmul_inner_half: float = 130.0
     memory_rate: float = 0.83
     attention_rate: float = 0.565
     eager_traffic: float = 1.65

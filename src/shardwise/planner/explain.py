@@ -7,7 +7,7 @@ from shardwise.errors import PlanError
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.memory import CONTEXT_BYTES
-from shardwise.planner.search import Candidate, Found, Problem, cases
+from shardwise.planner.search import LONG_SEQUENCE, Candidate, Found, Problem, cases
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
@@ -93,11 +93,7 @@ def why_not(problem: Problem, wanted: Layout, found: Found, constants: Constants
     matching = [case for case in cases(problem) if _matches(case, wanted)]
     if not matching:
         given = ",".join(f"{axis}={degree}" for axis, degree in degrees.items()) or "serial"
-        return (
-            f"{given} is not possible here: tensor must divide the {problem.model.heads} heads and stay within the "
-            f"{problem.machine.gpus_per_node} ranks of a node, a pipeline has at most {problem.model.layers} stages, and "
-            f"the {problem.global_batch} sequences and {problem.workers} workers must divide evenly"
-        )
+        return f"{given} is not possible here: {_broken_rules(problem, wanted)}"
     priced = [Candidate(case, estimate(case, constants, quick=True)) for case in matching]
     fitting = [item for item in priced if item.estimate.comfortable]
     if not fitting:
@@ -107,6 +103,34 @@ def why_not(problem: Problem, wanted: Layout, found: Found, constants: Constants
     if found.best is None or item.estimate.step_seconds <= found.best.estimate.step_seconds:
         return f"nothing speaks against it: {item} is the best layout found"
     return f"its best form is {item}; {_loses(item, found.best, constants)}"
+
+
+def _broken_rules(problem: Problem, wanted: Layout) -> str:
+    """The rules of the search that a layout breaks, in words."""
+    model, workers = problem.model, problem.workers
+    rules = (
+        (model.heads % wanted.tensor == 0, f"tensor must divide the {model.heads} heads"),
+        (
+            wanted.tensor <= problem.machine.gpus_per_node,
+            f"tensor ranks stay within the {problem.machine.gpus_per_node} ranks of a node",
+        ),
+        (wanted.pipeline <= model.layers, f"a pipeline has at most {model.layers} stages"),
+        (
+            problem.global_batch % wanted.replicas == 0,
+            f"the {problem.global_batch} sequences of a step must divide evenly over {wanted.replicas} data ranks",
+        ),
+        (
+            wanted.expert == 1 or (model.experts > 0 and model.experts % wanted.expert == 0),
+            f"expert must divide the {model.experts} experts" if model.experts else "the model has no experts",
+        ),
+        (
+            wanted.context == 1 or problem.seq_len >= LONG_SEQUENCE,
+            f"sequences are split only from {LONG_SEQUENCE} tokens on",
+        ),
+        (workers % wanted.workers == 0, f"{wanted.workers} must divide the {workers} workers"),
+    )
+    broken = [told for kept, told in rules if not kept]
+    return "; ".join(broken) or "its degrees do not divide the batch, the workers and the model together"
 
 
 def what_helps(found: Found, constants: Constants = DEFAULT) -> tuple[str, ...]:
@@ -202,7 +226,7 @@ def _loses(item: Candidate, best: Candidate, constants: Constants) -> str:
     worst = max(extra, key=lambda name: extra[name])
     share = 100 * mine.seconds[worst] / mine.step_seconds
     sentence = (
-        f"it is {100 * slower:.0f} % slower than the winner; most of it is {PARTS[worst]}, {share:.0f} % of its step"
+        f"it is {100 * slower:.0f} % slower than the winner, mostly by {PARTS[worst]} ({share:.0f} % of its step)"
     )
     even = _even(item, best, worst, constants)
     return f"{sentence}; {even}" if even else sentence
