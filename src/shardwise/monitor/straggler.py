@@ -100,7 +100,7 @@ class Detector:
             advice = (
                 ". With shares of " + ", ".join(f"{share:.2f}" for share in shares) + " of the global batch all ranks "
             )
-            advice += "would take equally long (--balance does that)"
+            advice += "would take equally long"
         message = (
             f"rank {rank} is slow in {phase}: {format_seconds(lost)} more a step than the other ranks, of "
             f"{format_seconds(step_seconds)}{arrival}{why}{advice}"
