@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardwise import data, metrics, nn, tasks, testing
+    from shardwise.advise.train import train
     from shardwise.errors import ShardwiseError
     from shardwise.run.live import LiveRun, start
     from shardwise.run.result import Run, predict
-    from shardwise.run.train import train
     from shardwise.spec.job import Job
     from shardwise.spec.layout import Layout
     from shardwise.spec.plan import Plan
@@ -23,7 +23,7 @@ _WHERE = {
     "Layout": "spec.layout",
     "Plan": "spec.plan",
     "ShardwiseError": "errors",
-    "train": "run.train",
+    "train": "advise.train",
     "start": "run.live",
     "LiveRun": "run.live",
     "Run": "run.result",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,19 @@ from click.testing import CliRunner, Result
 
 from shardwise.cli.main import shardwise
 from shardwise.errors import PlanError, UserError
-from shardwise.probe import machine as probing
 from shardwise.probe.place import cached_path, this_place
+from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
 
 
 @pytest.fixture(scope="module", autouse=True)
-def figures(tmp_path_factory: pytest.TempPathFactory) -> object:
+def figures(tmp_path_factory: pytest.TempPathFactory, machine: Machine) -> Iterator[Path]:
     """This machine's figures, in a folder of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         path = cached_path(this_place())
         path.parent.mkdir(parents=True)
-        probing.probe(quick=True).write(path)
+        machine.write(path)
         yield path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the job; repeatable."
 )
 @click.option(
-    "--plan", metavar="PLAN", help="serial, data=2, ... or a plan file (.toml). Chosen for the machine if left out."
+    "--plan",
+    metavar="PLAN",
+    help="serial, data=2, ..., a plan file (.toml), or auto (as if left out): planned for this machine.",
 )
+@click.option("--no-trial", is_flag=True, help="Plan without trying the best plans for some steps first.")
 @click.option("--workers", type=int, metavar="N", help="Number of workers in all.")
 @click.option("--threads", type=int, metavar="N", help="Compute threads per worker.")
 @click.option(
@@ -77,6 +81,7 @@ def train(
     stall_after: str,
     trace: str | None,
     prove_first: bool,
+    no_trial: bool,
     as_json: bool,
     quiet: bool,
     **rest: Any,
@@ -91,7 +96,7 @@ def train(
     from shardwise.run.command import TrainCommand, train_command
     from shardwise.run.launch import Nodes
     from shardwise.run.progress import tell
-    from shardwise.run.summary import closing_lines
+    from shardwise.run.summary import closing_lines, predicted
     from shardwise.run.trace import parse_trace
     from shardwise.units import parse_seconds
 
@@ -103,6 +108,7 @@ def train(
         changes={name: value for name, value in changes.items() if value is not None},
         options={
             **rest,
+            "plan": rest["plan"] or "auto",
             "out": out,
             "nodes": Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id=rdzv_id),
             "timeout_seconds": parse_seconds(timeout),
@@ -113,11 +119,13 @@ def train(
         given=_given(),
     )
     with stdout_to_stderr(as_json):
-        run = train_command(command, before=_prove if prove_first else None)
+        chooser = functools.partial(_planned, trial=not no_trial, show=not quiet)
+        run = train_command(command, before=_prove if prove_first else None, chooser=chooser)
     if run is None:
         return
     if as_json:
-        print_json(run.summary)
+        told = predicted(run)
+        print_json(run.summary if told is None else {**run.summary, "predicted": told})
     if not quiet:
         tell("\n".join(closing_lines(run)))
 
@@ -126,6 +134,12 @@ def _prove(job: Job, plan: Plan) -> None:
     from shardwise.prove.proof import prove_before_training
 
     print(prove_before_training(job, plan), file=sys.stderr)
+
+
+def _planned(job: Job, **options: Any) -> Plan:
+    from shardwise.advise.auto import automatic  # only where a plan is wanted: a named one starts sooner
+
+    return automatic(job, **options)
 
 
 def _given() -> frozenset[str]:

@@ -32,8 +32,12 @@ MESSAGE_SECONDS = 3e-5
 STEP_SECONDS = 1.5e-4
 """The loop around a step: batch, clock, ledger (measured on one core, 2026-11-26)."""
 
-LIBRARY_BYTES = {"shard": 75 * 2**20, "tensor": 75 * 2**20, "expert": 95 * 2**20, "context": 25 * 2**20}
-"""What a worker of such a plan holds more, because it loads FSDP2 or DTensor (measured resident memory, 2026-11-26)."""
+LIBRARY_BYTES = {"data": 70, "context": 75, "shard": 80, "tensor": 80, "pipeline": 75, "expert": 110}
+"""MiB that a worker holds more towards the end of a run, because it loads distributed checkpoints, FSDP2 or DTensor, by axis;
+one worker holds as much as with data (measured resident memory, 2026-11-26)."""
+
+INLINE_BYTES = 25 * 2**20
+"""What one worker holds more, because it is the process of the command itself (measured 2026-11-26)."""
 
 RING_BYTES = 8 * 2**20
 """Shared memory of one rank, of which a message touches what it needs (dist/exchange.py)."""
@@ -357,7 +361,9 @@ def _memory(
     if machine.measured is not None:
         found["process"] = facts.base_bytes or machine.measured.worker_bytes
         loaded = [size for axis, size in LIBRARY_BYTES.items() if layout.degrees[axis] > 1]
-        found["libraries"] = float(max(loaded, default=0))
+        found["libraries"] = max(loaded, default=LIBRARY_BYTES["data"]) * 2.0**20
+        if layout.workers == 1:
+            found["libraries"] += INLINE_BYTES
         if layout.workers > 1:
             message = min(RING_BYTES, 2.0 * gradients)
             found["shared memory"] = layout.workers * message if summed > 1 else 0.0

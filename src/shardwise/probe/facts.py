@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shardwise.data.batch import Batch, tree_map
-from shardwise.data.loader import batches, eval_batches
+from shardwise.data.loader import batches
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import PlanError, ShardwiseError
@@ -24,6 +24,7 @@ from shardwise.parallel.compose import READY_AXES
 from shardwise.parallel.norm import batch_norms
 from shardwise.probe.blocks import block_names, model_facts, operations_of, owners, parameter_bytes
 from shardwise.probe.count import Counted, counting
+from shardwise.probe.length import first_samples, serial_plan
 from shardwise.probe.operations import size_bytes, tensors_in
 from shardwise.probe.place import this_place
 from shardwise.run.apart import call_in_child, in_thread
@@ -32,7 +33,6 @@ from shardwise.run.loop import total_steps
 from shardwise.run.step import take_step
 from shardwise.run.tryout import loss_program
 from shardwise.spec.job import Job
-from shardwise.spec.plan import Plan
 from shardwise.spec.rank import Rank
 from shardwise.spec.work import JobFacts, StepSeen
 
@@ -94,17 +94,17 @@ def _count(rank: Rank, *, job: Job, splits: Splits, how: Counting) -> JobFacts:
     if how.fake:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        batch = _first(splits, job.batch_size)
+        batch = first_samples(splits, job.batch_size)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            assembly = assemble(job, _serial(job), Group(), _CPU, total_steps=None)
+            assembly = assemble(job, serial_plan(job), Group(), _CPU, total_steps=None)
             fakes = [_on(part, mode.from_tensor) for part in _sizes(batch)]
             return _facts(assembly, splits, fakes, how)
-    assembly = assemble(job, _serial(job), Group(), _CPU, total_steps=None)
-    batch = _first(splits, max(1, min(job.batch_size, -(-job.batch_size // 4))))
+    assembly = assemble(job, serial_plan(job), Group(), _CPU, total_steps=None)
+    batch = first_samples(splits, max(1, min(job.batch_size, -(-job.batch_size // 4))))
     took = _seconds(assembly, batch)
     sizes = [batch]
     if took * 4 < SLOW_SECONDS and job.batch_size > batch.count:
-        sizes.append(_first(splits, job.batch_size))
+        sizes.append(first_samples(splits, job.batch_size))
     elif batch.count > 1:
         sizes.insert(0, _cut(batch, -(-batch.count // 2)))
     return _facts(assembly, splits, sizes, how)
@@ -167,11 +167,6 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
     )
 
 
-def _serial(job: Job) -> Plan:
-    """One worker that walks through its whole batch at once: compilation would hide the operations."""
-    return Plan(precision=job.precision, threads=1)
-
-
 def _counted(assembly: Assembly, batch: Batch) -> Counted:
     with counting(assembly.model, batch.count) as mode:
 
@@ -196,12 +191,6 @@ def _seconds(assembly: Assembly, batch: Batch) -> float:
         take_step(assembly, batch)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _first(splits: Splits, size: int) -> Batch:
-    """The first `size` training samples, fewer where there are no more."""
-    with closing(eval_batches(splits.train, batch_size=size, stop=1, prefetch=0)) as stream:
-        return next(stream)
 
 
 def _sizes(batch: Batch) -> list[Batch]:
@@ -273,7 +262,7 @@ def _tensor_names(job: Job, splits: Splits, *, fake: bool) -> tuple[frozenset[st
 
     # A trial looks at values, which fake tensors refuse; on the meta device it does without them.
     with unset_fake_temporarily(), torch.device("meta" if fake else "cpu"):
-        model, batch = build_model(job, None if fake else _CPU), _first(splits, 2)
+        model, batch = build_model(job, None if fake else _CPU), first_samples(splits, 2)
     try:
         with unset_fake_temporarily():
             program = loss_program(job, batch.to(torch.device("meta")) if fake else batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.probe.kernels import call_overheads, kernel_rates
 from shardwise.probe.messages import SIZES, message_times, overlap_slowdown
-from shardwise.probe.place import memory_bytes, this_place
+from shardwise.probe.place import memory_bytes, others_running, this_place
 from shardwise.run.choose import usable_cores
 from shardwise.run.launch import launch
 from shardwise.run.process import set_threads
@@ -63,7 +62,7 @@ def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: Non
     Raises:
         RunFailed: a process died.
     """
-    cores, load = usable_cores(), os.getloadavg()[0]
+    cores, load = usable_cores(), others_running()
     tell(f"one process, 1 and {cores} threads: operations by kind and size")
     silent: Callable[[str], None] = lambda text: None  # noqa: E731
     alone = launch(lambda rank: _alone(rank, cores, quick), workers=1, threads=1, max_restarts=1, report=silent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -95,6 +96,25 @@ def cached_machine() -> Machine | None:
     if machine.measured is None or machine.measured.differs_from(place):
         return None
     return machine
+
+
+def others_running(samples: int = 8) -> float:
+    """Processes of others that want a core right now, on average over a tenth of a second; 0 where the system does not say."""
+    found = []
+    for number in range(samples):
+        if number:
+            time.sleep(0.1 / samples)
+        try:
+            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
+        except (OSError, IndexError):
+            return 0.0
+        found.append(max(0, int(running) - 1))  # this process is one of them
+    return sum(found) / len(found)
+
+
+def is_busy() -> bool:
+    """Whether others use so much of this machine that whatever is measured would measure them."""
+    return others_running() > BUSY_LOAD * usable_cores()
 
 
 def _processor() -> str:

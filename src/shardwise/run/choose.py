@@ -1,9 +1,12 @@
 """Which plan to train with when the user names none, and how many threads each worker gets.
 
-This is the seam at which the planner takes over: `choose_plan` is the only place that invents a plan.
+`choose_plan` is a rule that measures nothing. This is also the seam at which the planner takes over: whoever stands above
+this room (the command line, the package root) may hand a `Chooser` to a training, so that `run` need not know the planner.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 
@@ -12,6 +15,18 @@ from shardwise.run.cores import usable_cores as usable_cores  # its place for th
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout
 from shardwise.spec.plan import Plan
+
+AUTO = "auto"
+"""The plan's name where the chooser is to decide."""
+
+
+class Chooser(Protocol):
+    """Decides on a plan for a job on this machine, as `choose_plan` does."""
+
+    def __call__(self, job: Job, *, workers: int | None, threads: int | None, device: str, nodes: int) -> Plan:
+        """`workers` and `threads` are None where the user left them open."""
+        ...
+
 
 LEAST_SHARE = 16
 """Samples per worker below which another worker is not worth its synchronisation (measured on LeNet and small GPTs)."""

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, final
 
 from shardwise.errors import UserError
-from shardwise.run.choose import choose_device
+from shardwise.run.choose import AUTO, Chooser, choose_device, choose_plan
 from shardwise.run.jobfile import JobFunction, LoadedJob, Reference, find_job
 from shardwise.run.launch import current_rank
 from shardwise.run.options import TrainOptions, make_options, read_plan, resolve_plan
@@ -16,8 +16,9 @@ from shardwise.run.progress import tell
 from shardwise.run.result import Run
 from shardwise.run.train import job_identity, train
 from shardwise.spec.job import Job
-from shardwise.spec.plan import Plan
+from shardwise.spec.plan import Plan, Prediction
 from shardwise.spec.settings import COMMAND_LINE, DEFAULT, JOB, PLAN_FILE, Settings
+from shardwise.units import format_bytes, format_seconds
 
 _PLAIN_FIELDS = (
     *("name", "batch_size", "epochs", "steps", "micro_batch", "eval_batch_size", "clip_norm", "batch_norm"),
@@ -46,12 +47,15 @@ class TrainCommand:
     given: frozenset[str]
 
 
-def train_command(command: TrainCommand, *, before: Callable[[Job, Plan], None] | None = None) -> Run | None:
+def train_command(
+    command: TrainCommand, *, before: Callable[[Job, Plan], None] | None = None, chooser: Chooser = choose_plan
+) -> Run | None:
     """Train as the command line says; None on ranks and nodes that have nothing to report.
 
     Args:
         command: what was typed.
         before: called with the job and the plan when both are settled; what it raises stops the training.
+        chooser: decides on the plan where it is `auto`.
     """
     found = find_job(command.job)
     hyper_parameters, changes = divide_changes(parse_settings(command.settings), command.changes, found)
@@ -61,7 +65,7 @@ def train_command(command: TrainCommand, *, before: Callable[[Job, Plan], None] 
     rank = current_rank()
     is_first = (rank is None or rank.rank == 0) and options.nodes.node_rank == 0
     device = choose_device(options.device)
-    plan = resolve_plan(job, options, device=device, world=rank.workers if rank is not None else None)
+    plan = resolve_plan(job, options, device=device, world=rank.workers if rank is not None else None, chooser=chooser)
     settings = resolve_settings(command, changes, loaded, job, plan, options)
 
     def announce() -> None:
@@ -158,7 +162,7 @@ def resolve_settings(
         typed = "plan" if name == "layout" else name
         if name in ("reasons", "prediction"):
             continue
-        if typed in command.given and not (typed == "plan" and from_file):
+        if typed in command.given and not (typed == "plan" and (from_file or options.plan == AUTO)):
             source = COMMAND_LINE
         elif from_file and name in from_file:
             source = PLAN_FILE
@@ -177,6 +181,8 @@ def resolve_settings(
 def opening_lines(job: Job, plan: Plan, device: str, settings: Settings) -> list[str]:
     """What will be run and why, and the settings by source; the run folder keeps them one by one."""
     lines = [f"{job.name}: plan {plan} on {device}", *(f"  because {reason}" for reason in plan.reasons)]
+    if plan.prediction is not None:
+        lines.append(f"  expected: {expectation(job, plan.prediction)}")
     by_source: dict[str, list[str]] = {}
     for name, item in settings.entries.items():
         if item.value is not None:
@@ -184,6 +190,15 @@ def opening_lines(job: Job, plan: Plan, device: str, settings: Settings) -> list
     for source, texts in by_source.items():
         lines.append(f"  {source}: {', '.join(texts)}")
     return lines
+
+
+def expectation(job: Job, prediction: Prediction) -> str:
+    """What the planner expects of the run, in words."""
+    step = prediction.step_seconds
+    text = f"{format_seconds(step)} a step, {job.batch_size / step:,.0f} samples/s"
+    if prediction.memory_bytes:
+        text += f", {format_bytes(prediction.memory_bytes)} in one worker"
+    return f"{text} ({prediction.confidence})" if prediction.confidence else text
 
 
 def _load_again(reference: Reference, changes: Mapping[str, Any]) -> Job:

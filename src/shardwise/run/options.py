@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, final
 
 from shardwise.errors import FolderError, PlanError, UserError
 from shardwise.run.assemble import settle_plan
-from shardwise.run.choose import accelerators, choose_plan, with_threads
+from shardwise.run.choose import AUTO, Chooser, accelerators, choose_plan, usable_cores, with_threads
 from shardwise.run.launch import Nodes
 from shardwise.run.loop import Saving
 from shardwise.run.record import Recording
@@ -25,7 +26,8 @@ class TrainOptions:
     """How a training is run; nothing in it changes what is computed.
 
     Attributes:
-        plan: a `Plan`, a layout in text form, the path of a plan file, or None to let shardwise choose.
+        plan: a `Plan`, a layout in text form, the path of a plan file, None for a plan by rule, or `auto` for one that is
+            planned and, in long runs, tried first. A resumed run keeps its plan where none is given.
         workers: number of ranks in all; None lets the plan or shardwise decide.
         threads: compute threads per worker; None divides the cores.
         recompute: what is computed again in backward passes (`none`, `selective`, `full`), instead of what the plan says.
@@ -86,14 +88,18 @@ def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> Trai
     return made
 
 
-def resolve_plan(job: Job, options: TrainOptions, *, device: str, world: int | None) -> Plan:
+def resolve_plan(
+    job: Job, options: TrainOptions, *, device: str, world: int | None, chooser: Chooser = choose_plan
+) -> Plan:
     """The plan to train with: the one given, or a chosen one, with the job's own settings filled in.
 
     Args:
         job: what to train.
         options: the plan and number of workers that were asked for.
         device: type of device.
-        world: number of ranks that are running already, under `torchrun`.
+        world: number of ranks that are running already, under `torchrun`: they must agree without asking each other, so
+            that the rule decides.
+        chooser: decides where the plan is `auto`.
 
     Raises:
         PlanError: the plan is malformed or its number of workers is not the one asked for or running.
@@ -102,10 +108,14 @@ def resolve_plan(job: Job, options: TrainOptions, *, device: str, world: int | N
     workers = options.workers if options.workers is not None else world
     if workers is not None and workers < 1:
         raise PlanError(f"workers={workers}: at least 1 is needed")
-    if options.plan is None:
-        plan = choose_plan(job, workers=workers, threads=options.threads, device=device, nodes=nodes)
+    given = options.plan
+    if given is None or given == AUTO:
+        given = _plan_to_resume(options, workers)
+    if given is None:
+        choose = chooser if options.plan == AUTO and world is None else choose_plan
+        plan = choose(job, workers=workers, threads=options.threads, device=device, nodes=nodes)
     else:
-        plan = read_plan(options.plan)
+        plan = read_plan(given)
         if options.threads is not None:
             plan = replace(plan, threads=options.threads)
         if workers is not None and workers != plan.layout.workers:
@@ -126,6 +136,20 @@ def resolve_plan(job: Job, options: TrainOptions, *, device: str, world: int | N
             "use fewer workers, or --device cpu"
         )
     return settle_plan(job, plan)
+
+
+def _plan_to_resume(options: TrainOptions, workers: int | None) -> Plan | None:
+    """The plan a resumed run had, so that it goes on bit for bit; None where it cannot be had here or others are asked for."""
+    if not options.resume or options.out is None:
+        return None
+    try:
+        plan = Plan.from_dict(json.loads((Path(options.out) / "plan.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, PlanError):
+        return None
+    if workers is not None and plan.layout.workers != workers:
+        return None
+    room = accelerators() if options.device not in ("cpu", "auto") else max(accelerators(), usable_cores())
+    return plan if workers is not None or plan.layout.workers <= room * options.nodes.count else None
 
 
 def read_plan(plan: Plan | str | Path) -> Plan:

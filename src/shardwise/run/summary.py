@@ -25,10 +25,38 @@ def closing_lines(run: Run) -> list[str]:
         f"{format_seconds(s['train_seconds'])} in steps, {format_seconds(s['wall_seconds'])} in all",
         *([f"time        {shares}"] if shares else []),
         f"memory      {format_bytes(peak)} at most in one worker",
+        *([f"predicted   {told}"] if (told := predicted_text(run)) else []),
         f"last loss   {s['loss']:.4f}",
         *([f"test        {metrics}"] if metrics else []),
         f"run folder  {s['run']}  (weights: model.safetensors)",
     ]
+
+
+def predicted(run: Run) -> dict[str, float] | None:
+    """What was expected of the run beside what was measured; None where nothing was expected or no step was taken."""
+    s, prediction = run.summary, run.plan.prediction
+    steps = s["steps"] - s["first_step"]
+    if prediction is None or steps <= 0 or not s["train_seconds"]:
+        return None
+    return {
+        "step_seconds": prediction.step_seconds,
+        "measured_step_seconds": s["train_seconds"] / steps,
+        "memory_bytes": prediction.memory_bytes,
+        "measured_memory_bytes": max(rank["peak_memory_bytes"] for rank in s["ranks"]),
+    }
+
+
+def predicted_text(run: Run) -> str:
+    """The same in words; empty where there is nothing to say."""
+    told = predicted(run)
+    if told is None:
+        return ""
+    measured, expected = told["measured_step_seconds"], told["step_seconds"]
+    text = f"{format_seconds(expected)} a step, measured {format_seconds(measured)} ({measured / expected - 1:+.0%})"
+    if told["memory_bytes"]:
+        peak, size = told["measured_memory_bytes"], told["memory_bytes"]
+        text += f"; {format_bytes(size)} in one worker, measured {format_bytes(peak)} ({peak / size - 1:+.0%})"
+    return text
 
 
 def shares_text(shares: dict[str, Any]) -> str:

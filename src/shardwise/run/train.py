@@ -13,7 +13,7 @@ from typing import Any
 from shardwise.data.source import as_splits
 from shardwise.errors import FolderError, RunFailed, Stopped, UserError
 from shardwise.run.assemble import check_job, check_updates
-from shardwise.run.choose import choose_device
+from shardwise.run.choose import Chooser, choose_device, choose_plan
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
 from shardwise.run.launch import current_rank, launch
@@ -35,6 +35,7 @@ def train(
     reference: Callable[[], Job] | None = None,
     identity: Mapping[str, Any] | None = None,
     announce: Callable[[], None] | None = None,
+    chooser: Chooser = choose_plan,
     **given: Any,
 ) -> Run:
     """Train a job and return the finished run.
@@ -48,6 +49,7 @@ def train(
         reference: picklable function that builds the same job again, for workers that cannot inherit it.
         identity: what must be equal for a run to be resumed; made from the job when not given.
         announce: called when everything was checked and the workers are about to start.
+        chooser: decides on the plan where it is `auto`.
 
     Raises:
         UserError: the job, data, plan or folder is wrong; nothing was started.
@@ -63,7 +65,7 @@ def train(
             "torchrun may restart the workers (--max-restarts), and they find the run again by its folder alone: "
             "give one with --out (out=)"
         )
-    plan = resolve_plan(job, chosen, device=device, world=rank.workers if rank is not None else None)
+    plan = resolve_plan(job, chosen, device=device, world=rank.workers if rank is not None else None, chooser=chooser)
     check_job(job, plan)
     splits = as_splits(job.data)
     if rank is None and chosen.nodes.count == 1:

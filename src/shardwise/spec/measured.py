@@ -72,7 +72,7 @@ class Measured:
         place: what identifies machine and software; figures hold only where these are the same.
         cores: cores this process may use.
         memory_bytes: memory of the machine, or of the container's limit.
-        load: processes that wanted a core when the probe began, others' included.
+        load: processes of others that wanted a core when the probe began.
         kernels, messages: see there.
         call_seconds: shortest forward call of an operation from Python.
         graph_seconds: what one operation costs more when its gradient is computed: graph, engine, accumulation.

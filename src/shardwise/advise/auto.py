@@ -1,0 +1,88 @@
+"""The plan of a training that names none: the planner's, where planning can pay; and never for longer than it can save.
+
+A run of seconds takes the rule of `run/choose.py`. A longer one is counted, priced, and from some length on its best plans
+are tried in processes apart (`advise/longer.py`). What was decided is kept by model, batch and machine, so that the next run
+starts at once. The choice never changes what is computed: every plan here takes the same global steps.
+
+This file is on the way of every training: it loads nothing of the planner before a run is known to be long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shardwise.advise.kept import recall, remember, signature
+from shardwise.data.source import Splits, as_splits
+from shardwise.errors import ShardwiseError
+from shardwise.probe.length import first_step_apart
+from shardwise.probe.place import is_busy, this_place
+from shardwise.run.choose import choose_plan, usable_cores
+from shardwise.run.loop import total_steps
+from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
+
+SHORT_SECONDS = 20.0
+"""Expected length of a run below which nothing is planned: planning costs about a second, and saves a part of the run."""
+
+
+class Busy(Exception):
+    """Nothing can be measured now; nothing is kept, so that the next run asks again."""
+
+
+def automatic(
+    job: Job,
+    *,
+    workers: int | None,
+    threads: int | None,
+    device: str,
+    nodes: int = 1,
+    trial: bool = True,
+    show: bool = True,
+) -> Plan:
+    """The plan for a training on this machine.
+
+    Args:
+        job: what to train.
+        workers, threads: fixed by the user; None leaves them open.
+        device: type of device. On accelerators and over several nodes nothing is measured yet, and the rule is taken.
+        nodes: number of machines.
+        trial: plans may be tried for some steps.
+        show: say what takes time.
+    """
+    rule = choose_plan(job, workers=workers, threads=threads, device=device, nodes=nodes)
+    if device != "cpu" or nodes > 1 or job.compile or (usable_cores() == 1 and workers is None) or workers == 1:
+        return rule
+    key = signature(job, workers=workers, threads=threads, place=this_place())
+    kept = recall(key)
+    if kept is not None:
+        return kept
+    splits = as_splits(job.data)
+    _ = splits.train
+    try:
+        plan = _planned(job, splits, rule, workers=workers, threads=threads, trial=trial, show=show)
+    except Busy:
+        return replace(
+            rule, reasons=(*rule.reasons, "other programs use the cores: measuring plans would measure them")
+        )
+    except ShardwiseError:
+        return rule  # what is wrong with the job shows in a moment, in its own words
+    remember(key, plan)
+    return plan
+
+
+def _planned(
+    job: Job, splits: Splits, rule: Plan, *, workers: int | None, threads: int | None, trial: bool, show: bool
+) -> Plan:
+    steps = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
+    once = first_step_apart(job, splits)
+    # Streams do not tell their length; they are there because it is long.
+    expected = once * steps / rule.layout.workers if steps is not None else 20 * SHORT_SECONDS
+    if expected < SHORT_SECONDS:
+        return replace(rule, reasons=(*rule.reasons, "a short run: planning would take longer than it could save"))
+    if is_busy():
+        raise Busy
+    from shardwise.advise.longer import plan_longer
+
+    return plan_longer(
+        job, splits, rule, expected_seconds=expected, workers=workers, threads=threads, trial=trial, show=show
+    )

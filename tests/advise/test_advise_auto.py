@@ -1,0 +1,282 @@
+"""The plan of a training that names none: short runs take the rule, long ones are planned and tried, nothing changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shardwise as package
+from shardwise.advise import auto, longer
+from shardwise.advise.kept import plans_path, recall, remember, signature
+from shardwise.advise.longer import Spending, halve
+from shardwise.advise.trial import Tried, try_plan
+from shardwise.cli.main import shardwise
+from shardwise.data.source import Splits, as_splits
+from shardwise.run.choose import choose_plan
+from shardwise.run.options import TrainOptions, resolve_plan
+from shardwise.run.train import train
+from shardwise.spec.job import Job
+from shardwise.spec.layout import Layout
+from shardwise.spec.machine import Machine
+from shardwise.spec.plan import Plan
+
+
+def job_of(model: Any = lambda: nn.Linear(6, 3), **changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "model": model,
+        "data": (torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3),
+        "loss": F.cross_entropy,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "batch_size": 32,
+        "steps": 3,
+    }
+    return Job(**{**values, **changes})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(auto, "is_busy", lambda: False)
+
+
+def choose(job: Job, **changes: Any) -> Plan:
+    return auto.automatic(job, **{"workers": 2, "threads": None, "device": "cpu", **changes})
+
+
+def pretend_long(monkeypatch: pytest.MonkeyPatch, machine: Machine, seconds: float = 300.0) -> None:
+    """A run whose first step says that all of it will take `seconds` on two workers."""
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: 2 * seconds / (job.steps or 1))
+    monkeypatch.setattr(longer, "cached_machine", lambda: machine)
+
+
+def test_a_short_run_takes_the_rule_and_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of()
+    plan = choose(job)
+    rule = choose_plan(job, workers=2, threads=None, device="cpu")
+    assert (plan.layout, plan.threads) == (rule.layout, rule.threads)
+    assert any("short run" in reason for reason in plan.reasons)
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: pytest.fail("measured again"))
+    assert choose(job).layout == rule.layout
+    # Another batch, another model and another number of workers are other questions.
+    for other in (job_of(batch_size=20), job_of(lambda: nn.Linear(6, 3, bias=False))):
+        with pytest.raises(pytest.fail.Exception):
+            choose(other)
+    with pytest.raises(pytest.fail.Exception):
+        choose(job, workers=3)
+
+
+def test_a_long_run_is_planned_and_says_what_it_expects(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    pretend_long(monkeypatch, machine)
+    plan = choose(job_of(), trial=False)
+    assert plan.prediction is not None
+    assert plan.prediction.step_seconds > 0
+    assert plan.layout.workers == 2
+    assert "predicted" in plan.reasons[0]
+    again = choose(job_of(), trial=False)
+    assert again.layout == plan.layout
+    assert "decided before" in again.reasons[-1]
+
+
+def test_a_long_run_tries_its_best_plans(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    pretend_long(monkeypatch, machine, seconds=900.0)
+    monkeypatch.setattr(longer, "CLOSE", 1e9)
+    tried: list[Plan] = []
+
+    def attempt(job: Job, splits: Splits, plan: Plan, seconds: float) -> Tried:
+        tried.append(plan)
+        return Tried(plan, 0.001 * plan.layout.workers, 0.001, 1e8, 5, 0.1)
+
+    monkeypatch.setattr(longer, "_try", attempt)
+    plan = choose(job_of(), workers=None)
+    assert len({str(one) for one in tried}) > 1
+    assert plan.layout == Layout()
+    assert plan.prediction is not None
+    assert plan.prediction.step_seconds == 0.001
+    assert "tried" in plan.reasons[0]
+
+
+def test_plans_that_cannot_run_are_not_chosen(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    pretend_long(monkeypatch, machine)
+    # Sequences there are none of: the context axis is refused by the run's own check.
+    plan = choose(job_of(), trial=False)
+    assert plan.layout.context == 1
+
+
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"nodes": 2}, {"workers": 1}])
+def test_where_nothing_can_be_measured_the_rule_decides(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: pytest.fail("measured"))
+    assert choose(job_of(), **changes).prediction is None
+
+
+def test_a_busy_machine_takes_the_rule_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    pretend_long(monkeypatch, machine)
+    monkeypatch.setattr(auto, "is_busy", lambda: True)
+    assert any("other programs" in reason for reason in choose(job_of()).reasons)
+    assert not plans_path().exists()
+
+
+def test_a_job_that_fails_fails_in_the_training_and_not_in_the_planning() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("out of paint")
+
+    assert choose(job_of(Broken)).layout == Layout(data=2)
+
+
+# What is kept
+
+
+def test_damaged_kept_plans_are_forgotten() -> None:
+    key = signature(job_of(), workers=2, threads=None, place={})
+    assert key is not None
+    remember(key, Plan(layout=Layout(data=2), threads=1))
+    kept = recall(key)
+    assert kept is not None
+    assert kept.layout == Layout(data=2)
+    for text in ("not json", "[]", json.dumps({key: {"layout": "diagonal=2"}}), json.dumps({key: 3})):
+        plans_path().write_text(text)
+        assert recall(key) is None
+    assert recall(None) is None
+
+
+# Trials
+
+
+def test_a_trial_takes_real_steps_and_leaves_no_trace() -> None:
+    job = job_of()
+    splits = as_splits(job.data)
+    state = torch.get_rng_state()
+    for plan in (Plan(threads=1), Plan(layout=Layout(data=2), threads=1)):
+        seen = try_plan(job, splits, plan, step_budget_seconds=0.05)
+        assert seen.failure is None
+        assert seen.steps >= 3
+        assert 0 < seen.fastest_seconds <= seen.step_seconds
+        assert seen.memory_bytes > 10e6
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Bomb(nn.Module):
+    """Ends its process as the system does when memory is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        out: Tensor = self.layer(x)
+        return out
+
+
+@pytest.mark.parametrize("plan", [Plan(threads=1), Plan(layout=Layout(data=2), threads=1)], ids=str)
+def test_a_trial_that_is_killed_is_an_answer(plan: Plan) -> None:
+    job = job_of(Bomb)
+    seen = try_plan(job, as_splits(job.data), plan)
+    assert seen.failure is not None
+    assert "SIGKILL" in seen.failure
+
+
+def test_halving_gives_the_better_half_more_time_and_keeps_to_the_budget() -> None:
+    plans = [Plan(layout=Layout(data=degree)) for degree in (1, 2, 3, 4)]
+    speeds = {1: 0.4, 2: 0.1, 3: 0.2, 4: 0.3}
+    calls: list[tuple[int, float]] = []
+
+    def attempt(plan: Plan, seconds: float) -> Tried:
+        calls.append((plan.layout.data, seconds))
+        if plan.layout.data == 4:
+            return Tried(plan, failure="no memory")
+        return Tried(plan, speeds[plan.layout.data], 0.0, 0.0, 3, 0.0)
+
+    found = halve(plans, attempt, Spending(100.0))
+    assert found[0].plan.layout.data == 2
+    assert [degree for degree, _ in calls[:4]] == [1, 2, 3, 4]
+    assert {degree for degree, _ in calls[4:]} == {2, 3}
+    assert calls[4][1] == 2 * calls[0][1]
+    assert len(found) == 4
+    calls.clear()
+    assert halve(plans, attempt, Spending(0.0)) == []
+    assert calls == []
+
+
+# The seam in `run`
+
+
+def test_auto_asks_the_chooser_and_a_named_plan_does_not() -> None:
+    asked: list[str] = []
+
+    def chooser(job: Job, *, workers: int | None, threads: int | None, device: str, nodes: int) -> Plan:
+        asked.append(device)
+        return Plan(layout=Layout(data=2), threads=1)
+
+    def resolve(plan: str | None, world: int | None = None) -> Plan:
+        return resolve_plan(job_of(), TrainOptions(plan=plan), device="cpu", world=world, chooser=chooser)
+
+    assert resolve("auto").layout == Layout(data=2)
+    assert resolve("serial").layout == Layout()
+    resolve(None)
+    # Ranks that run already must agree without asking each other.
+    assert resolve("auto", world=3).layout == Layout(data=3)
+    assert asked == ["cpu"]
+
+
+def test_a_resumed_run_keeps_its_plan(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(job_of(steps=2), plan="data=2", threads=1, out=folder, progress=False)
+
+    def never(job: Job, **options: Any) -> Plan:
+        raise AssertionError("the chooser was asked")
+
+    options = TrainOptions(plan="auto", out=folder, resume=True)
+    assert resolve_plan(job_of(steps=4), options, device="cpu", world=None, chooser=never).layout == Layout(data=2)
+    asked = TrainOptions(plan=None, out=folder, resume=True, workers=1)
+    assert resolve_plan(job_of(steps=4), asked, device="cpu", world=None).layout == Layout()
+
+
+def test_the_command_expects_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: 1e3)
+    monkeypatch.setattr(longer, "cached_machine", lambda: machine)
+    answer = CliRunner().invoke(
+        shardwise,
+        ["train", "digits", "--workers", "2", "--no-trial", "--steps", "4", "--out", str(tmp_path / "run"), "--json"],
+    )
+    assert answer.exit_code == 0, answer.output
+    assert "expected: " in answer.stderr
+    assert "predicted   " in answer.stderr
+    assert "measured" in answer.stderr
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["prediction"]["step_seconds"] > 0
+    document = json.loads(answer.stdout)
+    assert document["steps"] == 4
+    assert document["predicted"]["step_seconds"] == plan["prediction"]["step_seconds"]
+    assert document["predicted"]["measured_step_seconds"] == pytest.approx(document["train_seconds"] / 4)
+    assert document["predicted"]["measured_memory_bytes"] > 0
+
+
+def test_the_package_plans_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def chooser(job: Job, **options: Any) -> Plan:
+        asked.append(str(options["device"]))
+        return Plan(threads=1)
+
+    monkeypatch.setattr(auto, "automatic", chooser)
+    package.train(job_of(), out=tmp_path / "one", progress=False, workers=1)
+    assert asked == []
+    run = package.train(job_of(), plan="auto", out=tmp_path / "other", progress=False)
+    assert asked == ["cpu"]
+    assert run.summary["layout"] == "serial"
