@@ -133,7 +133,7 @@ def _document(advice: Advice, name: str, top: int, told: str, helps: tuple[str, 
     rejected += [
         {"layout": str(item.plan.layout), "plan": str(item.plan), "family": item.family, "reason": item.sentence}
         for item in losers_of_job(advice.problem, found)
-        if item.plan not in {one.plan for one in found.refused}
+        if item.plan not in [one.plan for one in found.refused]
     ]
     return {
         "job": name,
