@@ -125,7 +125,8 @@ def resolve_plan(
             )
         plan = with_threads(plan, nodes=nodes)
     if options.recompute is not None:
-        plan = Plan.from_dict({**vars(plan), "recompute": options.recompute})
+        kept = plan.prediction if options.recompute == plan.recompute else None  # it was made for another step
+        plan = Plan.from_dict({**vars(plan), "recompute": options.recompute, "prediction": kept})
     if world is not None and plan.layout.workers != world:
         raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers, but {world} are running")
     if plan.layout.workers % nodes:
