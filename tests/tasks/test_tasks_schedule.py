@@ -10,7 +10,7 @@ import pytest
 
 from shardwise.tasks.backend import Backend, Event, Order, Reply, Worker
 from shardwise.tasks.engine import Engine
-from shardwise.tasks.need import Capacity
+from shardwise.tasks.need import Allocation, Capacity
 from shardwise.tasks.options import Options
 from shardwise.tasks.wire import Payload
 
@@ -64,7 +64,7 @@ class ClockedBackend(Backend):
     def capacity(self) -> Capacity:
         return self._capacity
 
-    def open(self, threads: int, devices: tuple[str, ...], share: float) -> Worker:
+    def open(self, allocation: Allocation) -> Worker:
         worker = Clocked(self)
         self.workers.append(worker)
         return worker

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from shardwise.errors import TaskFailed
     from shardwise.tasks.graph import Graph
     from shardwise.tasks.handle import Handle
+    from shardwise.tasks.joblib_backend import register_joblib
     from shardwise.tasks.options import Options
     from shardwise.tasks.outcome import Outcome, TaskFailure
     from shardwise.tasks.pool import Pool
@@ -23,9 +24,21 @@ _WHERE = {
     "TaskFailed": "errors:TaskFailed",
     "TaskFailure": "tasks.outcome:TaskFailure",
     "map": "tasks.results:map_items",
+    "register_joblib": "tasks.joblib_backend:register_joblib",
 }
 
-__all__ = ["Graph", "Handle", "Options", "Outcome", "Pool", "Results", "TaskFailed", "TaskFailure", "map"]
+__all__ = [
+    "Graph",
+    "Handle",
+    "Options",
+    "Outcome",
+    "Pool",
+    "Results",
+    "TaskFailed",
+    "TaskFailure",
+    "map",
+    "register_joblib",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from shardwise.tasks.need import Capacity
+from shardwise.tasks.need import Allocation, Capacity
 from shardwise.tasks.wire import Payload
 
 
@@ -67,6 +67,7 @@ class Death:
         lost: it went down with something that was not its own fault, such as the process that started it.
         out_of_memory: the machine's memory had run out.
         seconds: how long the running task had run.
+        message: what else is known of it.
     """
 
     worker: Worker
@@ -76,6 +77,7 @@ class Death:
     lost: bool = False
     out_of_memory: bool = False
     seconds: float = 0.0
+    message: str = ""
 
 
 class Worker(ABC):
@@ -122,8 +124,8 @@ class Backend(ABC):
         return
 
     @abstractmethod
-    def open(self, threads: int, devices: tuple[str, ...], share: float) -> Worker:
-        """A warm worker for tasks with so many threads on these devices, new where none is idle.
+    def open(self, allocation: Allocation) -> Worker:
+        """A warm worker for tasks with this need on these devices, new where none is idle.
 
         Raises:
             RunFailed: no worker can be started.

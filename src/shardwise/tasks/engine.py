@@ -184,7 +184,7 @@ class Engine:
             return
         allocation = self.free.take(group.need, memory_bytes)
         try:
-            worker = self.backend.open(group.need.threads, allocation.devices, allocation.share)
+            worker = self.backend.open(allocation)
         except RunFailed:
             self.free.give_back(allocation)
             self.ready.push(task)

@@ -17,7 +17,7 @@ from typing import Any, final
 from shardwise.errors import RunFailed
 from shardwise.tasks import wire
 from shardwise.tasks.backend import Backend, Death, Event, Order, Reply, Worker
-from shardwise.tasks.need import Capacity, available_memory, device_environment, memory_figures
+from shardwise.tasks.need import Allocation, Capacity, available_memory, device_environment, memory_figures
 from shardwise.tasks.slot import Slot, new_slot_file
 from shardwise.tasks.wire import SharedFile
 from shardwise.tasks.worker import STACK_SIGNAL
@@ -154,7 +154,8 @@ class LocalBackend(Backend):
         if self._nursery is None:
             self._start_nursery()
 
-    def open(self, threads: int, devices: tuple[str, ...], share: float) -> Worker:
+    def open(self, allocation: Allocation) -> Worker:
+        threads, devices = allocation.need.threads, allocation.devices
         for index in range(len(self._idle) - 1, -1, -1):  # the last used is the warmest
             worker = self._idle[index]
             if (worker.threads, worker.devices) == (threads, devices):

@@ -88,6 +88,8 @@ def why_it_died(death: Death) -> TaskFailure:
             message=f"its process was ended by signal {signal_name(death.signal_number)}",
             signal_number=death.signal_number,
         )
+    if death.message:
+        return TaskFailure(kind="killed", message=f"its process ended: {death.message}")
     return TaskFailure(kind="exit", message=f"it ended its process with exit code {death.exit_code}")
 
 
