@@ -212,4 +212,5 @@ def test_the_command(job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
             ["sweep", job, "--over", "lr=1e38", "--metric", "loss", "--out", str(tmp_path / "nan"), "--json", "--quiet"]
         )
     assert end.value.code == 1
-    assert json.loads(capfd.readouterr().out)["failed"] == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["failed"] == 1 and "every trial failed" in err

@@ -32,6 +32,7 @@ import click
 @click.option("--plan", metavar="PLAN", help="Of each training: serial, data=2, ... Default: as fills the machine.")
 @click.option("--device", default="auto", show_default=True, metavar="KIND", help="auto, cpu, cuda, ...")
 @click.option("--workers", type=int, metavar="N", help="Cores for all trainings together. Default: all.")
+@click.option("--on", metavar="PLACE", help="ray or ray://HOST:PORT; the folder must be one that all nodes share.")
 @click.option("--epochs", type=int, metavar="N", help="Passes over the training data.")
 @click.option("--steps", type=int, metavar="N", help="Optimizer steps in all, instead of epochs.")
 @click.option("--batch-size", type=int, metavar="N", help="Samples per step.")
@@ -66,4 +67,7 @@ def sweep(as_json: bool, quiet: bool, **rest: Any) -> None:
     if not quiet:
         tell("\n".join(closing_lines(done)))
     if done.summary["failed"] == done.summary["combinations"]:
+        tell(
+            f"error: every trial failed; the first one: {done.summary['trials'][0]['failure'] or 'its metric is no number'}"
+        )
         raise SystemExit(1)

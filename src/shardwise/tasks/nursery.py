@@ -173,6 +173,8 @@ def main() -> None:
     gc.freeze()
     try:
         nursery.run()
+    except Exception:  # noqa: BLE001  # told, since the exit below would hide it
+        traceback.print_exc()
     finally:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -181,6 +183,12 @@ def main() -> None:
                 os.killpg(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        # Taking torch's modules apart takes a quarter of a second, for which the scheduler would wait.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,14 @@ class Pool:
         if on is None or on == "local":
             capacity = Capacity.of_this_machine(workers=workers, gpus=gpus, memory=memory, tokens=tokens)
             self._backend = LocalBackend(capacity, preload)
+        elif on == "ray" or on.startswith("ray://"):
+            from shardwise.tasks.ray_backend import RayBackend
+
+            if preload or gpus is not None or memory is not None:
+                raise UserError(f"on={on!r}: gpus, memory and preload are the cluster's own; leave them out")
+            self._backend = RayBackend(on, workers=workers, tokens=dict(tokens or {}))
         else:
-            raise UserError(f"on={on!r}: tasks run on 'local'")
+            raise UserError(f"on={on!r}: give None for this machine, 'ray' for a local Ray, or 'ray://HOST:PORT'")
         self.engine = Engine(self._backend)
         self._owner = os.getpid()
         self._closed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -63,7 +64,7 @@ class Results(Iterator[Any]):
         self._store: Store | None = open_store(store, self._name, resume=resume) if store is not None else None
         self._open: dict[Task, tuple[int, str]] = {}
         self._ended: dict[int, Outcome | tuple[Ending, bool]] = {}
-        self._arrived: list[int] = []
+        self._arrived: deque[int] = deque()
         self._fed = self._given = 0
         self._exhausted = self._closed = False
         self._counts = Counts(total=self._total)
@@ -108,13 +109,13 @@ class Results(Iterator[Any]):
 
     def _next_index(self) -> int | None:
         if not self._ordered:
-            return self._arrived[-1] if self._arrived else None
+            return self._arrived[0] if self._arrived else None
         return self._given if self._given in self._ended else None
 
     def _take(self, index: int) -> Outcome:
         self._given += 1
         if not self._ordered:
-            self._arrived.pop()
+            self._arrived.popleft()
         kept = self._ended.pop(index)
         ending, restored = kept if isinstance(kept, tuple) else (None, False)
         if ending is None:

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -56,9 +56,9 @@ class _Replies:
 def serve(sock: socket.socket, slot: Slot, stack_fd: int) -> None:
     """Work until the scheduler closes the socket."""
     faulthandler.register(STACK_SIGNAL, file=stack_fd, all_threads=False, chain=False)
-    functions: dict[int, Payload | Callable[..., Any]] = {}
+    functions: dict[int, Payload] = {}
     replies = _Replies(sock)
-    memory = _Memory()
+    bench = Bench()
     while True:
         received = wire.receive(sock)
         if received is None:
@@ -66,46 +66,57 @@ def serve(sock: socket.socket, slot: Slot, stack_fd: int) -> None:
         (new, orders), descriptors = received
         for number, wired in new:
             functions[number] = wire.from_wire(wired, descriptors)
-        for order in orders:
-            _run(order, descriptors, functions, slot, replies, memory)
+        for number, function_number, wired, wired_inputs, limit_bytes in orders:
+            arguments = wire.from_wire(wired, descriptors)
+            inputs = {index: wire.from_wire(one, descriptors) for index, one in wired_inputs}
+            slot.begin(number, time.monotonic())
+            told, result = bench.run(function_number, functions[function_number], arguments, inputs, limit_bytes)
+            replies.add((number, *told), result)
         slot.rest()
         replies.flush()
 
 
-def _run(
-    order: Any,
-    descriptors: list[int],
-    functions: dict[int, Payload | Callable[..., Any]],
-    slot: Slot,
-    replies: _Replies,
-    memory: _Memory,
-) -> None:
-    number, function_number, wired, wired_inputs, limit_bytes = order
-    arguments = wire.from_wire(wired, descriptors)
-    inputs = {index: wire.from_wire(one, descriptors) for index, one in wired_inputs}
-    memory.begin(limit_bytes)
-    began = time.monotonic()
-    slot.begin(number, began)
-    try:
-        function = functions[function_number]
-        if isinstance(function, Payload):
-            function = functions[function_number] = function.decode()
-        with handle.reading(inputs):
-            positional, named = arguments.decode()
-        value = function(*positional, **named)
-        result: Payload | None = wire.encode(value)
-        del value
-        told: tuple[Any, ...] = ("done",)
-    except BaseException as error:  # noqa: BLE001  # even SystemExit and KeyboardInterrupt are the task's own end
-        told = ("failed", _describe(error))
-        result = _sendable(error)
-        error.__traceback__ = None  # lets go of what the failed task held
-    seconds = time.monotonic() - began
-    with contextlib.suppress(UnboundLocalError):
-        del positional, named
-    peak = memory.end(limit_bytes)
-    remarks = _end_children()
-    replies.add((number, told, seconds, peak, remarks), result)
+@final
+class Bench:
+    """Runs tasks in this process, and keeps the functions it has been given."""
+
+    def __init__(self) -> None:
+        self._functions: dict[int, Callable[..., Any]] = {}
+        self._memory = _Memory()
+
+    def run(
+        self,
+        function_number: int,
+        function: Payload,
+        arguments: Payload,
+        inputs: Mapping[int, Payload],
+        limit_bytes: int | None,
+        *,
+        end_children: bool = True,
+    ) -> tuple[tuple[Any, float, int | None, tuple[str, ...]], Payload | None]:
+        """Run one task: (told, seconds, peak bytes, remarks), and the payload of its result or exception."""
+        self._memory.begin(limit_bytes)
+        began = time.monotonic()
+        told: tuple[Any, ...]
+        try:
+            call = self._functions.get(function_number)
+            if call is None:
+                call = self._functions[function_number] = function.decode()
+            with handle.reading(inputs):
+                positional, named = arguments.decode()
+            value = call(*positional, **named)
+            result: Payload | None = wire.encode(value)
+            del value
+            told = ("done",)
+        except BaseException as error:  # noqa: BLE001  # even SystemExit and KeyboardInterrupt are the task's own end
+            told = ("failed", _describe(error))
+            result = _sendable(error)
+            error.__traceback__ = None  # lets go of what the failed task held
+        seconds = time.monotonic() - began
+        with contextlib.suppress(UnboundLocalError):
+            del positional, named
+        peak = self._memory.end(limit_bytes)
+        return (told, seconds, peak, _end_children() if end_children else ()), result
 
 
 def _describe(error: BaseException) -> tuple[str, str, str]:

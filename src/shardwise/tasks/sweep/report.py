@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import math
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,19 @@ from shardwise.run.folder import write_aside
 from shardwise.tasks.sweep.space import Axis
 
 _WIDTH, _HEIGHT, _EDGE = 640, 260, 48
+
+
+def warm_up() -> None:
+    """Import what the report needs while the trainings run and this process only waits for them."""
+    threading.Thread(target=_arrow, name="shardwise-report-warm-up", daemon=True).start()
+
+
+def _arrow() -> list[Any]:
+    """PyArrow and its Parquet module; empty where it is not installed."""
+    try:
+        return [import_module(name) for name in ("pyarrow", "pyarrow.parquet")]
+    except ImportError:
+        return []
 
 
 def write_report(folder: Path, summary: dict[str, Any], records: list[dict[str, Any]], axes: Sequence[Axis]) -> None:
@@ -47,10 +61,10 @@ def _table(records: list[dict[str, Any]], axes: Sequence[Axis]) -> list[dict[str
 
 
 def _write_parquet(path: Path, table: list[dict[str, Any]]) -> None:
-    try:
-        arrow, parquet = (import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
-    except ImportError:
+    modules = _arrow()
+    if not modules:
         return
+    arrow, parquet = modules
     buffer = io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(table), buffer)
     write_aside(path, buffer.getvalue())

@@ -16,6 +16,7 @@ from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import Outcome
 from shardwise.tasks.pool import Pool
 from shardwise.tasks.sweep.halving import Course, Unit
+from shardwise.tasks.sweep.report import warm_up
 from shardwise.tasks.sweep.result import Sweep, finish, spread
 from shardwise.tasks.sweep.settle import Settled, SweepOptions, settle
 from shardwise.tasks.sweep.space import shown
@@ -33,13 +34,12 @@ def run_sweep(options: SweepOptions) -> Sweep:
         UserError: the job, the axes or the folder is wrong; nothing was started.
     """
     began = time.time()
-    from shardwise.run.choose import choose_device
-
-    device = choose_device(options.device)
     preload = _PRELOAD + (_PRELOAD_CHECKPOINTS if options.stop else ())
-    with Pool(workers=options.workers, preload=preload, on=options.on) as pool:
-        pool.prepare()  # its imports go on while the job is looked at here
-        plan = settle(options, device, pool)
+    with Pool(workers=options.workers, preload=() if options.on else preload, on=options.on) as pool:
+        pool.prepare()  # its imports go on while ours do
+        from shardwise.run.choose import choose_device
+
+        plan = settle(options, choose_device(options.device), pool)
         folder = _open_folder(options, plan)
         with folder.lock():
             _check_identity(folder, options, plan)
@@ -135,6 +135,7 @@ class _Runner:
         with self._pool.graph(store=self._folder.path / "trainings.sqlite", resume=True, meter=self._board) as graph:
             where: dict[int, tuple[Unit, int]] = {}
             self._start(graph, where)
+            warm_up()
             for handle, outcome in graph.stream():
                 unit, part = where.pop(handle.number)
                 self._take(unit, part, outcome)
