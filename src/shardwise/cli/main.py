@@ -24,7 +24,7 @@ VERBS = {
     "train": "Train a model on real data, on one worker or on many.",
     "prove": "Prove that a plan's parallel run is the serial run, or name what makes it another.",
     "bench": "Measure what a plan buys: speed-up, efficiency, where the time goes, and why.",
-    "plan": "Rank the layouts of a described transformer on a cluster, and say why.",
+    "plan": "Rank the plans of a job, or of a described transformer on a cluster, and say why.",
     "probe": "Measure this machine: rates of computation, memory and messages.",
     "sweep": "Train many combinations of hyper-parameters at once, and compare them.",
     "data": "Pack a data set into memory-mapped shards, in parallel; check and show it.",
