@@ -44,7 +44,9 @@ def matrix() -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["matrix"] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")  # where it finds its models, as when it is run
+        spec.loader.exec_module(module)
     return module
 
 
