@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -25,6 +25,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.dist.split import is_elsewhere
 from shardwise.errors import PlanError
+from shardwise.parallel.compress import CompressedSum, LowRankSum, check_compression, compressed_sum
 from shardwise.parallel.context.split import Checked, ContextSplit
 from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
 from shardwise.parallel.expert import check_experts, expert_parameters, forward_meets_others, split_experts
@@ -71,7 +72,7 @@ class Composed:
     """
 
     model: nn.Module
-    gradients: GradientSum | GradientSums | StageGradients
+    gradients: GradientSum | GradientSums | StageGradients | CompressedSum
     state: BatchState
     forward_communicates: bool
     remarks: tuple[str, ...]
@@ -81,6 +82,11 @@ class Composed:
     counted: Callable[[nn.Parameter], bool] = _always
     split: TensorPlan | None = None
     recomputed: Recomputed | None = None
+
+    @property
+    def compressed(self) -> LowRankSum | None:
+        """The sum that carries what it left out to the next step, where the plan says so."""
+        return self.gradients if isinstance(self.gradients, LowRankSum) else None
 
 
 def check_layout(plan: Plan) -> None:
@@ -139,6 +145,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
             f"plan {plan.layout} with batch_size={batch_size}: {replicas - batch_size} of {replicas} workers would have "
             f"no sample in any step; use at most {batch_size} workers or a larger batch_size"
         )
+    check_compression(model, plan)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise PlanError(
@@ -233,20 +240,12 @@ def compose(
         sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside)
         communicates = True
     named = [(name, p) for name, p in model.named_parameters() if not is_elsewhere(p)]
-    dense = GradientSum(
-        [(name, p) for name, p in named if name not in experts],
-        tokens,  # what is sharded is left out, whatever its group
-        sparse=sparse,
-        sharded=sharded,
-    )
-    summed: GradientSum | GradientSums = dense
-    if experts:
-        dealt_out = [(name, p) for name, p in named if name in experts]
-        summed = GradientSums(dense, GradientSum(dealt_out, mesh.group("data", "shard", "context")))
-    gradients: GradientSum | GradientSums | StageGradients = summed
+    summed = _plan_sums(named, plan, mesh, experts, sparse, sharded)
+    gradients: GradientSum | GradientSums | StageGradients | CompressedSum = summed
     apart: tuple[Group, ...] = ()
     counted: Callable[[nn.Parameter], bool] = _always
     if stages is not None:
+        assert isinstance(summed, GradientSum | GradientSums)  # compression beside a pipeline is refused
         gradients, apart = StageGradients(summed, stages), (stages.group,)
         counted = frozenset(p for name, p in named if stages.part.owns(name)).__contains__
     remarks = _remarks(model, plan, batch_norm) + (() if split is None else split.remarks)
@@ -255,6 +254,29 @@ def compose(
     elif plan.compile:
         model.compile()
     return Composed(model, gradients, state, communicates, remarks, context, stages, apart, counted, split, recomputed)
+
+
+def _plan_sums(
+    named: list[tuple[str, nn.Parameter]],
+    plan: Plan,
+    mesh: Mesh,
+    experts: Collection[str],
+    sparse: set[str],
+    sharded: Sharded | None,
+) -> GradientSum | GradientSums | CompressedSum:
+    tokens = mesh.group("data", "shard", "context", "expert")
+    if plan.compression != "none":
+        return compressed_sum(named, tokens, plan)
+    dense = GradientSum(
+        [(name, p) for name, p in named if name not in experts],
+        tokens,  # what is sharded is left out, whatever its group
+        sparse=sparse,
+        sharded=sharded,
+    )
+    if not experts:
+        return dense
+    dealt_out = [(name, p) for name, p in named if name in experts]
+    return GradientSums(dense, GradientSum(dealt_out, mesh.group("data", "shard", "context")))
 
 
 def _recompute(model: nn.Module, plan: Plan, stages: Stages | None) -> Recomputed | None:
@@ -292,6 +314,12 @@ def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:
         remarks.append(
             "the pipeline has one micro-batch a step, so that its stages work one after the other: give micro_batch for them "
             f"to overlap, best {2 * plan.layout.pipeline} or more micro-batches in a worker's share of the batch"
+        )
+    if plan.compression != "none":
+        rank = f" of rank {plan.compression_rank}" if plan.compression == "powersgd" else ""
+        remarks.append(
+            f"gradients are compressed ({plan.compression}{rank}) on their way between workers: not the serial run, by choice of "
+            "the plan; `shardwise prove` measures how far it is away"
         )
     if plan.precision == "bf16":
         remarks.append("bf16 autocast rounds to 8 bits: equal to a serial bf16 run up to that rounding")

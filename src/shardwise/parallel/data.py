@@ -34,7 +34,9 @@ BUCKET_BYTES = 25 * 1024**2
 
 
 @dataclass
-class _Bucket:
+class Bucket:
+    """Gradients that travel together, and behind them a flag per parameter."""
+
     names: list[str]
     parameters: list[nn.Parameter]
     flat: Tensor
@@ -85,7 +87,7 @@ class GradientSum:
         self._sparse = [(name, parameter) for name, parameter in trained if name in sparse_names]
         dense = [(name, parameter) for name, parameter in trained if name not in sparse_names]
         # The backward pass walks the module tree backwards, so the last parameters have their gradients first.
-        self._buckets = [_bucket(part) for part in _split(list(reversed(dense)), bucket_bytes)]
+        self._buckets = [make_bucket(part) for part in in_buckets(list(reversed(dense)), bucket_bytes)]
         self._expecting = False
         self._next = 0
         self._hooks = []
@@ -118,7 +120,7 @@ class GradientSum:
             while self._next < len(self._buckets):
                 self._send_next()
             for bucket in self._buckets:
-                _receive(bucket)
+                receive(bucket)
         self._expecting = False
         for name, parameter in self._sparse:
             self._sum_sparse(name, parameter)
@@ -139,7 +141,7 @@ class GradientSum:
             alone += [parameter for bucket in self._buckets for parameter in bucket.parameters]
         return flats + [parameter.grad for parameter in alone if parameter.grad is not None]
 
-    def _arrival(self, bucket: _Bucket):  # type: ignore[no-untyped-def]  # torch types the hook as Callable[..., None]
+    def _arrival(self, bucket: Bucket):  # type: ignore[no-untyped-def]  # torch types the hook as Callable[..., None]
         def arrived(_: Tensor) -> None:
             if not self._expecting:
                 return
@@ -152,7 +154,7 @@ class GradientSum:
     def _send_next(self) -> None:
         bucket = self._buckets[self._next]
         self._next += 1
-        _fill(bucket)
+        fill(bucket)
         bucket.sent = self._group.start_sum_(bucket.flat, bucket.what)
 
     def _sum_sparse(self, name: str, parameter: nn.Parameter) -> None:
@@ -213,7 +215,9 @@ def sparse_parameters(model: nn.Module) -> set[str]:
     return found
 
 
-def _split(parameters: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
+def in_buckets(
+    parameters: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int
+) -> list[list[tuple[str, nn.Parameter]]]:
     """Runs of parameters of one dtype and device, each at most `bucket_bytes` unless a single one is larger."""
     parts: list[list[tuple[str, nn.Parameter]]] = []
     by_kind: dict[tuple[torch.dtype, torch.device], int] = {}
@@ -231,7 +235,8 @@ def _split(parameters: Sequence[tuple[str, nn.Parameter]], bucket_bytes: int) ->
     return parts
 
 
-def _bucket(part: list[tuple[str, nn.Parameter]]) -> _Bucket:
+def make_bucket(part: list[tuple[str, nn.Parameter]]) -> Bucket:
+    """A bucket of these parameters."""
     names = [name for name, _ in part]
     parameters = [parameter for _, parameter in part]
     shapes = [local_part(parameter).shape for parameter in parameters]
@@ -241,7 +246,7 @@ def _bucket(part: list[tuple[str, nn.Parameter]]) -> _Bucket:
     views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=False)]
     gradients = [_like(view, parameter) for view, parameter in zip(views, parameters, strict=True)]
     what = f"the gradient of {names[0]}" if len(names) == 1 else f"the gradients of {names[0]} ... {names[-1]}"
-    return _Bucket(names, parameters, flat, views, gradients, pieces[-1], what)
+    return Bucket(names, parameters, flat, views, gradients, pieces[-1], what)
 
 
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -254,7 +259,7 @@ def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
     )
 
 
-def _fill(bucket: _Bucket) -> None:
+def fill(bucket: Bucket) -> None:
     """Copy this rank's gradients into the bucket; parameters without one count as zero and as not used."""
     bucket.absent = [index for index, parameter in enumerate(bucket.parameters) if parameter.grad is None]
     if not bucket.absent:
@@ -269,11 +274,16 @@ def _fill(bucket: _Bucket) -> None:
             bucket.flags[index] = 1
 
 
-def _receive(bucket: _Bucket) -> None:
-    """Wait for the sum and hand out its pieces as gradients; what no rank used stays without a gradient."""
+def receive(bucket: Bucket) -> None:
+    """Wait for the sum and hand out its pieces as gradients."""
     if bucket.sent is None:
         raise AssertionError("a bucket was not sent")
     bucket.sent.wait()
+    hand_out(bucket)
+
+
+def hand_out(bucket: Bucket) -> None:
+    """Make the pieces of a summed bucket the gradients; what no rank used stays without a gradient."""
     # Reading the flags waits for the device, so it is done only where this rank lacks a gradient itself.
     flags = bucket.flags.tolist() if bucket.absent else []
     unused = {index for index in bucket.absent if flags[index] == 0}

@@ -11,7 +11,7 @@ from pathlib import Path
 from shardwise.errors import RunFailed, UserError
 from shardwise.prove.compare import Yardstick
 from shardwise.prove.execute import Setting, measure, refuse
-from shardwise.prove.proof import judge, make_setting, settle
+from shardwise.prove.proof import judge_any, make_setting, settle
 from shardwise.run.choose import with_threads
 from shardwise.run.launch import print_report
 from shardwise.spec.job import Job
@@ -46,7 +46,14 @@ def prove_all(
     began = time.perf_counter()
     if workers < 1:
         raise UserError(f"workers={workers}: at least 1 is needed")
-    serial = settle(job, (plan or Plan()).with_layout(Layout()), device=device, threads=threads, recompute=recompute)
+    given = plan or Plan()
+    serial = settle(job, given.with_layout(Layout()), device=device, threads=threads, recompute=recompute)
+    # Of the settled plan all but what belongs to axes that the serial layout has not.
+    whole = replace(
+        serial,
+        compression=given.compression,
+        compression_rank=given.compression_rank,
+    )
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory(prefix="shardwise-proof-") as folder:
         setting = make_setting(
@@ -60,7 +67,7 @@ def prove_all(
         )
         measured: tuple[Yardstick, list[str]] | None = None
         for layout in layouts(workers):
-            candidate = with_threads(replace(serial.with_layout(layout), threads=threads))
+            candidate = with_threads(replace(whole.with_layout(layout), threads=threads))
             cell = _refused(job, candidate)
             if cell is None:
                 if measured is None:
@@ -82,7 +89,7 @@ def _refused(job: Job, plan: Plan) -> Cell | None:
 
 def _proved(setting: Setting, plan: Plan, yardstick: Yardstick, notes: list[str]) -> Cell:
     try:
-        verdict = judge(setting, plan, yardstick, notes)
+        verdict = judge_any(setting, plan, yardstick, notes)
     except UserError as error:
         # Contract 5: what a plan cannot do is known before any worker starts.
         return Cell(layout=str(plan.layout), result="failed", reason=f"refused after its workers had started: {error}")

@@ -16,6 +16,7 @@ from shardwise.data.source import Splits, as_splits
 from shardwise.errors import RunFailed, ShardwiseError, UserError
 from shardwise.prove.compare import MULTIPLE, Yardstick, compare, initial_differences, norm, worst_of_each_kind
 from shardwise.prove.diagnose import diagnose
+from shardwise.prove.distance import measured_distance
 from shardwise.prove.evidence import Evidence, listed
 from shardwise.prove.execute import Setting, measure, refuse, run_candidate
 from shardwise.prove.guards import check_guards, sample_faults
@@ -54,14 +55,19 @@ class Trial:
         return sorted((item for item in self.comparisons if not item.passed), key=lambda item: -item.excess)
 
     @property
+    def faults(self) -> list[str]:
+        """What is wrong and is no distance."""
+        broken = [f"guard {guard.name}: {guard.text}" for guard in self.guards if not guard.passed]
+        return [f"initial {name} differs on rank {rank}" for rank, name in self.initial] + broken
+
+    @property
     def passed(self) -> bool:
-        return not self.failed and not self.initial and all(guard.passed for guard in self.guards)
+        return not self.failed and not self.faults
 
     @property
     def small(self) -> bool:
         """Refuted by differences that a tipped ReLU can make, and by nothing else."""
-        structural = self.initial or not all(guard.passed for guard in self.guards)
-        return not self.passed and not structural and all(item.distance <= SMALL * item.size for item in self.failed)
+        return not self.passed and not self.faults and all(item.distance <= SMALL * item.size for item in self.failed)
 
 
 def prove(
@@ -110,7 +116,7 @@ def prove(
             fault=fault,
         )
         yardstick, notes = measure(setting, settled)
-        verdict = judge(setting, settled, yardstick, notes)
+        verdict = judge_any(setting, settled, yardstick, notes)
     return replace(verdict, seconds=time.perf_counter() - began)
 
 
@@ -172,6 +178,15 @@ def make_setting(
         report=report,
         fault=fault,
     )
+
+
+def judge_any(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequence[str]) -> Verdict:
+    """As `judge`; of a plan with an inexact saver, the verdict without it, and if that is good, the distance with it."""
+    verdict = judge(setting, plan.exact(), yardstick, notes)
+    if plan.exact() == plan or not verdict.proved:
+        return verdict
+    trial = run_trial(setting, replace(plan, precision="fp32", compile=False), yardstick)
+    return measured_distance(verdict, plan, yardstick, trial.candidate, trial.comparisons, trial.faults)
 
 
 def judge(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequence[str]) -> Verdict:

@@ -300,6 +300,8 @@ def _save(a: Assembly, course: Course) -> None:
         "metrics": dict(course.metrics),
         "loss": course.loss,
     }
+    if a.composed.compressed is not None:
+        progress["compression"] = a.composed.compressed.share_out()
     try:
         path = save(
             course.folder,

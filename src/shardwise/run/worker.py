@@ -120,6 +120,8 @@ def _train(
     if checkpoint is not None:
         progress = load(checkpoint, model=assembly.model, optimizer=assembly.optimizer, scheduler=assembly.scheduler)
         assembly.step = int(progress["step"])
+        if assembly.composed.compressed is not None:
+            assembly.composed.compressed.take_up(progress.get("compression", {}))
         position, metrics = Position(**progress["position"]), dict(progress["metrics"])
         loss = float(progress.get("loss", loss))
     with ExitStack() as stack:

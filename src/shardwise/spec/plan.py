@@ -15,9 +15,11 @@ else:
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+Compression = Literal["none", "fp16", "bf16", "powersgd"]
 SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev")
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTES = ("none", "selective", "full")
+COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
 TENSOR_RULES = ("column", "row", "vocabulary", "replicate")
 
 
@@ -49,6 +51,9 @@ class Plan:
         threads: compute threads per worker; None lets shardwise divide the cores.
         compile: run the model through `torch.compile`.
         tensor_rules: module name -> one of `TENSOR_RULES`, where the user knows better how the tensor axis splits it.
+        compression: how gradients are made smaller on their way between replicas: `none`, or inexactly by `fp16`, `bf16` or
+            `powersgd`. Only a user sets it.
+        compression_rank: rank of the products that stand for gradient matrices under `powersgd`.
         prediction: what the planner expects, None for a plan written by hand.
         reasons: why this plan was chosen, one sentence each.
     """
@@ -63,6 +68,8 @@ class Plan:
     threads: int | None = None
     compile: bool = False
     tensor_rules: dict[str, str] = field(default_factory=dict)
+    compression: Compression = "none"
+    compression_rank: int = 4
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
 
@@ -70,9 +77,11 @@ class Plan:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("recompute", self.recompute, RECOMPUTES)
         _check_choice("precision", self.precision, PRECISIONS)
-        for name in ("micro_batch", "threads"):
+        _check_choice("compression", self.compression, COMPRESSIONS)
+        for name in ("micro_batch", "threads", "compression_rank"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            unset = value is None and name != "compression_rank"
+            if not unset and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PlanError(f"plan {name}={value!r}: it must be a whole number of at least 1, or be left out")
         if not isinstance(self.compile, bool):
             raise PlanError(f"plan compile={self.compile!r}: it must be true or false")
@@ -142,12 +151,18 @@ class Plan:
     def with_layout(self, layout: Layout) -> "Plan":
         """The same plan under another layout, without what is said of axes that it has not."""
         rules = self.tensor_rules if layout.tensor > 1 else {}
-        return replace(self, layout=layout, tensor_rules=rules, prediction=None)
+        plan = replace(self, layout=layout, tensor_rules=rules, prediction=None)
+        return plan if layout.data > 1 else plan.exact()
+
+    def exact(self) -> "Plan":
+        """The same plan without what makes its result another than the serial one."""
+        defaults = Plan()
+        return replace(self, compression=defaults.compression, compression_rank=defaults.compression_rank)
 
     def __str__(self) -> str:
         parts = [str(self.layout)]
         defaults = Plan()
-        for name in ("micro_batch", "recompute", "precision", "threads", "compile"):
+        for name in ("micro_batch", "recompute", "precision", "threads", "compile", "compression", "compression_rank"):
             value = getattr(self, name)
             if value != getattr(defaults, name):
                 parts.append(f"{name}={value}")

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from shardwise.errors import UserError
 
-Outcome = Literal["proved", "refuted", "not comparable"]
-OUTCOMES = ("proved", "refuted", "not comparable")
+Outcome = Literal["proved", "refuted", "not comparable", "inexact"]
+OUTCOMES = ("proved", "refuted", "not comparable", "inexact")
 
 _SHOWN_WORST = 4
 _SHOWN_FAILED = 8
@@ -93,7 +93,9 @@ class Verdict:
     """The result of a proof.
 
     Attributes:
-        outcome: `proved`, `refuted`, or `not comparable` for a plan or job that cannot equal a serial run.
+        outcome: `proved`, `refuted`, `not comparable` for a plan or job that cannot equal a serial run, or `inexact` for a plan
+            with an inexact saver that is proved without it; then the comparisons are those of the plan with it, and no
+            distance refutes.
         job: the job's name.
         plan: the plan in text form.
         layout: its layout in text form.
@@ -188,9 +190,12 @@ class Verdict:
         samples = f"batches of {', '.join(map(str, self.samples))} samples" if self.samples else "no batch"
         lines.append(f"  {self.steps} steps over {samples}, {self.workers} workers, {self.seconds:.1f} s")
         for finding in self.findings:
-            lines.append(f"  culprit: {finding.message}")
+            lines.append(f"  {'distance' if finding.pattern == 'inexact' else 'culprit'}: {finding.message}")
         lines += [f"  guard failed: {guard.text}" for guard in self.guards if not guard.passed]
-        if self.failed:
+        if self.outcome == "inexact":
+            lines.append("  furthest from a float64 serial run, of each kind:")
+            lines += [f"    {item}" for item in self.worst]
+        elif self.failed:
             shown = self.failed[:_SHOWN_FAILED]
             lines.append(f"  {self.failed_count} of {sum(self.compared.values())} comparisons are beyond rounding:")
             lines += [f"    {item}" for item in shown]
