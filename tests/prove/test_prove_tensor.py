@@ -154,3 +154,13 @@ def test_the_loss_is_that_of_whole_logits(job: Jobs) -> None:
 
     verdict = prove(job("gpt"), "tensor=2", fault=wrong)
     assert verdict.outcome == "refuted", verdict
+
+
+def test_the_matrix_follows_the_plan_file(job: Jobs) -> None:
+    """Rules count where there is a tensor axis and cuts where there is a pipeline; elsewhere they are no reason to refuse."""
+    rules = {"inner": "replicate", "head": "replicate"}
+    cells = {c.layout: c for c in prove_all(job("mlp"), 2, plan=Plan(tensor_rules=rules, cuts=("head",))).cells}
+    assert cells["tensor=2"].result == "refused" and "as its rule says" in cells["tensor=2"].reason
+    assert [cells[layout].result for layout in ("serial", "data=2", "shard=2", "pipeline=2")] == ["proved"] * 4
+    cells = {c.layout: c for c in prove_all(job("mlp"), 2, plan=Plan(cuts=("nowhere",))).cells}
+    assert cells["pipeline=2"].result == "refused" and "nowhere" in cells["pipeline=2"].reason

@@ -48,9 +48,12 @@ def prove_all(
         raise UserError(f"workers={workers}: at least 1 is needed")
     given = plan or Plan()
     serial = settle(job, given.with_layout(Layout()), device=device, threads=threads, recompute=recompute)
-    # Of the settled plan all but what belongs to axes that the serial layout has not.
+    # The settled plan, and what the serial layout has no use for.
     whole = replace(
         serial,
+        schedule=given.schedule,
+        cuts=given.cuts,
+        tensor_rules=given.tensor_rules,
         compression=given.compression,
         compression_rank=given.compression_rank,
     )

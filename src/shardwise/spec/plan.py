@@ -150,8 +150,11 @@ class Plan:
 
     def with_layout(self, layout: Layout) -> "Plan":
         """The same plan under another layout, without what is said of axes that it has not."""
-        rules = self.tensor_rules if layout.tensor > 1 else {}
-        plan = replace(self, layout=layout, tensor_rules=rules, prediction=None)
+        plan = replace(self, layout=layout, prediction=None)
+        if layout.tensor == 1:
+            plan = replace(plan, tensor_rules={})
+        if layout.pipeline == 1:
+            plan = replace(plan, schedule=Plan().schedule, cuts=())
         return plan if layout.data > 1 else plan.exact()
 
     def exact(self) -> "Plan":
