@@ -78,6 +78,24 @@ def test_a_mistake_beside_the_saver_is_refuted(job: Jobs) -> None:
     assert "inexact" not in {finding.pattern for finding in verdict.findings}
 
 
+def never_average(a: Assembly) -> None:
+    """Workers that take steps of their own stay apart."""
+    if a.composed.local is not None:
+        vars(a)["average"] = lambda: None
+        vars(a.composed.local)["after_step"] = lambda optimizer, step: None
+
+
+def test_local_steps(job: Jobs) -> None:
+    plan = Plan(layout=Layout(data=2), local_steps=2)
+    verdict = prove(job("mlp"), plan, steps=4)
+    assert verdict.outcome == "inexact", verdict
+    factor = verdict.findings[0].factor
+    assert factor is not None and 1e-5 < factor < 0.5
+    assert not any("between averages" in text for text in verdict.not_covered)
+    assert prove(job("mlp"), plan, steps=4, fault=never_average).outcome == "refuted"
+    assert any("between averages" in text for text in prove(job("mlp"), plan, steps=1).not_covered)
+
+
 def test_nothing_is_trained_as_proved(job: Jobs) -> None:
     with pytest.raises(RunFailed, match="INEXACT"):
         prove_before_training(job("mlp"), BF16)

@@ -41,7 +41,7 @@ def prove(
 
     A float64 run on one worker is the reference; the plan's run may be no further from it than a small multiple of what
     float32 on one worker is. Exit code 0: proved. 1: refuted, with what is wrong, not comparable, or
-    inexact (a plan with gradient compression, whose distance is told instead). 2: wrong input.
+    inexact (a plan with gradient compression or local steps, whose distance is told instead). 2: wrong input.
     """
     from shardwise.cli.main import print_json, stdout_to_stderr
     from shardwise.prove.command import ProveCommand, prove_command

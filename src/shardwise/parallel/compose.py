@@ -29,6 +29,7 @@ from shardwise.parallel.compress import CompressedSum, LowRankSum, check_compres
 from shardwise.parallel.context.split import Checked, ContextSplit
 from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
 from shardwise.parallel.expert import check_experts, expert_parameters, forward_meets_others, split_experts
+from shardwise.parallel.local import LocalSteps, check_local_steps
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
 from shardwise.spec.plan import Plan
@@ -72,7 +73,7 @@ class Composed:
     """
 
     model: nn.Module
-    gradients: GradientSum | GradientSums | StageGradients | CompressedSum
+    gradients: GradientSum | GradientSums | StageGradients | CompressedSum | LocalSteps
     state: BatchState
     forward_communicates: bool
     remarks: tuple[str, ...]
@@ -87,6 +88,11 @@ class Composed:
     def compressed(self) -> LowRankSum | None:
         """The sum that carries what it left out to the next step, where the plan says so."""
         return self.gradients if isinstance(self.gradients, LowRankSum) else None
+
+    @property
+    def local(self) -> LocalSteps | None:
+        """Averages the replicas, where the plan lets them take steps of their own."""
+        return self.gradients if isinstance(self.gradients, LocalSteps) else None
 
 
 def check_layout(plan: Plan) -> None:
@@ -146,6 +152,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
             f"no sample in any step; use at most {batch_size} workers or a larger batch_size"
         )
     check_compression(model, plan)
+    check_local_steps(model, plan, meets_others=forward_meets_others(model, plan.layout))
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise PlanError(
@@ -241,7 +248,7 @@ def compose(
         communicates = True
     named = [(name, p) for name, p in model.named_parameters() if not is_elsewhere(p)]
     summed = _plan_sums(named, plan, mesh, experts, sparse, sharded)
-    gradients: GradientSum | GradientSums | StageGradients | CompressedSum = summed
+    gradients: GradientSum | GradientSums | StageGradients | CompressedSum | LocalSteps = summed
     apart: tuple[Group, ...] = ()
     counted: Callable[[nn.Parameter], bool] = _always
     if stages is not None:
@@ -263,8 +270,10 @@ def _plan_sums(
     experts: Collection[str],
     sparse: set[str],
     sharded: Sharded | None,
-) -> GradientSum | GradientSums | CompressedSum:
+) -> GradientSum | GradientSums | CompressedSum | LocalSteps:
     tokens = mesh.group("data", "shard", "context", "expert")
+    if plan.local_steps > 1:
+        return LocalSteps(named, tokens, every=plan.local_steps)
     if plan.compression != "none":
         return compressed_sum(named, tokens, plan)
     dense = GradientSum(
@@ -320,6 +329,11 @@ def _remarks(model: nn.Module, plan: Plan, batch_norm: str) -> tuple[str, ...]:
         remarks.append(
             f"gradients are compressed ({plan.compression}{rank}) on their way between workers: not the serial run, by choice of "
             "the plan; `shardwise prove` measures how far it is away"
+        )
+    if plan.local_steps > 1:
+        remarks.append(
+            f"workers take {plan.local_steps} steps alone before their weights are averaged, and clip by their own norms: "
+            "not the serial run, by choice of the plan; `shardwise prove` measures how far it is away"
         )
     if plan.precision == "bf16":
         remarks.append("bf16 autocast rounds to 8 bits: equal to a serial bf16 run up to that rounding")

@@ -42,6 +42,9 @@ def measured_distance(
     )
     drifted = [name for name, values in candidate.starting_with("final/model/") if len(values) > 1]
     texts = [*faults, *(f"the workers' copies of {name} are no longer equal" for name in drifted)]
+    uncovered = ["whether a training of full length ends as well: compare the metrics of whole runs"]
+    if plan.local_steps > exact.steps:
+        uncovered.append(f"steps between averages: {exact.steps} of {plan.local_steps} were taken; give --steps")
     wrong = [Finding(pattern="fault", message=text) for text in texts]
     # Nothing here could pass or fail by an allowance; the furthest of each kind by size is what a reader asks for.
     return replace(
@@ -50,10 +53,7 @@ def measured_distance(
         plan=str(plan),
         worst=worst_of_each_kind(comparisons),
         findings=(*wrong, distance),
-        not_covered=(
-            *exact.not_covered,
-            "whether a training of full length ends as well: compare the metrics of whole runs",
-        ),
+        not_covered=(*exact.not_covered, *uncovered),
         notes=(*exact.notes, "the same plan without its saver is proved"),
     )
 

@@ -56,6 +56,7 @@ def prove_all(
         tensor_rules=given.tensor_rules,
         compression=given.compression,
         compression_rank=given.compression_rank,
+        local_steps=given.local_steps,
     )
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory(prefix="shardwise-proof-") as folder:

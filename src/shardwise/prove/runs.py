@@ -88,6 +88,7 @@ def take_record(task: Task, device: torch.device) -> list[RankReport]:
     recorder.take_size(a.model)
     recorder.take_state("initial", a)
     _walk(a, task, splits, recorder)
+    a.average()
     recorder.take_state("final", a)
     return recorder.write(Path(task.folder), a.world)
 

@@ -88,6 +88,11 @@ class Assembly:
         others = [axis for axis in AXES if axis not in (*SAMPLE_AXES, "context", "pipeline")]
         return all(self.mesh.coordinate(axis) == 0 for axis in others)
 
+    def average(self) -> None:
+        """Make replicas equal that take steps of their own. Collective; nothing where there are none."""
+        if self.composed.local is not None:
+            self.composed.local.average(self.optimizer)
+
     @property
     def model(self) -> nn.Module:
         """The user's module."""

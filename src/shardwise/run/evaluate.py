@@ -35,6 +35,7 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         JobError: a metric returns something else than a scalar or a (sum, count) pair.
     """
     a = assembly
+    a.average()
     # Restored one by one: a module that the user keeps in evaluation mode (frozen statistics) stays there.
     modes = [(module, module.training) for module in a.model.modules()]
     a.model.eval()

@@ -110,6 +110,7 @@ class LiveRun:
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as a safetensors file. Collective; rank 0 writes."""
+        self.assembly.average()
         save_weights(self.assembly.model, Path(path))
 
     def close(self) -> None:

@@ -135,6 +135,7 @@ def run_loop(assembly: Assembly, course: Course) -> None:
         course.tracer.settled(a.world, a.step, ledger.offset_seconds, ended=True)
     if not course.stopped and course.evaluate and course.evaluated_step != a.step:
         _evaluate(a, course)
+    a.average()
     check_replicas(a.model, a.mesh, a.step)
     course.paused = not course.stopped and not _reached(a, course, a.job.steps, a.job.epochs)
     if course.saved_step != a.step and (course.stopped or course.paused or course.saving.at_end):
@@ -179,7 +180,8 @@ def _run_epoch(a: Assembly, course: Course, ledger: Ledger, observer: Observer) 
             ledger.add(result)
             if a.step == 1:
                 # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
-                check_replicas(a.model, a.mesh, a.step)
+                if a.composed.local is None:
+                    check_replicas(a.model, a.mesh, a.step)
                 _tell_not_recomputed(a, course)
             by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
             last = end_step is not None and a.step >= end_step
@@ -257,6 +259,7 @@ def _settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, 
     if settled.stop:
         course.stopped = True
     elif settled.save or save_now:
+        a.average()
         check_replicas(a.model, a.mesh, a.step)
         _save(a, course)
         ledger.skip_time()

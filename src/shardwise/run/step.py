@@ -76,6 +76,8 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
     if a.scheduler is not None:
         a.scheduler.step()
     a.step += 1
+    if a.composed.local is not None:
+        a.composed.local.after_step(a.optimizer, a.step)
     clock.mark("optimizer")
     loss_sum, weight = result
     return StepResult(loss_sum, weight, batch.global_count, norm)

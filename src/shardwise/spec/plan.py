@@ -54,6 +54,8 @@ class Plan:
         compression: how gradients are made smaller on their way between replicas: `none`, or inexactly by `fp16`, `bf16` or
             `powersgd`. Only a user sets it.
         compression_rank: rank of the products that stand for gradient matrices under `powersgd`.
+        local_steps: optimizer steps that replicas take by themselves between two averages of their weights; above 1 inexact.
+            Only a user sets it.
         prediction: what the planner expects, None for a plan written by hand.
         reasons: why this plan was chosen, one sentence each.
     """
@@ -70,6 +72,7 @@ class Plan:
     tensor_rules: dict[str, str] = field(default_factory=dict)
     compression: Compression = "none"
     compression_rank: int = 4
+    local_steps: int = 1
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
 
@@ -78,9 +81,9 @@ class Plan:
         _check_choice("recompute", self.recompute, RECOMPUTES)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("compression", self.compression, COMPRESSIONS)
-        for name in ("micro_batch", "threads", "compression_rank"):
+        for name in ("micro_batch", "threads", "compression_rank", "local_steps"):
             value = getattr(self, name)
-            unset = value is None and name != "compression_rank"
+            unset = value is None and name in ("micro_batch", "threads")
             if not unset and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PlanError(f"plan {name}={value!r}: it must be a whole number of at least 1, or be left out")
         if not isinstance(self.compile, bool):
@@ -160,12 +163,26 @@ class Plan:
     def exact(self) -> "Plan":
         """The same plan without what makes its result another than the serial one."""
         defaults = Plan()
-        return replace(self, compression=defaults.compression, compression_rank=defaults.compression_rank)
+        return replace(
+            self,
+            compression=defaults.compression,
+            compression_rank=defaults.compression_rank,
+            local_steps=defaults.local_steps,
+        )
 
     def __str__(self) -> str:
         parts = [str(self.layout)]
         defaults = Plan()
-        for name in ("micro_batch", "recompute", "precision", "threads", "compile", "compression", "compression_rank"):
+        for name in (
+            "micro_batch",
+            "recompute",
+            "precision",
+            "threads",
+            "compile",
+            "compression",
+            "compression_rank",
+            "local_steps",
+        ):
             value = getattr(self, name)
             if value != getattr(defaults, name):
                 parts.append(f"{name}={value}")
