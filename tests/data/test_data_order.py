@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from shardwise.data.order import GOLDEN, epoch_order, hashed, mix_word, share_bounds, stream_key
+from shardwise.data.order import GOLDEN, epoch_order, hashed, mix_word, stream_key
 from shardwise.errors import JobError, PlanError
+from shardwise.spec.shares import share_bounds
 
 
 def test_hash_is_splitmix64() -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from shardwise.data.order import share_bounds
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.errors import JobError, PlanError
@@ -22,6 +21,7 @@ from shardwise.parallel.context.part import Part
 from shardwise.parallel.context.split import ContextSplit
 from shardwise.parallel.data import GradientSum
 from shardwise.spec.layout import Layout
+from shardwise.spec.shares import share_bounds
 
 Ranks = Callable[..., list[Any]]
 Result = tuple[list[float], dict[str, Tensor], dict[str, Tensor], Tensor]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardwise.run.dcp  # noqa: F401  # once, before ranks are forked
-from shardwise.data.order import share_bounds
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.dist.split import is_dtensor, local_part
@@ -29,6 +28,7 @@ from shardwise.run.checkpoint import latest, load, save
 from shardwise.run.export import load_weights, save_weights
 from shardwise.run.folder import RunFolder
 from shardwise.spec.layout import Layout
+from shardwise.spec.shares import share_bounds
 
 Ranks = Callable[..., list[Any]]
 WIDTH, LENGTH, CLASSES = 6, 5, 3

@@ -10,7 +10,6 @@ import torch
 import torch.distributed.tensor  # once, before ranks are forked
 from torch import Tensor
 
-from shardwise.data.order import share_bounds
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.dist.split import is_dtensor
@@ -24,6 +23,7 @@ from shardwise.parallel.data import GradientSum
 from shardwise.parallel.expert import check_experts, split_experts
 from shardwise.parallel.norm import BatchState
 from shardwise.spec.layout import Layout
+from shardwise.spec.shares import share_bounds
 
 BATCH, LENGTH = 3, 7
 Result = tuple[list[float], dict[str, Tensor], dict[str, Load]]

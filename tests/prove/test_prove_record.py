@@ -22,6 +22,7 @@ from shardwise.prove.guards import sample_faults
 from shardwise.prove.quiet import Quiet, in_double, silence
 from shardwise.prove.record import RankReport, Record, Recorder, read_record, sample_digests, whole
 from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
 from shardwise.spec.verdict import Comparison, Finding, Guard, Verdict
 
 
@@ -81,16 +82,19 @@ def test_shares_of_the_batch() -> None:
     serial = _ran([rows], Layout())
     split = Layout(data=2, tensor=2)
     a, b = rows[:3], rows[3:]
-    assert sample_faults(_ran([a, a, b, b], split), serial, split) == []
+    assert sample_faults(_ran([a, a, b, b], split), serial, Plan(layout=split)) == []
     assert (
         "rank 1 trained at step 1 on the samples of share 1"
-        in sample_faults(_ran([a, b, b, b], split), serial, split)[0]
+        in sample_faults(_ran([a, b, b, b], split), serial, Plan(layout=split))[0]
     )
     data = Layout(data=2)
-    assert sample_faults(_ran([rows[:1], rows[1:]], data), serial, data) == []  # uneven shares are fine
-    assert "samples of share 0" in sample_faults(_ran([a, a], data), serial, data)[0]
-    assert "differ from run to run" in sample_faults(_ran([a, b + 1], data), serial, data)[0]
-    assert "not its share" in sample_faults(_ran([a, b.flip(0)], data), serial, data)[0]
+    assert sample_faults(_ran([rows[:1], rows[1:]], data), serial, Plan(layout=data)) == []  # uneven shares are fine
+    assert "samples of share 0" in sample_faults(_ran([a, a], data), serial, Plan(layout=data))[0]
+    assert "differ from run to run" in sample_faults(_ran([a, b + 1], data), serial, Plan(layout=data))[0]
+    assert "not its share" in sample_faults(_ran([a, b.flip(0)], data), serial, Plan(layout=data))[0]
+    uneven = Plan(layout=data, shares=(4.0, 1.0))
+    assert sample_faults(_ran([rows[:4], rows[4:]], data), serial, uneven) == []
+    assert "not its share of 4" in sample_faults(_ran([a, b], data), serial, uneven)[0]  # the shares were ignored
 
 
 def test_random_layers_are_silenced_and_casts_widened() -> None:

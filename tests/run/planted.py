@@ -1,7 +1,8 @@
 """A job with planted trouble, for the tests of `watch`: the real command trains it, and what is wrong must be named.
 
-`trouble` is one of: sleep_backward, busy_backward, skip, hang, stop, starved, calm. Rank 1 is the one in trouble, or rank 0
-where it is alone.
+`trouble` is one of: sleep_backward, busy_backward, sleep_samples, skip, hang, stop, starved, calm.
+Rank 1 is the one in trouble, or rank 0 where it is alone; with sleep_samples rank 1 sleeps three times as long as the others
+for each sample.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class _SlowBackward(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.trouble == "sleep_backward":
             time.sleep(ctx.seconds)
+        if ctx.trouble == "sleep_samples":
+            time.sleep(ctx.seconds * len(gradient))
         end = time.perf_counter() + ctx.seconds
         while ctx.trouble == "busy_backward" and time.perf_counter() < end:
             pass
@@ -49,7 +52,9 @@ class Net(nn.Module):
         here = rank == min(1, workers - 1)
         self.calls += self.training
         hidden = torch.relu(self.first(x))
-        if here:
+        if self.trouble == "sleep_samples" and workers > 1:
+            hidden = _SlowBackward.apply(hidden, self.trouble, self.seconds * (3 if here else 1))  # type: ignore[no-untyped-call]
+        elif here:
             hidden = _SlowBackward.apply(hidden, self.trouble, self.seconds)  # type: ignore[no-untyped-call]
         if self.calls == CALLS_BEFORE:
             self.calls += 1
@@ -66,11 +71,11 @@ class Net(nn.Module):
 class Rows(Dataset[tuple[Tensor, Tensor]]):
     """Each batch takes its time to be read."""
 
-    def __init__(self, trouble: str, seconds: float) -> None:
-        self.trouble, self.seconds = trouble, seconds
+    def __init__(self, trouble: str, seconds: float, samples: int) -> None:
+        self.trouble, self.seconds, self.samples = trouble, seconds, samples
 
     def __len__(self) -> int:
-        return 64
+        return self.samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.trouble == "starved":
@@ -79,10 +84,10 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         return x, (x[0] > 0).long()
 
 
-def job(trouble: str = "calm", seconds: float = 0.02, steps: int = 100) -> shardwise.Job:
+def job(trouble: str = "calm", seconds: float = 0.02, steps: int = 100, samples: int = 64) -> shardwise.Job:
     return shardwise.Job(
         model=lambda: Net(trouble, seconds),
-        data={"train": shardwise.data.Samples(Rows(trouble, seconds))},
+        data={"train": shardwise.data.Samples(Rows(trouble, seconds, samples))},
         loss=nn.functional.cross_entropy,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         batch_size=8,

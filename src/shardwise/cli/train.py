@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     help="Longest step before it is looked into; 0: never.",
 )
 @click.option("--trace", metavar="FIRST:STOP", help="Keep a trace of these steps of all ranks, for Perfetto or Chrome.")
+@click.option("--balance", is_flag=True, help="Divide each batch by the measured speed of the workers.")
 @click.option("--prove", "prove_first", is_flag=True, help="First prove that the plan's steps equal serial ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress stays on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")

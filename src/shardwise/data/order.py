@@ -1,4 +1,4 @@
-"""The order of the samples and each rank's slice of it: pure functions of (seed, epoch), needing numpy alone.
+"""The order of the samples: pure functions of (seed, epoch), needing numpy alone.
 
 Every random number of this room comes from one counter-based hash, the finaliser of SplitMix64 (Steele, Lea and
 Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with Stafford's variant-13 constants). It is
@@ -6,13 +6,10 @@ Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with Staff
 needs no state: number k of a stream can be had without the numbers before it.
 """
 
-from collections.abc import Sequence
-from fractions import Fraction
-
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwise.errors import JobError, PlanError
+from shardwise.errors import JobError
 
 GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -69,41 +66,3 @@ def epoch_order(length: int, *, seed: int, epoch: int, shuffle: bool = True) -> 
         return np.arange(length, dtype=np.int64)
     keys = hashed(stream_key(_ORDER_STREAM, seed, epoch), np.arange(length, dtype=np.uint64))
     return np.argsort(keys).astype(np.int64, copy=False)
-
-
-def share_bounds(count: int, parts: int, shares: Sequence[float] | None = None) -> list[tuple[int, int]]:
-    """Contiguous `[start, stop)` of `count` samples for each of `parts` ranks; together they cover it exactly once.
-
-    Without `shares` the sizes differ by at most one, larger ones first. With `shares` (one number >= 0 a rank, in any
-    unit) sizes are proportional by the method of largest remainders, in exact arithmetic, so that every rank computes
-    the same answer; ties go to the lower rank. A size may be 0.
-
-    Raises:
-        PlanError: no ranks, or shares that are not one finite number >= 0 a rank with a sum above 0.
-    """
-    if parts < 1 or count < 0:
-        raise PlanError(f"{count} samples over {parts} ranks: there must be at least 1 rank and 0 samples")
-    if shares is None:
-        base, more = divmod(count, parts)
-        sizes = [base + (rank < more) for rank in range(parts)]
-    else:
-        sizes = _largest_remainder(count, parts, shares)
-    bounds, start = [], 0
-    for size in sizes:
-        bounds.append((start, start + size))
-        start += size
-    return bounds
-
-
-def _largest_remainder(count: int, parts: int, shares: Sequence[float]) -> list[int]:
-    if len(shares) != parts:
-        raise PlanError(f"{len(shares)} shares for {parts} ranks: give one number a rank")
-    if not all(0 <= share < float("inf") for share in shares) or not sum(shares) > 0:
-        raise PlanError(f"shares are {list(shares)!r}: give finite numbers of at least 0, not all of them 0")
-    exact = [Fraction(share) for share in shares]
-    scale = Fraction(count) / sum(exact)
-    sizes = [int(share * scale) for share in exact]
-    by_remainder = sorted(range(parts), key=lambda rank: (sizes[rank] - exact[rank] * scale, rank))
-    for rank in by_remainder[: count - sum(sizes)]:
-        sizes[rank] += 1
-    return sizes

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.data.batch import Batch
-from shardwise.data.order import epoch_order, share_bounds
+from shardwise.data.order import epoch_order
+from shardwise.spec.shares import share_bounds
 
 
 @dataclass(frozen=True, kw_only=True)

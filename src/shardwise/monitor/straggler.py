@@ -36,7 +36,7 @@ SCARCE_SHARE = 0.2
 WORK = ("data", "forward", "backward", "optimizer", "other")
 """Phases that are work and no waiting."""
 
-_PER_SAMPLE = ("data", "forward", "backward")
+PER_SAMPLE = ("data", "forward", "backward")
 """Phases that take as much longer as there are more samples."""
 
 _CAUSES = {
@@ -55,10 +55,13 @@ class Detector:
         threads: compute threads of each rank, for advice.
         cores: of the machine, for advice.
         device: kind of device; processor times say nothing about what an accelerator does.
+        balances: the run sets shares itself, so that it need not be advised to.
     """
 
-    def __init__(self, *, threads: int | None = None, cores: int | None = None, device: str = "cpu") -> None:
-        self._threads, self._cores, self._device = threads, cores, device
+    def __init__(
+        self, *, threads: int | None = None, cores: int | None = None, device: str = "cpu", balances: bool = False
+    ) -> None:
+        self._threads, self._cores, self._device, self._balances = threads, cores, device, balances
         self._recent: deque[RanksEvent] = deque()
         self._seen = 0
         self._said: set[tuple[str, ...]] = set()
@@ -88,7 +91,7 @@ class Detector:
         if lost < LEAST_SECONDS or lost < LEAST_SHARE * step_seconds:
             return []
         cause = self._cause(window, rank, lost)
-        shares = balanced_shares(window) if phase in _PER_SAMPLE and cause != "waiting" else []
+        shares = balanced_shares(window) if phase in PER_SAMPLE and cause != "waiting" else []
         steps = sum(each.steps for each in window)
         late = sum(each.late_seconds[rank] * each.steps for each in window) / steps
         why = f"; {_CAUSES[cause]}" if _CAUSES[cause] else ""
@@ -100,7 +103,7 @@ class Detector:
             advice = (
                 ". With shares of " + ", ".join(f"{share:.2f}" for share in shares) + " of the global batch all ranks "
             )
-            advice += "would take equally long"
+            advice += "would take equally long" + ("" if self._balances else "; --balance divides it so")
         message = (
             f"rank {rank} is slow in {phase}: {format_seconds(lost)} more a step than the other ranks, of "
             f"{format_seconds(step_seconds)}{arrival}{why}{advice}"
@@ -197,7 +200,7 @@ def balanced_shares(window: Sequence[RanksEvent]) -> list[float]:
     speeds: list[float] = []
     for rank in range(ranks):
         samples = sum(each.samples[rank] * each.timed_steps / each.steps for each in window)
-        seconds = sum(each.phase_seconds.get(phase, [0.0] * ranks)[rank] for each in window for phase in _PER_SAMPLE)
+        seconds = sum(each.phase_seconds.get(phase, [0.0] * ranks)[rank] for each in window for phase in PER_SAMPLE)
         speeds.append(samples / seconds if samples and seconds > 0 else 0.0)
     known = [speed for speed in speeds if speed]
     if not known:

@@ -33,6 +33,7 @@ from shardwise.parallel.local import LocalSteps, check_local_steps
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
 from shardwise.spec.plan import Plan
+from shardwise.spec.shares import share_bounds
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Cut, StageGradients, Stages
@@ -153,6 +154,12 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
         )
     check_compression(model, plan)
     check_local_steps(model, plan, meets_others=forward_meets_others(model, plan.layout))
+    sizes = [stop - start for start, stop in share_bounds(batch_size, replicas, plan.shares or None)]
+    if min(sizes) < 1:
+        raise PlanError(
+            f"plan {plan} with batch_size={batch_size} gives its workers {', '.join(map(str, sizes))} samples of a global batch: "
+            "each needs at least 1; raise the smallest of the shares"
+        )
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise PlanError(
@@ -167,7 +174,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
         from shardwise.parallel.recompute import recomputed_modules
 
         recomputed_modules(model, plan)
-    share = -(-batch_size // replicas)
+    share = max(sizes)
     splits = plan.micro_batch is not None and plan.micro_batch < share
     check_experts(model, plan.layout, splits_share=splits)
     if plan.layout.context > 1 and plan.compile:

@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 
-from shardwise.data.source import Splits
+from shardwise.data.source import Splits, as_splits
 from shardwise.errors import JobError, PlanError, RunFailed
 from shardwise.prove.compare import Yardstick, norm
 from shardwise.prove.record import RankReport, Record, read_record
@@ -20,6 +20,7 @@ from shardwise.prove.runs import Fault, Task, run_rank
 from shardwise.run.apart import call_in_child
 from shardwise.run.assemble import check_job
 from shardwise.run.launch import launch
+from shardwise.run.loop import check_division
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 
@@ -98,6 +99,7 @@ def refuse(job: Job, plan: Plan) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         check_job(job, plan)
+    check_division(as_splits(job.data), plan)
 
 
 def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from shardwise.data.order import share_bounds
 from shardwise.dist.mesh import SAMPLE_AXES
 from shardwise.prove.compare import Yardstick, global_norm
 from shardwise.prove.record import RankReport, Record
 from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
+from shardwise.spec.shares import share_bounds
 from shardwise.spec.verdict import Guard
 
 _SPLIT_PARAMETERS = ("shard", "tensor", "pipeline", "expert")
@@ -82,25 +83,26 @@ def _parameters(candidate: Record, yardstick: Yardstick, axes: list[str]) -> Gua
     return Guard(name="parameters split", passed=0 < most < whole, text=text)
 
 
-def sample_faults(candidate: Record, serial: Record, layout: Layout) -> list[str]:
+def sample_faults(candidate: Record, serial: Record, plan: Plan) -> list[str]:
     """Ranks that did not train on their part of the global batch, a sentence each; for the first step where any did not."""
     groups: dict[tuple[tuple[str, int], ...], list[RankReport]] = {}
     for report in candidate.reports:
         others = tuple(sorted(item for item in report.coordinates.items() if item[0] not in SAMPLE_AXES))
         groups.setdefault(others, []).append(report)
     for step, whole in enumerate(serial.reports[0].samples):
-        found = [fault for group in groups.values() for fault in _faults(group, step, whole, layout)]
+        found = [fault for group in groups.values() for fault in _faults(group, step, whole, plan)]
         if found:
             return list(dict.fromkeys(found))
     return []
 
 
-def _faults(group: list[RankReport], step: int, whole: tuple[bytes, ...], layout: Layout) -> list[str]:
+def _faults(group: list[RankReport], step: int, whole: tuple[bytes, ...], plan: Plan) -> list[str]:
     """`group`: the ranks that together hold one copy of the batch, in the order of their shares."""
     shares = [report.samples[step] if step < len(report.samples) else () for report in group]
-    if sum(shares, ()) == whole:
+    slices = [whole[start:stop] for start, stop in share_bounds(len(whole), plan.layout.replicas, plan.shares or None)]
+    # A sharded stream divides unevenly by itself; where the plan says how, each rank must have just its slice.
+    if shares == slices or (not plan.shares and sum(shares, ()) == whole):
         return []
-    slices = [whole[start:stop] for start, stop in share_bounds(len(whole), layout.replicas)]
     known = set(whole)
     found = []
     for report, share, own in zip(group, shares, slices, strict=True):

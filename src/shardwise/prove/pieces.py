@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.data.batch import Batch
-from shardwise.data.order import share_bounds
 from shardwise.prove.quiet import Quiet
 from shardwise.prove.runs import Task, altered, open_job, prepare, walk_batches
 from shardwise.run.assemble import Assembly
@@ -23,6 +22,7 @@ from shardwise.run.coupled import coupling, loss_sum_of, rows_of, state_kept, we
 from shardwise.run.names import named_tensors, own_model
 from shardwise.run.step import seed_step
 from shardwise.spec.rank import Rank
+from shardwise.spec.shares import share_bounds
 
 MOST_PIECES = 64
 """More parts than this are taken together, a rank's share at a time."""
@@ -65,12 +65,14 @@ class Pieces:
     has_batch_norm: bool
 
 
-def write_pieces(rank: Rank, task: Task, replicas: int, micro_batch: int | None) -> None:
+def write_pieces(
+    rank: Rank, task: Task, replicas: int, micro_batch: int | None, shares: tuple[float, ...] | None = None
+) -> None:
     """Compute the pieces in this process and leave them in the task's folder. `task` is a serial run in float64."""
     job, splits = open_job(task)
     a = prepare(task, job, splits, torch.device(task.device), [])
     batch = altered(next(walk_batches(a, splits, task.steps)).to(a.device), task)
-    bounds = share_bounds(batch.count, replicas)
+    bounds = share_bounds(batch.count, replicas, shares)
     with Quiet(double=True):
         seed_step(job.seed, 0, 0)
         coupled = _coupling(a, batch, bounds)

@@ -243,7 +243,7 @@ def run_trial(setting: Setting, plan: Plan, yardstick: Yardstick) -> Trial:
     """Run a plan and compare it."""
     candidate = run_candidate(setting, plan, f"candidate {plan.layout}")
     aliases = yardstick.exact.aliases
-    faults = sample_faults(candidate, yardstick.serial[0], plan.layout)
+    faults = sample_faults(candidate, yardstick.serial[0], plan)
     return Trial(
         candidate=candidate,
         comparisons=compare(candidate, yardstick),
@@ -324,7 +324,11 @@ def _pieces(setting: Setting, plan: Plan) -> tuple[Pieces | None, str]:
     """The parts of the first batch; or why the job cannot be run in parts, which takes a clue away and nothing else."""
     task = setting.task("pieces of the batch", Plan(threads=plan.threads), double=True)
     worker = functools.partial(
-        write_pieces, task=task, replicas=max(1, plan.layout.replicas), micro_batch=plan.micro_batch
+        write_pieces,
+        task=task,
+        replicas=plan.layout.replicas,
+        micro_batch=plan.micro_batch,
+        shares=plan.shares or None,
     )
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:

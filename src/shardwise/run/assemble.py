@@ -41,6 +41,7 @@ class Assembly:
             module's own list for as long as a forward pass, such as one of an evaluation, has left them gathered.
         step: optimizer steps taken so far.
         total_steps: steps the whole training will take, None when the data has no known length.
+        division: how each global batch is divided over `samples`, the same on every rank; None for evenly.
     """
 
     job: Job
@@ -55,6 +56,7 @@ class Assembly:
     total_steps: int | None
     parameters: tuple[nn.Parameter, ...] = ()
     step: int = 0
+    division: tuple[float, ...] | None = None
 
     @property
     def world(self) -> Group:
@@ -285,6 +287,7 @@ def assemble(
         clock=PhaseClock(device, mesh.meter, recorder=recorder),
         total_steps=total_steps,
         parameters=tuple(parameter for parameter in model.parameters() if not is_elsewhere(parameter)),
+        division=plan.shares or None,
     )
 
 

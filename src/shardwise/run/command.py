@@ -173,7 +173,7 @@ def resolve_settings(
         else:
             source = JOB if name in in_job else DEFAULT
         settings = settings.with_value(f"plan.{name}", value, source)
-    for name in ("out", "resume", "checkpoint_every", "keep_last", "max_restarts", "device"):
+    for name in ("out", "resume", "checkpoint_every", "keep_last", "max_restarts", "device", "balance"):
         settings = settings.with_value(name, getattr(options, name), COMMAND_LINE if name in command.given else DEFAULT)
     return settings
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.data.batch import Batch
-from shardwise.data.loader import batches
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
@@ -24,7 +23,7 @@ from shardwise.run.choose import choose_device
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.launch import current_rank
-from shardwise.run.loop import next_batch, prefetch_depth, total_steps
+from shardwise.run.loop import check_division, next_batch, open_epoch, total_steps
 from shardwise.run.options import TrainOptions, resolve_plan
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
@@ -126,19 +125,9 @@ class LiveRun:
         self._stack.__exit__(kind, error, trace)
 
     def _epoch(self) -> Iterator[Batch]:
-        samples = self.assembly.samples
-        stream = batches(
-            self.splits.train,
-            batch_size=self.job.batch_size,
-            seed=self.job.seed,
-            epoch=self.epoch,
-            rank=samples.rank,
-            ranks=samples.size,
-            shuffle=self.job.shuffle,
-            prefetch=prefetch_depth(self.assembly.device),
-        )
-        with closing(stream):
-            while (batch := next_batch(stream, samples, self.assembly.device)) is not None:
+        a = self.assembly
+        with closing(open_epoch(a, self.splits, epoch=self.epoch, start=0)) as stream:
+            while (batch := next_batch(stream, a.samples, a.device)) is not None:
                 yield batch
 
 
@@ -181,6 +170,7 @@ def start(
         if rank.workers > 1 and settled.threads is not None:
             torch.set_num_threads(settled.threads)
         splits = as_splits(job.data)
+        check_division(splits, settled)
         where = torch.device(kind, rank.local_rank) if kind != "cpu" else torch.device("cpu")
         total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
         assembly = assemble(job, settled, Group.world(), where, total_steps=total)

@@ -14,9 +14,10 @@ from shardwise.data.batch import Batch
 from shardwise.data.loader import batches, steps_per_epoch
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
-from shardwise.errors import CheckpointError, DataError, RunFailed
+from shardwise.errors import CheckpointError, DataError, PlanError, RunFailed
 from shardwise.parallel.replicas import check_replicas
 from shardwise.run.assemble import Assembly
+from shardwise.run.balance import Balancer
 from shardwise.run.checkpoint import save
 from shardwise.run.evaluate import evaluate
 from shardwise.run.eventlog import EventLog
@@ -27,6 +28,8 @@ from shardwise.run.progress import Display
 from shardwise.run.step import take_step
 from shardwise.run.trace import Tracer
 from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, WarningEvent
+from shardwise.spec.observations import BalanceEvent, RanksEvent
+from shardwise.spec.plan import Plan
 from shardwise.units import format_seconds
 
 
@@ -94,6 +97,7 @@ class Course:
     warned_loss: bool = False
     one_clock: bool = True
     tracer: Tracer | None = None
+    balancer: Balancer | None = None
 
     def tell(self, event: Event) -> None:
         """Write an event, on rank 0."""
@@ -120,7 +124,7 @@ def run_loop(assembly: Assembly, course: Course) -> None:
         save_due=lambda: _save_due_by_time(course),
         one_clock=course.one_clock,
     )
-    observer = Observer(a, course.tell, course.display.say)
+    observer = Observer(a, course.tell, course.display.say, balances=course.balancer is not None)
     a.clock.restart()
     while not course.stopped and not _finished(a, course):
         began = perf_counter()
@@ -162,35 +166,47 @@ def _sooner(end: int | None, pause: int | None) -> int | None:
 
 def _run_epoch(a: Assembly, course: Course, ledger: Ledger, observer: Observer) -> bool:
     """Train to the end of the epoch, of the steps, or to a stop. Returns whether the epoch was completed."""
-    position, end_step = course.position, _end_step(a, course)
-    with closing(open_epoch(a, course.splits, epoch=position.epoch, start=position.batch)) as stream:
-        while True:
-            if end_step is not None and a.step >= end_step:
+    while True:
+        position, division = course.position, a.division
+        with closing(open_epoch(a, course.splits, epoch=position.epoch, start=position.batch)) as stream:
+            completed = _run_batches(a, course, ledger, observer, stream)
+        if completed or a.division == division:
+            return completed
+        # The batches that were read ahead are of the old division: the same epoch goes on with others from here.
+
+
+def _run_batches(a: Assembly, course: Course, ledger: Ledger, observer: Observer, stream: Iterator[Batch]) -> bool:
+    """As `_run_epoch`, or until the global batch is divided anew."""
+    position, end_step, division = course.position, _end_step(a, course), a.division
+    while True:
+        if end_step is not None and a.step >= end_step:
+            return False
+        a.clock.begin_step(a.step)
+        batch = next_batch(stream, a.samples, a.device)
+        a.clock.mark("data")
+        if batch is None:
+            if ledger.settle_pending:
+                _settle(a, course, ledger, observer)
+            return not course.stopped
+        observer.gauge.samples += batch.count
+        result = take_step(a, batch)
+        position.batch += 1
+        ledger.add(result)
+        if a.step == 1:
+            # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
+            if a.composed.local is None:
+                check_replicas(a.model, a.mesh, a.step)
+            _tell_not_recomputed(a, course)
+        by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
+        last = end_step is not None and a.step >= end_step
+        if ledger.due or by_steps or last:
+            _settle(a, course, ledger, observer, save_now=by_steps)
+            if course.stopped:
                 return False
-            a.clock.begin_step(a.step)
-            batch = next_batch(stream, a.samples, a.device)
-            a.clock.mark("data")
-            if batch is None:
-                if ledger.settle_pending:
-                    _settle(a, course, ledger, observer)
-                return not course.stopped
-            observer.gauge.samples += batch.count
-            result = take_step(a, batch)
-            position.batch += 1
-            ledger.add(result)
-            if a.step == 1:
-                # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
-                if a.composed.local is None:
-                    check_replicas(a.model, a.mesh, a.step)
-                _tell_not_recomputed(a, course)
-            by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
-            last = end_step is not None and a.step >= end_step
-            if ledger.due or by_steps or last:
-                _settle(a, course, ledger, observer, save_now=by_steps)
-                if course.stopped:
-                    return False
-            a.clock.mark("other")
-            a.clock.end_step()
+        a.clock.mark("other")
+        a.clock.end_step()
+        if a.division != division:
+            return False
 
 
 def _tell_not_recomputed(a: Assembly, course: Course) -> None:
@@ -211,8 +227,42 @@ def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Genera
         ranks=a.samples.size,
         start=start,
         shuffle=a.job.shuffle,
+        shares=a.division,
         prefetch=prefetch_depth(a.device),
     )
+
+
+def check_division(splits: Splits, plan: Plan, *, balance: bool = False) -> None:
+    """Refuse shares where the data does not let the ranks divide a global batch by them.
+
+    Args:
+        splits: the data.
+        plan: with or without shares.
+        balance: the shares are to follow the measured speed.
+
+    Raises:
+        PlanError: says what the data or the plan is, and what to do.
+    """
+    if not (plan.shares or balance):
+        return  # without a look at the data, which may not have been read yet
+    train, layout = splits.train, plan.layout
+    if plan.shares and train.sharded and layout.replicas > 1:
+        raise PlanError(
+            "plan shares with a sharded stream: each rank reads its own part of it, so that shares would decide which samples "
+            "make a global batch; leave shares out, or build the stream with sharded=False"
+        )
+    if not balance:
+        return
+    if layout.workers == 1 or layout.workers != layout.data * layout.shard:
+        raise PlanError(
+            f"--balance with plan {layout}: it divides the global batch over the workers of data and shard, where a worker's "
+            "time is that of its own samples; use a plan of these axes with at least 2 workers, or leave --balance out"
+        )
+    if train.length is None or train.sharded:
+        raise PlanError(
+            "--balance with a stream: dividing anew goes on in the middle of an epoch, which a stream can only read from its "
+            "start; give data that can be indexed, or the shares in a plan file"
+        )
 
 
 def prefetch_depth(device: torch.device) -> int:
@@ -243,7 +293,7 @@ def _settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, 
             loss * count for loss, count in zip(settled.losses, settled.samples, strict=True)
         )
         course.position.samples += samples
-        observer.settled(settled)
+        _balance(a, course, observer.settled(settled))
         if course.tracer is not None:
             course.tracer.settled(a.world, a.step, ledger.offset_seconds)
         if not course.warned_loss and any(not abs(loss) < float("inf") for loss in settled.losses):
@@ -263,6 +313,15 @@ def _settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, 
         check_replicas(a.model, a.mesh, a.step)
         _save(a, course)
         ledger.skip_time()
+
+
+def _balance(a: Assembly, course: Course, event: RanksEvent) -> None:
+    sizes = course.balancer.update(event) if course.balancer is not None else None
+    if sizes is None:
+        return
+    a.division = tuple(float(size) for size in sizes)
+    course.tell(BalanceEvent(step=a.step, shares=[size / sum(sizes) for size in sizes], samples=sizes))
+    course.display.say("balance: the ranks take " + ", ".join(map(str, sizes)) + " samples of each batch from here")
 
 
 def _end_epoch(a: Assembly, course: Course, seconds: float, epochs: int | None) -> None:
@@ -302,6 +361,7 @@ def _save(a: Assembly, course: Course) -> None:
         "position": vars(course.position),
         "metrics": dict(course.metrics),
         "loss": course.loss,
+        "division": None if a.division is None else list(a.division),
     }
     if a.composed.compressed is not None:
         progress["compression"] = a.composed.compressed.share_out()

@@ -26,13 +26,18 @@ class Observer:
         assembly: what is trained.
         tell: writes an event; does nothing on ranks other than 0.
         say: shows a line to people.
+        balances: the run sets the shares of the global batch itself.
     """
 
-    def __init__(self, assembly: Assembly, tell: Callable[[Event], None], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, assembly: Assembly, tell: Callable[[Event], None], say: Callable[[str], None], *, balances: bool = False
+    ) -> None:
         self._assembly, self._tell, self._say = assembly, tell, say
         self.gauge = Gauge(assembly.clock, assembly.mesh.meter, assembly.device)
         self._has_experts = bool(modules_with_experts(assembly.model))
-        self._detector = Detector(threads=assembly.plan.threads, cores=usable_cores(), device=assembly.device.type)
+        self._detector = Detector(
+            threads=assembly.plan.threads, cores=usable_cores(), device=assembly.device.type, balances=balances
+        )
 
     def settled(self, settled: Settlement) -> RanksEvent:
         """Steps were settled: exchange what was measured and write it down. Collective."""

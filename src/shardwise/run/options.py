@@ -42,6 +42,7 @@ class TrainOptions:
         timeout_seconds: how long a collective may wait for a missing rank.
         last_checkpoint: write one after the last step too; the weights are kept in any case.
         pause_after: end after so many epochs (steps, where the job counts those) with a checkpoint; `resume` goes on.
+        balance: divide the global batch anew during the run, in proportion to the measured speed of the ranks.
         recording: what every rank keeps of a run that is measured, in the folder's `records/`; None for nothing.
     """
 
@@ -61,6 +62,7 @@ class TrainOptions:
     stall_seconds: float = 60.0
     last_checkpoint: bool = True
     pause_after: int | None = None
+    balance: bool = False
     recording: Recording | None = None
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from shardwise.data.source import as_splits
+from shardwise.data.source import Splits, as_splits
 from shardwise.errors import FolderError, RunFailed, Stopped, UserError
 from shardwise.run.assemble import check_job, check_updates
 from shardwise.run.choose import Chooser, choose_device, choose_plan
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
 from shardwise.run.launch import current_rank, launch
-from shardwise.run.loop import total_steps
+from shardwise.run.loop import check_division, total_steps
 from shardwise.run.options import TrainOptions, make_options, parse_saving, resolve_plan
 from shardwise.run.result import Run
 from shardwise.run.worker import Work, claim_folder, train_rank
@@ -68,6 +68,7 @@ def train(
     plan = resolve_plan(job, chosen, device=device, world=rank.workers if rank is not None else None, chooser=chooser)
     check_job(job, plan)
     splits = as_splits(job.data)
+    _check_shares(job, plan, splits, balance=chosen.balance)
     if rank is None and chosen.nodes.count == 1:
         # Read here, once: workers inherit the pages, and what is wrong with a file shows before any worker starts.
         _ = splits.train, splits.test
@@ -94,6 +95,7 @@ def train(
         identity=dict(identity) if identity is not None else job_identity(job),
         began=began,
         recording=chosen.recording,
+        balance=chosen.balance,
     )
     if announce is not None:
         announce()
@@ -102,6 +104,14 @@ def train(
     if summary["stopped"]:
         raise Stopped(_how_to_resume(summary["run"]))
     return Run(job=job, folder=RunFolder.open(summary["run"]), plan=plan, summary=summary)
+
+
+def _check_shares(job: Job, plan: Plan, splits: Splits, *, balance: bool) -> None:
+    check_division(splits, plan, balance=balance)
+    if balance and plan.micro_batch is not None:
+        # Any worker may come to take most of a batch, in several micro-batches: not every model can.
+        workers = plan.layout.workers
+        check_job(job, replace(plan, shares=(float(job.batch_size - workers + 1), *[1.0] * (workers - 1))))
 
 
 def job_settings(job: Job, plan: Plan, options: TrainOptions) -> Settings:

@@ -21,6 +21,7 @@ from shardwise.dist.group import process_group
 from shardwise.dist.meter import Meter
 from shardwise.errors import CheckpointError, FolderError, PlanError, RunFailed, UserError
 from shardwise.run.assemble import Assembly, assemble
+from shardwise.run.balance import Balancer
 from shardwise.run.checkpoint import latest, load
 from shardwise.run.choose import usable_cores
 from shardwise.run.eventlog import EventLog
@@ -39,6 +40,7 @@ from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 from shardwise.spec.rank import Rank
 from shardwise.spec.settings import Settings
+from shardwise.spec.shares import share_bounds
 
 SPLIT_TABLE = "tensor.txt"
 """File of the run folder that says what the tensor axis splits and what not, and why."""
@@ -54,6 +56,7 @@ class Work:
         folder_ready: the launching process made the folder and holds its lock.
         began: unix seconds at which the user's call began.
         recording: what to keep of a run that is measured.
+        balance: divide the global batch by measured speed.
     """
 
     job: Job | None
@@ -72,6 +75,7 @@ class Work:
     identity: Mapping[str, Any]
     began: float
     recording: Recording | None = None
+    balance: bool = False
 
     def for_new_process(self) -> Work:
         """The same without what cannot be sent to a process that inherits nothing."""
@@ -124,6 +128,9 @@ def _train(
             assembly.composed.compressed.take_up(progress.get("compression", {}))
         position, metrics = Position(**progress["position"]), dict(progress["metrics"])
         loss = float(progress.get("loss", loss))
+        division = progress.get("division")
+        if work.balance and division is not None and len(division) == assembly.samples.size:
+            assembly.division = tuple(division)  # as it was; without --balance the plan alone decides
     with ExitStack() as stack:
         is_first = world.rank == 0
         log = stack.enter_context(EventLog(folder.events_path)) if is_first else None
@@ -142,6 +149,7 @@ def _train(
             metrics=metrics,
             loss=loss,
             one_clock=len({peer.clock for peer in peers}) == 1,
+            balancer=Balancer(job.batch_size, _sizes(assembly)) if work.balance else None,
         )
         if recorder is not None and not recorder.recording.all_steps:
             course.tracer = Tracer(recorder, folder, course.tell)
@@ -282,6 +290,12 @@ def _run_event(job: Job, work: Work, world: Group, first_step: int, total: int |
     )
 
 
+def _sizes(assembly: Assembly) -> list[int]:
+    """Samples of a full global batch, one number for each rank that holds other samples."""
+    bounds = share_bounds(assembly.job.batch_size, assembly.samples.size, assembly.division)
+    return [stop - start for start, stop in bounds]
+
+
 def _summary(
     assembly: Assembly, course: Course, rank: Rank, work: Work, first_step: int, total: int | None
 ) -> dict[str, Any]:
@@ -293,6 +307,7 @@ def _summary(
         "layout": str(assembly.plan.layout),
         "workers": assembly.world.size,
         "threads": assembly.plan.threads,
+        "samples_per_rank": _sizes(assembly),
         "device": assembly.device.type,
         "steps": assembly.step,
         "total_steps": total,

@@ -56,6 +56,8 @@ class Plan:
         compression_rank: rank of the products that stand for gradient matrices under `powersgd`.
         local_steps: optimizer steps that replicas take by themselves between two averages of their weights; above 1 inexact.
             Only a user sets it.
+        shares: how each global batch is divided: one number above 0, in any unit, for each of the `layout.replicas` ranks
+            that hold different samples, in rank order; empty for evenly.
         prediction: what the planner expects, None for a plan written by hand.
         reasons: why this plan was chosen, one sentence each.
     """
@@ -73,6 +75,7 @@ class Plan:
     compression: Compression = "none"
     compression_rank: int = 4
     local_steps: int = 1
+    shares: tuple[float, ...] = ()
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
 
@@ -98,6 +101,7 @@ class Plan:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
                 raise PlanError(f"plan {name}={value!r}: it must be a list of texts")
+        _check_shares(self.shares, self.layout)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without unset values; the layout in its text form. `from_dict` reads it back."""
@@ -130,7 +134,7 @@ class Plan:
                 raise PlanError(
                     f"plan prediction={prediction!r}: {error}; leave it out of a plan of your own"
                 ) from error
-        for name in ("cuts", "recompute_modules", "reasons"):
+        for name in ("cuts", "recompute_modules", "reasons", "shares"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(layout=layout, prediction=prediction, **values)
@@ -153,7 +157,8 @@ class Plan:
 
     def with_layout(self, layout: Layout) -> "Plan":
         """The same plan under another layout, without what is said of axes that it has not."""
-        plan = replace(self, layout=layout, prediction=None)
+        shares = self.shares if layout.replicas == self.layout.replicas else ()
+        plan = replace(self, layout=layout, shares=shares, prediction=None)
         if layout.tensor == 1:
             plan = replace(plan, tensor_rules={})
         if layout.pipeline == 1:
@@ -188,6 +193,8 @@ class Plan:
                 parts.append(f"{name}={value}")
         if self.layout.pipeline > 1:
             parts.append(f"schedule={self.schedule}")
+        if self.shares:
+            parts.append("shares=" + ",".join(f"{share:g}" for share in self.shares))
         return " ".join(parts)
 
 
@@ -196,6 +203,19 @@ def _layout_from_degrees(degrees: dict[str, int]) -> Layout:
         return Layout(**degrees)
     except TypeError as error:
         raise PlanError(f"plan layout {degrees!r}: {error}") from error
+
+
+def _check_shares(shares: object, layout: Layout) -> None:
+    if not isinstance(shares, tuple):
+        raise PlanError(f"plan shares={shares!r}: it must be a list of numbers, one for each part of the global batch")
+    for share in shares:
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < float("inf"):
+            raise PlanError(f"plan shares has {share!r}: each must be a finite number above 0")
+    if shares and len(shares) != layout.replicas:
+        raise PlanError(
+            f"plan shares has {len(shares)} numbers, but {layout} divides each global batch into {layout.replicas} parts: give "
+            "one number a part, or leave shares out to divide evenly"
+        )
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
