@@ -134,7 +134,7 @@ def _yardstick(cell: Cell, place: Path) -> Yardstick:
 def _compared(cell: Cell, answer: tuple[Path, list[RankReport]], yardstick: Yardstick) -> Result:
     candidate: Record = read_record(*answer)
     layout = cell.plan.layout
-    faults = sample_faults(candidate, yardstick.serial[0], layout)
+    faults = sample_faults(candidate, yardstick.serial[0], cell.plan)
     wrong = [str(item) for item in compare(candidate, yardstick) if not item.passed]
     wrong += [
         f"other start: {name}"
