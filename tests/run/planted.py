@@ -1,6 +1,6 @@
 """A job with planted trouble, for the tests of `watch`: the real command trains it, and what is wrong must be named.
 
-`trouble` is one of: sleep_backward, busy_backward, sleep_samples, skip, hang, stop, starved, calm.
+`trouble` is one of: sleep_backward, busy_backward, sleep_samples, skip, hang, stop, die, full, starved, calm.
 Rank 1 is the one in trouble, or rank 0 where it is alone; with sleep_samples rank 1 sleeps three times as long as the others
 for each sample.
 """
@@ -8,6 +8,7 @@ for each sample.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from typing import Any
@@ -20,6 +21,8 @@ from torch.utils.data import Dataset
 import shardwise
 
 CALLS_BEFORE = 8
+CALLS_WITH_ROOM = 90
+"""From here on the disk has room again, with the trouble `full`."""
 
 
 class _SlowBackward(torch.autograd.Function):
@@ -62,8 +65,16 @@ class Net(nn.Module):
                 c10d.all_reduce(torch.ones(3))  # planted: rank 1 skips it
             if self.trouble == "hang" and here:
                 time.sleep(self.seconds)  # planted: hangs here
+            if self.trouble == "die" and here:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.trouble == "full":
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY)
+                )  # as a full disk, for this process
             if self.trouble == "stop" and here:
                 os.kill(os.getpid(), signal.SIGSTOP)
+        if self.trouble == "full" and self.calls == CALLS_WITH_ROOM:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         answer: Tensor = self.last(hidden)
         return answer
 

@@ -49,6 +49,10 @@ _SIGNAL_HINTS = {
 }
 
 
+STALLED_EXIT = 75
+"""Exit code of a worker that was asked to stop in a step that hangs (EX_TEMPFAIL of sysexits.h: try again later)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """The end of one rank that did not return a result.
@@ -125,6 +129,18 @@ def from_exit_code(exit_code: int, rank: int) -> Failure:
     except ValueError:
         name, hint = "", ""
     return Failure(rank=rank, kind="killed", summary=f"was killed by signal {-exit_code}{name}. {hint}".rstrip())
+
+
+def stalled(rank: int) -> Failure:
+    """A worker that was asked to stop, and ended itself because its step had stalled and would not end."""
+    text = "could not save and stop, because its step had stalled, and was ended"
+    return Failure(
+        rank=rank,
+        kind="grace",
+        summary=text,
+        error_class="RunFailed",
+        message=f"rank {rank} {text}. The last complete checkpoint is what `--resume` continues from.",
+    )
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure:

@@ -8,6 +8,7 @@ rank that is well tells: an event, and a line to people. It costs one waking of 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ import torch.distributed as c10d
 from shardwise.monitor.stall import diagnose, where
 from shardwise.run.assemble import Assembly
 from shardwise.run.eventlog import EventLog
+from shardwise.run.failure import STALLED_EXIT
 from shardwise.run.folder import RunFolder
 from shardwise.run.position import Peer, own_position, process_facts
 from shardwise.spec.event import Event
@@ -32,6 +34,9 @@ FLOOR_SECONDS = 5.0
 
 TIMES_SLOWEST = 20.0
 """A step may take so many times as long as the slowest of the last ones."""
+
+STOP_SECONDS = 5.0
+"""A stalled step has so long to end after all when the user asks to stop."""
 
 _HISTORY = 100
 _GRACE_SECONDS = 1.5  # for all ranks to leave their positions
@@ -49,6 +54,7 @@ class Sentinel:
         peers: all ranks' processes.
         stall_seconds: the largest bound; 0 looks at nothing.
         say: shows a line to people.
+        stop_requested: whether this process was asked to stop: a stalled step never comes to where that is looked at.
     """
 
     def __init__(
@@ -60,9 +66,11 @@ class Sentinel:
         *,
         stall_seconds: float,
         say: Callable[[str], None],
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._assembly, self._folder, self._rank, self._peers = assembly, folder, rank, list(peers)
-        self._stall_seconds, self._say = stall_seconds, say
+        self._stall_seconds, self._say, self._stop_requested = stall_seconds, say, stop_requested
+        self._asked_at = 0.0  # when the request to stop was seen first; 0 while there is none
         self._places = folder.path / "positions"
         self._seconds: deque[float] = deque(maxlen=_HISTORY)
         self._trainer = threading.get_ident()
@@ -106,6 +114,7 @@ class Sentinel:
             waited = now - since
             with suppress(OSError, RuntimeError):  # a full disk, a folder that went away: the training goes on
                 self._look(waited)
+            self._end_stalled(now)
 
     def _look(self, waited: float) -> None:
         bound = self.bound_seconds()
@@ -121,6 +130,17 @@ class Sentinel:
                 self._tell(found, waited, bound)
         elif self._asked():
             self._leave_position(ask=False)
+
+    def _end_stalled(self, now: float) -> None:
+        """End this process where it was asked to stop and its step hangs: it would be ended after the launcher's grace anyway.
+
+        The training thread waits inside a collective, where no exception reaches it.
+        """
+        if not self._stop_requested():
+            return
+        self._asked_at = self._asked_at or now
+        if self._told_at and now - self._asked_at > STOP_SECONDS:
+            os._exit(STALLED_EXIT)
 
     def _leave_position(self, *, ask: bool) -> None:
         position = own_position(self._assembly, self._trainer, self._rank)

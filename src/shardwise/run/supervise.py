@@ -28,7 +28,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.events import Event, EventSource  # type: ignore[attr-defined]
 
 from shardwise.run.child import Child, start_child
-from shardwise.run.failure import Failure, first_cause, from_exit_code, is_echo
+from shardwise.run.failure import STALLED_EXIT, Failure, first_cause, from_exit_code, is_echo, stalled
 from shardwise.run.process import Outcome, Setup, StartMethod
 from shardwise.run.pulse import Pulse
 from shardwise.run.rendezvous import FixedRendezvous
@@ -196,6 +196,8 @@ class RankAgent(SimpleElasticAgent):
         if alive:
             return None
         exit_code = child.exit_code()
+        if self._forwarded and exit_code == STALLED_EXIT:
+            return Outcome(failure=stalled(child.rank))
         # 1 is Python's own exit after a KeyboardInterrupt that hit outside the worker function.
         if self._forwarded and (exit_code == 1 or -exit_code in self._crew.signals):
             return Outcome(stopped="the workers ended on the signal before they could save anything")
@@ -214,12 +216,13 @@ class RankAgent(SimpleElasticAgent):
         if elsewhere is not None:
             return elsewhere
         cause = first_cause(failures)
-        if cause.kind == "timeout":
+        if cause.kind in ("timeout", "killed", "exit"):
             cause = replace(cause, details=cause.details.rstrip() + self._where_others_are())
         return self._pulse.publish(cause) if self._pulse else cause
 
     def _where_others_are(self) -> str:
-        """Of a hang, the rank that timed out is the victim; the ranks that did not come to it are the cause."""
+        """Of a hang, the rank that timed out is the victim; the ranks that did not come to it are the cause. Of a rank that ended
+        without a word, the step that the others were in says what it was doing."""
         text = ""
         for child in self._children:
             if child.outcome is None and (stack := child.stack()):

@@ -163,7 +163,15 @@ def _train(
             course.tell(RestartEvent(attempt=rank.restarts, step=first_step, reason=reason))
         _announce(assembly, course, checkpoint, first_step, total, resume=resume)
         say = display.say if is_first or not work.progress else tell
-        with Sentinel(assembly, folder, world.rank, peers, stall_seconds=work.stall_seconds, say=say):
+        with Sentinel(
+            assembly,
+            folder,
+            world.rank,
+            peers,
+            stall_seconds=work.stall_seconds,
+            say=say,
+            stop_requested=lambda: stop.requested,
+        ):
             run_loop(assembly, course)
         if recorder is not None and recorder.recording.all_steps:
             with writing_in(folder.path):
