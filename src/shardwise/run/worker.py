@@ -119,18 +119,8 @@ def _train(
         job, work.plan, world, device, total_steps=total, timeout_seconds=work.timeout_seconds, recorder=recorder
     )
     peers = world.gather_objects(this_peer(world.rank))
-    position, metrics, loss = Position(), {}, float("nan")
     checkpoint = latest(folder) if resume else None
-    if checkpoint is not None:
-        progress = load(checkpoint, model=assembly.model, optimizer=assembly.optimizer, scheduler=assembly.scheduler)
-        assembly.step = int(progress["step"])
-        if assembly.composed.compressed is not None:
-            assembly.composed.compressed.take_up(progress.get("compression", {}))
-        position, metrics = Position(**progress["position"]), dict(progress["metrics"])
-        loss = float(progress.get("loss", loss))
-        division = progress.get("division")
-        if work.balance and division is not None and len(division) == assembly.samples.size:
-            assembly.division = tuple(division)  # as it was; without --balance the plan alone decides
+    position, metrics, loss = _go_on(assembly, checkpoint, balance=work.balance)
     with ExitStack() as stack:
         is_first = world.rank == 0
         log = stack.enter_context(EventLog(folder.events_path)) if is_first else None
@@ -189,6 +179,20 @@ def _train(
             ) from error
         world.barrier()
         return summary
+
+
+def _go_on(assembly: Assembly, checkpoint: Path | None, *, balance: bool) -> tuple[Position, dict[str, float], float]:
+    """Take up a checkpoint, where there is one: where the training stands, its last metrics and its last loss."""
+    if checkpoint is None:
+        return Position(), {}, float("nan")
+    progress = load(checkpoint, model=assembly.model, optimizer=assembly.optimizer, scheduler=assembly.scheduler)
+    assembly.step = int(progress["step"])
+    if assembly.composed.compressed is not None:
+        assembly.composed.compressed.take_up(progress.get("compression", {}))
+    division = progress.get("division")
+    if balance and division is not None and len(division) == assembly.samples.size:
+        assembly.division = tuple(division)  # as it was; without --balance the plan alone decides
+    return Position(**progress["position"]), dict(progress["metrics"]), float(progress.get("loss", float("nan")))
 
 
 def _announce(
