@@ -18,7 +18,9 @@ from shardwise.run.balance import Balancer, proportional_sizes
 from shardwise.run.train import train
 from shardwise.spec.events import StepsEvent, read_events
 from shardwise.spec.job import Job
+from shardwise.spec.layout import Layout
 from shardwise.spec.observations import PHASES, BalanceEvent, RanksEvent
+from shardwise.spec.plan import Plan
 
 JOB = Path(__file__).with_name("planted.py")
 STEPS = 40
@@ -132,6 +134,10 @@ def test_balance_is_refused_where_it_could_not_be_exact_or_tell_anything(
     with pytest.raises(PlanError, match="BatchNorm layer"):
         norm = torch.nn.Sequential(torch.nn.Linear(20, 2), torch.nn.BatchNorm1d(2))
         train(planted(model=lambda: norm, micro_batch=4), plan="data=2", balance=True, out=tmp_path / "run")
+    for shares, balance in (((2.0, 1.0), False), ((), True)):
+        with pytest.raises(PlanError, match="counts each worker the same"):
+            local = Plan(layout=Layout(data=2), local_steps=4, shares=shares)
+            train(planted(), plan=local, balance=balance, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -19,8 +19,8 @@ from shardwise.prove.record import RankReport, Record, read_record
 from shardwise.prove.runs import Fault, Task, run_rank
 from shardwise.run.apart import call_in_child
 from shardwise.run.assemble import check_job
+from shardwise.run.balance import check_division
 from shardwise.run.launch import launch
-from shardwise.run.loop import check_division
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from statistics import median
 from typing import final
 
+from shardwise.data.source import Splits
+from shardwise.errors import PlanError
 from shardwise.monitor.straggler import PER_SAMPLE, WINDOW, WINDOW_SECONDS
 from shardwise.spec.observations import RanksEvent
+from shardwise.spec.plan import Plan
 from shardwise.spec.shares import share_bounds
 
 LEAST_GAIN = 0.1
@@ -75,3 +78,41 @@ def proportional_sizes(batch_size: int, speeds: Sequence[float]) -> list[int]:
     while sum(sizes) > batch_size:
         sizes[sizes.index(max(sizes))] -= 1
     return sizes
+
+
+def check_division(splits: Splits, plan: Plan, *, balance: bool = False) -> None:
+    """Refuse shares where the data does not let the ranks divide a global batch by them.
+
+    Args:
+        splits: the data.
+        plan: with or without shares.
+        balance: the shares are to follow the measured speed.
+
+    Raises:
+        PlanError: says what the data or the plan is, and what to do.
+    """
+    if not (plan.shares or balance):
+        return  # without a look at the data, which may not have been read yet
+    train, layout = splits.train, plan.layout
+    if plan.shares and train.sharded and layout.replicas > 1:
+        raise PlanError(
+            "plan shares with a sharded stream: each rank reads its own part of it, so that shares would decide which samples "
+            "make a global batch; leave shares out, or build the stream with sharded=False"
+        )
+    if plan.local_steps > 1:
+        raise PlanError(
+            f"plan local_steps={plan.local_steps} with {'--balance' if balance else 'shares'}: the average of the weights counts "
+            "each worker the same, whatever its share of the samples; leave one of the two out"
+        )
+    if not balance:
+        return
+    if layout.workers == 1 or layout.workers != layout.data * layout.shard:
+        raise PlanError(
+            f"--balance with plan {layout}: it divides the global batch over the workers of data and shard, where a worker's "
+            "time is that of its own samples; use a plan of these axes with at least 2 workers, or leave --balance out"
+        )
+    if train.length is None or train.sharded:
+        raise PlanError(
+            "--balance with a stream: dividing anew goes on in the middle of an epoch, which a stream can only read from its "
+            "start; give data that can be indexed, or the shares in a plan file"
+        )

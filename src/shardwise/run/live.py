@@ -19,11 +19,12 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import JobError
 from shardwise.run.assemble import Assembly, assemble, check_job
+from shardwise.run.balance import check_division
 from shardwise.run.choose import choose_device
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.launch import current_rank
-from shardwise.run.loop import check_division, next_batch, open_epoch, total_steps
+from shardwise.run.loop import next_batch, open_epoch, total_steps
 from shardwise.run.options import TrainOptions, resolve_plan
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job

@@ -14,7 +14,7 @@ from shardwise.data.batch import Batch
 from shardwise.data.loader import batches, steps_per_epoch
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
-from shardwise.errors import CheckpointError, DataError, PlanError, RunFailed
+from shardwise.errors import CheckpointError, DataError, RunFailed
 from shardwise.parallel.replicas import check_replicas
 from shardwise.run.assemble import Assembly
 from shardwise.run.balance import Balancer
@@ -29,7 +29,6 @@ from shardwise.run.step import take_step
 from shardwise.run.trace import Tracer
 from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, WarningEvent
 from shardwise.spec.observations import BalanceEvent, RanksEvent
-from shardwise.spec.plan import Plan
 from shardwise.units import format_seconds
 
 
@@ -230,39 +229,6 @@ def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Genera
         shares=a.division,
         prefetch=prefetch_depth(a.device),
     )
-
-
-def check_division(splits: Splits, plan: Plan, *, balance: bool = False) -> None:
-    """Refuse shares where the data does not let the ranks divide a global batch by them.
-
-    Args:
-        splits: the data.
-        plan: with or without shares.
-        balance: the shares are to follow the measured speed.
-
-    Raises:
-        PlanError: says what the data or the plan is, and what to do.
-    """
-    if not (plan.shares or balance):
-        return  # without a look at the data, which may not have been read yet
-    train, layout = splits.train, plan.layout
-    if plan.shares and train.sharded and layout.replicas > 1:
-        raise PlanError(
-            "plan shares with a sharded stream: each rank reads its own part of it, so that shares would decide which samples "
-            "make a global batch; leave shares out, or build the stream with sharded=False"
-        )
-    if not balance:
-        return
-    if layout.workers == 1 or layout.workers != layout.data * layout.shard:
-        raise PlanError(
-            f"--balance with plan {layout}: it divides the global batch over the workers of data and shard, where a worker's "
-            "time is that of its own samples; use a plan of these axes with at least 2 workers, or leave --balance out"
-        )
-    if train.length is None or train.sharded:
-        raise PlanError(
-            "--balance with a stream: dividing anew goes on in the middle of an epoch, which a stream can only read from its "
-            "start; give data that can be indexed, or the shares in a plan file"
-        )
 
 
 def prefetch_depth(device: torch.device) -> int:
