@@ -17,6 +17,7 @@ from shardwise.probe.place import cached_machine
 from shardwise.run.choose import usable_cores
 from shardwise.run.progress import tell as tell_people
 from shardwise.spec.job import Job
+from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan, Prediction
 from shardwise.units import format_seconds
 
@@ -70,17 +71,9 @@ def plan_longer(
         show: say what takes time.
     """
     spending = Spending(min(BUDGET_SECONDS, BUDGET_SHARE * expected_seconds))
-    machine = cached_machine()
-    if machine is not None and spending.left < 0.5 * FACTS_SECONDS:
-        return rule
+    machine = affordable_machine(spending, expected_seconds, show=show)
     if machine is None:
-        if spending.left < QUICK_PROBE_SECONDS + FACTS_SECONDS:
-            return rule
-        thorough = spending.left > PROBE_SECONDS + FACTS_SECONDS
-        _tell(show, f"planning a run of about {format_seconds(expected_seconds)}: measuring this machine")
-        machine = probe(quick=not thorough)
-        if thorough:
-            keep_machine(machine)
+        return rule
     facts = facts_apart(job, splits, thorough=False, timeout_seconds=max(10.0, 4 * spending.seconds))
     problem = JobProblem(
         facts=facts,
@@ -93,6 +86,24 @@ def plan_longer(
     )
     found = search_job(problem, lambda plans: [None for _ in plans], wanted=50)
     return _settled(job, splits, rule, found, spending, trial=trial, show=show)
+
+
+def affordable_machine(spending: Spending, expected_seconds: float, *, show: bool) -> Machine | None:
+    """The figures of this machine, measured where there are none and the budget has room for it beside counting a step.
+
+    None where the budget has no room.
+    """
+    machine = cached_machine()
+    if machine is not None:
+        return machine if spending.left >= 0.5 * FACTS_SECONDS else None
+    if spending.left < QUICK_PROBE_SECONDS + FACTS_SECONDS:
+        return None
+    thorough = spending.left > PROBE_SECONDS + FACTS_SECONDS
+    _tell(show, f"planning a run of about {format_seconds(expected_seconds)}: measuring this machine")
+    machine = probe(quick=not thorough)
+    if thorough:
+        keep_machine(machine)
+    return machine
 
 
 def _settled(

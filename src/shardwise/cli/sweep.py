@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from shardwise.run.choose import Priced
+    from shardwise.spec.job import Job
 
 
 @click.command()
@@ -58,7 +63,10 @@ def sweep(as_json: bool, quiet: bool, **rest: Any) -> None:
 
     changes = {name: rest.pop(name) for name in ("epochs", "steps", "batch_size")}
     options = SweepOptions(
-        changes={name: value for name, value in changes.items() if value is not None}, progress=not quiet, **rest
+        changes={name: value for name, value in changes.items() if value is not None},
+        progress=not quiet,
+        pricer=functools.partial(_prices, show=not quiet),
+        **rest,
     )
     with stdout_to_stderr(as_json):
         done = run_sweep(options)
@@ -71,3 +79,9 @@ def sweep(as_json: bool, quiet: bool, **rest: Any) -> None:
             f"error: every trial failed; the first one: {done.summary['trials'][0]['failure'] or 'its metric is no number'}"
         )
         raise SystemExit(1)
+
+
+def _prices(job: Job, **options: Any) -> list[Priced] | str:
+    from shardwise.advise.trials import price_trials  # only where no plan was named
+
+    return price_trials(job, **options)

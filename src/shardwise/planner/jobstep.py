@@ -107,8 +107,15 @@ class JobEstimate:
         return sum(self.seconds.get(name, 0.0) for name in names) / self.step_seconds
 
 
-def estimate_job(facts: JobFacts, machine: Machine, plan: Plan, constants: Constants = DEFAULT) -> JobEstimate:
-    """Predict one optimizer step of `facts` under `plan` on `machine`; the plan's threads must be settled on CPU."""
+def estimate_job(
+    facts: JobFacts, machine: Machine, plan: Plan, constants: Constants = DEFAULT, *, copies: int = 1
+) -> JobEstimate:
+    """Predict one optimizer step of `facts` under `plan` on `machine`; the plan's threads must be settled on CPU.
+
+    Args:
+        copies: such trainings that compute at once on the measured machine, and share its cores, caches and memory. Their
+            messages are priced as if they had the links for themselves.
+    """
     layout = plan.layout
     samples = math.ceil(facts.batch_size / layout.replicas)
     micro = min(samples, plan.micro_batch or samples)
@@ -116,7 +123,7 @@ def estimate_job(facts: JobFacts, machine: Machine, plan: Plan, constants: Const
         micro = max(1, math.ceil(samples / (2 * layout.pipeline)))
     passes = math.ceil(samples / micro)
     local = min(layout.workers, machine.gpus_per_node) if machine.measured is None else layout.workers
-    sharing = Sharing(workers=local, threads=plan.threads or 1)
+    sharing = Sharing(workers=local * copies, threads=plan.threads or 1)
     links = Links(machine, layout, constants)
     split = tensor_parts(facts, layout.tensor)
     known = correction(facts, machine, micro)
@@ -130,7 +137,7 @@ def estimate_job(facts: JobFacts, machine: Machine, plan: Plan, constants: Const
     seconds["loop"] = STEP_SECONDS if machine.measured is not None else constants.step_seconds
     seconds |= _messages(facts, machine, plan, links, micro, passes, work.backward, constants)
     memory = _memory(facts, machine, plan, micro, passes, split, stages, timeline)
-    return JobEstimate(seconds, memory, room_bytes(machine, plan), known != 1.0)
+    return JobEstimate(seconds, memory, room_bytes(machine, plan) / copies, known != 1.0)
 
 
 def room_bytes(machine: Machine, plan: Plan) -> float:

@@ -6,7 +6,9 @@ this room (the command line, the package root) may hand a `Chooser` to a trainin
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
 
 import torch
 
@@ -25,6 +27,32 @@ class Chooser(Protocol):
 
     def __call__(self, job: Job, *, workers: int | None, threads: int | None, device: str, nodes: int) -> Plan:
         """`workers` and `threads` are None where the user left them open."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Priced:
+    """What one of several trainings on one machine is expected to cost.
+
+    Attributes:
+        plan: how it runs.
+        step_seconds: of a step, with as many such trainings at once as the cores hold.
+        memory_bytes: of its own data, in all its processes.
+        confidence: how sure that is, in words.
+    """
+
+    plan: Plan
+    step_seconds: float
+    memory_bytes: int
+    confidence: str = ""
+
+
+class Pricer(Protocol):
+    """Prices a training on several numbers of workers, one thread each, for whoever runs many of them."""
+
+    def __call__(self, job: Job, *, widths: Sequence[int], cores: int, trainings: int) -> list[Priced] | str:
+        """In the order of the widths, without those that cannot run; or why nothing is priced."""
         ...
 
 

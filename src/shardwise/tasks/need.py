@@ -28,12 +28,14 @@ class Need:
         memory_bytes: of its own data. Given, the task fails with a MemoryError beyond it; None learns it from what tasks
             of the same function used.
         tokens: name -> how many of a named, limited thing (a licence, a database connection).
+        expected_bytes: of memory, as long as no task of the function was measured; 0 for not known.
     """
 
     cores: float = 1.0
     gpus: float = 0.0
     memory_bytes: int | None = None
     tokens: tuple[tuple[str, int], ...] = ()
+    expected_bytes: int = 0
 
     @classmethod
     def make(
@@ -43,6 +45,7 @@ class Need:
         gpus: float = 0.0,
         memory: str | int | None = None,
         tokens: Mapping[str, int] | None = None,
+        expected_memory: str | int | None = None,
     ) -> Need:
         """From what users write: `memory="2GiB"`, `tokens={"licences": 2}`.
 
@@ -56,10 +59,13 @@ class Need:
         size = parse_bytes(memory) if isinstance(memory, str) else memory
         if size is not None and size <= 0:
             raise UserError(f"memory={memory!r}: give a size above 0, such as '2GiB'")
+        expected = parse_bytes(expected_memory) if isinstance(expected_memory, str) else expected_memory or 0
+        if expected < 0:
+            raise UserError(f"expected_memory={expected_memory!r}: give a size of 0 or more, such as '2GiB'")
         for name, count in (tokens or {}).items():
             if count < 1:
                 raise UserError(f"tokens {name}={count}: a task takes at least 1, or leaves the name out")
-        return cls(cores, gpus, size, tuple(sorted((tokens or {}).items())))
+        return cls(cores, gpus, size, tuple(sorted((tokens or {}).items())), expected)
 
     @property
     def threads(self) -> int:

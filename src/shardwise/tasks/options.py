@@ -23,6 +23,9 @@ class Options:
         gpus: GPUs that it alone sees; a fraction shares one.
         memory: of its own data, such as "2GiB"; beyond it the task fails with a MemoryError. None sets no limit and learns
             what tasks of the same function use, so that they are not started together where they do not fit.
+        expected_memory: what it and the processes it starts are expected to take, such as "2GiB". No limit: it is set aside until
+            a task of the function was measured, and stays the least for tasks of several cores, because what their other
+            processes take is not measured.
         tokens: name -> how many it takes of a limited thing, such as `{"licences": 2}`.
         priority: tasks with a higher number start first.
         timeout: seconds (or "10m") after which it is ended; None for never.
@@ -35,6 +38,7 @@ class Options:
     cores: float = 1.0
     gpus: float = 0.0
     memory: str | int | None = None
+    expected_memory: str | int | None = None
     tokens: Mapping[str, int] | None = None
     priority: int = 0
     timeout: float | str | None = None
@@ -55,7 +59,13 @@ class Options:
 
     @cached_property
     def need(self) -> Need:
-        return Need.make(cores=self.cores, gpus=self.gpus, memory=self.memory, tokens=self.tokens)
+        return Need.make(
+            cores=self.cores,
+            gpus=self.gpus,
+            memory=self.memory,
+            tokens=self.tokens,
+            expected_memory=self.expected_memory,
+        )
 
     @cached_property
     def timeout_seconds(self) -> float | None:

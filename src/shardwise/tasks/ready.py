@@ -75,10 +75,14 @@ class Group:
 
     @property
     def memory_bytes(self) -> int:
-        """To set aside for one of its tasks: what was declared, or a little more than any has used yet."""
+        """To set aside for one of its tasks: what was declared, or a little more than any has used yet, or what is expected."""
         if self.need.memory_bytes is not None:
             return self.need.memory_bytes
-        return round(self.statistics.peak_bytes * 1.1)
+        learned = round(self.statistics.peak_bytes * 1.1)
+        if not learned:
+            return self.need.expected_bytes
+        # Only the task's own process is measured; a wide one may work in others.
+        return max(learned, self.need.expected_bytes) if self.need.cores > 1 else learned
 
     def rank(self) -> tuple[int, float, int]:
         return self.heap[0][:3]

@@ -82,6 +82,7 @@ def finish(
         "plan": plan.layout,
         "threads": plan.threads,
         "reasons": plan.reasons,
+        "predicted_memory_bytes": plan.memory_bytes or None,
         "trained": sum(plan.rungs[trial.rung] for trial in course.trials if trial.rung >= 0),
         "of": plan.rungs[-1] * len(course.trials),
         "wall_seconds": time.time() - began,

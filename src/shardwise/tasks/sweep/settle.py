@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from shardwise.errors import UserError
+from shardwise.errors import ShardwiseError, UserError
 from shardwise.run.jobfile import JobFunction, find_job
 from shardwise.tasks.pool import Pool
 from shardwise.tasks.sweep.halving import DEFAULT_LANES, parse_stop, rungs_of
 from shardwise.tasks.sweep.search import Search, SearchName, make_search
 from shardwise.tasks.sweep.space import Axis, parse_over
+from shardwise.tasks.sweep.width import choose_width, plan_of_started
 from shardwise.tasks.sweep.winners import check_place
 
 if TYPE_CHECKING:
+    from shardwise.run.choose import Pricer
     from shardwise.spec.job import Job
-    from shardwise.spec.plan import Plan
 
 _LOWER_IS_BETTER = ("loss", "error", "perplexity")
 
@@ -45,6 +46,7 @@ class SweepOptions:
         best: how many of the best are exported to
         export: this folder.
         ensemble: how many of the best are evaluated as one model; 0 for none.
+        pricer: prices plans, for the decision how wide each training is; None goes by the number of cores alone.
     """
 
     job: str
@@ -73,6 +75,7 @@ class SweepOptions:
     best: int = 1
     export: Path | str | None = None
     ensemble: int = 0
+    pricer: Pricer | None = None
 
 
 @final
@@ -93,6 +96,7 @@ class Settled:
     threads: int
     device: str
     cores: int
+    memory_bytes: int
     reasons: list[str]
 
 
@@ -123,7 +127,18 @@ def settle(options: SweepOptions, device: str, pool: Pool) -> Settled:
     if lanes < 1:
         raise UserError(f"--lanes {options.lanes}: at least 1")
     each = max(1, options.folds) * options.seeds
-    layout, reasons = _layout(options, job, device, pool, trainings=min(lanes, search.size) * each)
+    width = choose_width(
+        job if options.pricer is None else _larger(job, found, fixed, axes, options.changes),
+        pool.capacity,
+        device=device,
+        plan=options.plan,
+        started_as=plan_of_started(options.out, device) if options.resume else None,
+        at_once=min(lanes, search.size) * each,
+        trainings=search.size * each,
+        pricer=options.pricer,
+        elsewhere=options.on is not None,
+    )
+    layout, reasons = width.plan, width.reasons
     if decides and lanes * each < pool.capacity.cores / layout.layout.workers:
         reasons.append(
             f"only {lanes * each} trainings run at once: --lanes sets how many, and changes which trials are run"
@@ -142,8 +157,36 @@ def settle(options: SweepOptions, device: str, pool: Pool) -> Settled:
         threads=layout.threads or 1,
         device=device,
         cores=layout.layout.workers * (layout.threads or 1),
+        memory_bytes=width.memory_bytes,
         reasons=reasons,
     )
+
+
+def _larger(
+    job: Job, found: JobFunction, fixed: Mapping[str, str], axes: tuple[Axis, ...], changes: Mapping[str, Any]
+) -> Job:
+    """Of the jobs at the low and at the high end of all axes the one with more parameters, which needs more memory."""
+    from shardwise.run.command import change_job, divide_changes
+
+    try:
+        settings, rest = divide_changes({**fixed, **{axis.name: axis.draw(1.0) for axis in axes}}, changes, found)
+        other = change_job(found.call(settings).job, rest)
+    except ShardwiseError:
+        return job  # a trial that cannot be built fails alone, later
+    return max((job, other), key=_parameters)
+
+
+def _parameters(job: Job) -> int:
+    """Of its model; 0 where it cannot be built without memory."""
+    import torch
+
+    from shardwise.run.assemble import build_model
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return sum(parameter.numel() for parameter in build_model(job, None).parameters())
+    except Exception:  # noqa: BLE001  # a model may do anything in its constructor
+        return 0
 
 
 def _metric(options: SweepOptions, job: Job) -> tuple[str, bool]:
@@ -167,27 +210,3 @@ def _rungs(options: SweepOptions, job: Job, axes: tuple[Axis, ...]) -> tuple[tup
     if varied and varied[0] != "batch_size":
         raise UserError(f"--over {varied[0]} with --stop: trials of different lengths cannot be compared on the way")
     return rungs_of(length, eta=stop[0], least=stop[1]), stop[0], True
-
-
-def _layout(options: SweepOptions, job: Job, device: str, pool: Pool, *, trainings: int) -> tuple[Plan, list[str]]:
-    """How each training runs: side by side on one worker each, unless there are fewer of them than workers."""
-    from shardwise.run.choose import choose_plan
-    from shardwise.run.options import TrainOptions, resolve_plan
-
-    places = len(pool.capacity.gpus) if device != "cpu" else int(pool.capacity.cores)
-    kind = "GPUs" if device != "cpu" else "cores"
-    if options.plan is not None:
-        plan = resolve_plan(job, TrainOptions(plan=options.plan, threads=1, device=device), device=device, world=None)
-        return plan, [f"each training runs as {plan.layout}, as was asked for"]
-    if trainings >= places:
-        plan = choose_plan(job, workers=1, threads=1, device=device)
-        why = f"{trainings} trainings for {places} {kind}: side by side, one worker with one thread each"
-        return plan, [why]
-    most = choose_plan(job, workers=None, threads=1, device=device).layout.workers
-    width = max(1, min(places // trainings, most))
-    plan = choose_plan(job, workers=width, threads=1, device=device)
-    why = f"{trainings} trainings for {places} {kind}: each on {width}, so that fewer stand idle"
-    return plan, [
-        why,
-        "a wide training equals the narrow one up to rounding; --plan serial for the same bits everywhere",
-    ]

@@ -158,6 +158,7 @@ class _Runner:
         return Options(
             cores=self._plan.cores if self._plan.device == "cpu" else 1,
             gpus=self._plan.cores if self._plan.device != "cpu" else 0,
+            expected_memory=self._plan.memory_bytes,
             retries=self._options.retries,
             retry_on=("killed", "lost", "memory"),
             timeout=self._options.timeout,
