@@ -40,6 +40,7 @@ from shardwise.spec.observations import (
     RecoveryEvent,
     StallEvent,
     StragglerEvent,
+    SweepEvent,
     TraceEvent,
 )
 
@@ -95,6 +96,24 @@ EVENTS: list[Event] = [
     RecoveryEvent(t=15.0, step=6, waited_seconds=21.5),
     BalanceEvent(t=16.0, step=6, shares=[0.75, 0.25], samples=[9, 3]),
     TraceEvent(t=17.0, first_step=2, steps=3, path="traces/steps-2-4.json"),
+    SweepEvent(
+        t=18.0,
+        metric="accuracy",
+        goal="max",
+        trials=4,
+        ended=1,
+        failed=0,
+        running=2,
+        best=3,
+        best_value=0.5,
+        best_setting={"lr": "0.1"},
+        left_seconds=12.5,
+        number=3,
+        setting={"lr": "0.1"},
+        value=0.5,
+        trained=2,
+        state="paused",
+    ),
 ]
 
 

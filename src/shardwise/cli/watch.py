@@ -124,7 +124,7 @@ def _show_text(watcher: Watcher, listeners: list[Callable[[FollowedRun, Event], 
         def tell(run: FollowedRun, event: Event) -> None:
             note = note_of(event)
             if note is not None:
-                print(note_line(note, "" if watcher.single else run.name), flush=True)
+                print(note_line(note, "" if run.folder == watcher.place else run.name), flush=True)
 
         listeners.append(tell)
         while not _over(watcher):
@@ -137,8 +137,8 @@ def _show_text(watcher: Watcher, listeners: list[Callable[[FollowedRun, Event], 
 
 
 def _over(watcher: Watcher) -> bool:
-    """A single run that has ended. A folder of runs may always get another one."""
-    return watcher.single and all(run.state.end in _ENDED for run in watcher.runs.values()) and bool(watcher.runs)
+    """A single run or sweep that has ended. A folder of runs may always get another one."""
+    return any(run.folder == watcher.place and run.state.end in _ENDED for run in watcher.runs.values())
 
 
 def _serve(watcher: Watcher, port: int, token: str) -> None:

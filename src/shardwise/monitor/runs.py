@@ -100,15 +100,20 @@ class Watcher:
         return changed
 
     def newest_first(self) -> list[FollowedRun]:
-        """Runs, the one with the latest news first."""
-        return sorted(self.runs.values(), key=lambda run: -(run.state.last or 0.0))
+        """Runs, the one with the latest news first; the sweep whose folder is watched before its trainings."""
+        return sorted(self.runs.values(), key=lambda run: (run.folder != self.place, -(run.state.last or 0.0)))
 
 
 def find_runs(place: Path) -> list[Path]:
-    """Run folders at a place: itself, or those up to three folders below, by name; links are not followed."""
-    if _is_run(place):
-        return [place]
+    """Run folders at a place: itself, or those up to three folders below, by name; links are not followed.
+
+    A sweep's folder is one, and holds those of its trainings.
+    """
     found: list[Path] = []
+    if _is_run(place):
+        if not _is_sweep(place):
+            return [place]
+        found.append(place)
 
     def search(folder: Path, depth: int) -> None:
         try:
@@ -121,7 +126,7 @@ def find_runs(place: Path) -> list[Path]:
             inside = Path(entry.path)
             if _is_run(inside):
                 found.append(inside)
-            elif depth > 1:
+            if depth > 1 and (not _is_run(inside) or _is_sweep(inside)):
                 search(inside, depth - 1)
 
     search(place, _DEPTH)
@@ -130,3 +135,7 @@ def find_runs(place: Path) -> list[Path]:
 
 def _is_run(folder: Path) -> bool:
     return (folder / EVENTS).is_file() or (folder / "run.json").is_file()
+
+
+def _is_sweep(folder: Path) -> bool:
+    return (folder / "sweep.json").is_file()

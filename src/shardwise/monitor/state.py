@@ -31,6 +31,7 @@ from shardwise.spec.observations import (
     RecoveryEvent,
     StallEvent,
     StragglerEvent,
+    SweepEvent,
     TraceEvent,
 )
 from shardwise.units import format_seconds
@@ -89,6 +90,7 @@ class RunState:
     experts: ExpertsEvent | None = None
     stall: StallEvent | None = None
     straggler: StragglerEvent | None = None
+    sweep: SweepEvent | None = None
     samples_total: int = 0
     malformed: int = 0
     losses: Curve = field(default_factory=Curve)
@@ -134,6 +136,8 @@ class RunState:
             self.stall = None
         elif isinstance(event, StragglerEvent):
             self.straggler = event
+        elif isinstance(event, SweepEvent):
+            self.sweep = event
         note = note_of(event)
         if note is not None:
             self.notes.append(note)
@@ -213,7 +217,9 @@ class RunState:
 
     @property
     def left_seconds(self) -> float | None:
-        """Until the last step, at the current speed; evaluations and checkpoints not counted."""
+        """Until the last step, at the current speed; evaluations and checkpoints not counted. Of a sweep, all its trials."""
+        if self.sweep is not None:
+            return None if self.end else self.sweep.left_seconds
         if self.total_steps is None or self.step_seconds is None or self.end:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds
@@ -292,6 +298,7 @@ class RunState:
             "learning_rates": self.learning_rates,
             "rank_rows": self.rank_rows(),
             "experts": None if experts is None else {"tokens": experts.tokens, "dropped": experts.dropped},
+            "sweep": None if self.sweep is None else _plain(self.sweep),
             "straggler": None if self.straggler is None else _plain(self.straggler),
             "stall": None if self.stall is None else _plain(self.stall),
             "malformed": self.malformed,
@@ -312,7 +319,9 @@ def note_of(event: Event) -> Note | None:
     """The line of an event in the list of what happened; None for those that are shown otherwise."""
     t = float(event.t)
     text, grave = "", False
-    if isinstance(event, RunEvent):
+    if isinstance(event, SweepEvent):
+        text, grave = _of_trial(event), event.state == "failed"
+    elif isinstance(event, RunEvent):
         how = f"goes on at step {event.first_step}" if event.first_step else "starts"
         text = f"{event.name} {how}: {event.ranks} {'rank' if event.ranks == 1 else 'ranks'}, plan {event.plan.get('layout')}"
     elif isinstance(event, CheckpointEvent):
@@ -335,11 +344,30 @@ def note_of(event: Event) -> Note | None:
     return Note(t, event.kind, text, grave) if text else None
 
 
+def _of_trial(event: SweepEvent) -> str:
+    """What happened to a trial; empty where nothing did."""
+    if event.number is None:
+        return ""
+    what = f"trial {event.number} ({' '.join(f'{name}={text}' for name, text in event.setting.items())})"
+    if event.state == "failed":
+        return f"{what} failed: {event.failure}"
+    best = ", the best so far" if event.best == event.number else ""
+    after = f" after {event.trained}, paused" if event.state == "paused" else ""
+    return f"{what}{after}: {event.metric} {float('nan') if event.value is None else event.value:.4f}{best}"
+
+
 def differing_settings(states: list[RunState]) -> dict[str, list[Any]]:
-    """Settings whose values are not the same in all runs: name -> value in each run, None where a run lacks it."""
-    names = dict.fromkeys(name for state in states for name in state.settings)
-    table = {name: [_value(state.settings.get(name)) for state in states] for name in names if name != "out"}
-    return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
+    """Settings whose values are not the same in all runs: name -> value in each run, None where a run lacks it.
+
+    A sweep itself is no run: it has None everywhere, and makes no difference.
+    """
+    runs = [state for state in states if state.sweep is None]
+    names = dict.fromkeys(name for state in runs for name in state.settings if name != "out")
+    differing = [name for name in names if len({repr(_value(state.settings.get(name))) for state in runs}) > 1]
+    return {
+        name: [None if state.sweep is not None else _value(state.settings.get(name)) for state in states]
+        for name in differing
+    }
 
 
 def _value(item: Any) -> Any:

@@ -65,6 +65,8 @@ def headline(state: RunState, now: float) -> list[str]:
         f", last news {format_seconds(now - state.last)} ago" if state.last is not None and status == "silent" else ""
     )
     left = state.left_seconds
+    if state.sweep is not None:
+        return _of_sweep(state, f"{state.path}: {status}{silent}")
     lines = [
         f"{state.path}: {status}{silent}",
         f"{state.name}  plan {state.plan.get('layout', '?')}, {state.ranks} {'rank' if state.ranks == 1 else 'ranks'} on "
@@ -97,6 +99,24 @@ def headline(state: RunState, now: float) -> list[str]:
     if state.malformed:
         lines.append(f"{state.malformed} events could not be understood and were left out")
     return lines
+
+
+def _of_sweep(state: RunState, first: str) -> list[str]:
+    sweep = state.sweep
+    assert sweep is not None
+    left = state.left_seconds
+    lines = [
+        first,
+        f"{state.name}  each training {state.plan.get('layout', '?')}, {state.ranks} "
+        f"{'core' if state.ranks == 1 else 'cores'} for all of them ({state.host})",
+        f"{_progress(state)}, {sweep.failed} failed"
+        + ("" if state.end else f", {sweep.running} trainings running")
+        + (f"  {format_seconds(left)} left" if left is not None else ""),
+    ]
+    if sweep.best is not None:
+        setting = " ".join(f"{name}={text}" for name, text in sweep.best_setting.items())
+        lines.append(f"best so far: trial {sweep.best}  {sweep.metric} {_number(sweep.best_value)}  {setting}")
+    return lines + [f"FAILED: {state.message}"] * bool(state.message)
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -175,6 +195,8 @@ def _ms(value: float) -> str:
 
 
 def _progress(state: RunState) -> str:
+    if state.sweep is not None:
+        return f"{state.sweep.ended:,} of {state.sweep.trials:,} trials"
     if not state.total_steps:
         return f"{state.step:,}"
     return f"{state.step:,}/{state.total_steps:,} ({state.step / state.total_steps:.0%})"

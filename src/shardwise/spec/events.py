@@ -24,6 +24,7 @@ from shardwise.spec.observations import (
     RecoveryEvent,
     StallEvent,
     StragglerEvent,
+    SweepEvent,
     TraceEvent,
 )
 
@@ -210,6 +211,7 @@ KINDS: dict[str, type[Event]] = {
         RecoveryEvent,
         BalanceEvent,
         TraceEvent,
+        SweepEvent,
     )
 }
 

@@ -177,3 +177,45 @@ class TraceEvent(Event):
     first_step: int
     steps: int
     path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepEvent(Event):
+    """How far a sweep is, and what has just happened to one of its trials. In the sweep's own folder.
+
+    Attributes:
+        metric: what trials are compared by.
+        goal: `max` or `min`.
+        trials: combinations of the whole sweep, as far as is known.
+        ended: of them, those that were trained to the end or failed.
+        failed: of them, those that failed.
+        running: trainings that run.
+        best: number of the best trial so far, None before the first result.
+        best_value: its metric.
+        best_setting: its hyper-parameters, as texts.
+        left_seconds: until the last trial has ended, at the speed so far; None where not known.
+        number: of the trial that something happened to; None where nothing did since the last event.
+        setting: its hyper-parameters.
+        value: its metric, the mean over folds and seeds.
+        trained: epochs (or steps) it was trained.
+        state: `done`, `paused` or `failed`.
+        failure: why it failed, one line.
+    """
+
+    kind: ClassVar[str] = "sweep"
+    metric: str
+    goal: str
+    trials: int
+    ended: int
+    failed: int
+    running: int
+    best: int | None = None
+    best_value: float | None = None
+    best_setting: dict[str, str] = field(default_factory=dict)
+    left_seconds: float | None = None
+    number: int | None = None
+    setting: dict[str, str] = field(default_factory=dict)
+    value: float | None = None
+    trained: int = 0
+    state: str = ""
+    failure: str = ""

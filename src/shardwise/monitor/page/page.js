@@ -44,7 +44,11 @@ function bytes(value) {
 }
 
 const percent = (value) => `${Math.round(100 * value)} %`;
-const progress = (run) => (run.total_steps ? `${number(run.step)} of ${number(run.total_steps)}` : number(run.step));
+const progress = (run) => {
+  if (run.sweep) return `${number(run.sweep.ended)} of ${number(run.sweep.trials)} trials`;
+  return run.total_steps ? `${number(run.step)} of ${number(run.total_steps)}` : number(run.step);
+};
+const best = (sweep) => (sweep.best === null ? "" : `, best is trial ${sweep.best} with ${sweep.metric} ${number(sweep.best_value, 4)}`);
 
 function table(target, caption, columns, rows) {
   const head = make("tr");
@@ -238,10 +242,11 @@ function show(view) {
   const title = byId("run-title");
   title.replaceChildren(`${run.path}: `, make("span", run.status, { class: `status ${run.status}` }));
   document.title = `${run.status}: ${run.path}`;
-  byId("progress-line").hidden = !run.total_steps;
-  byId("progress").value = run.total_steps ? run.step / run.total_steps : 0;
+  const [done, all] = run.sweep ? [run.sweep.ended, run.sweep.trials] : [run.step, run.total_steps];
+  byId("progress-line").hidden = !all;
+  byId("progress").value = all ? done / all : 0;
   const left = run.left_seconds === null ? "" : `, ${seconds(run.left_seconds)} left`;
-  byId("progress-text").textContent = `step ${progress(run)}${left}`;
+  byId("progress-text").textContent = run.sweep ? `${progress(run)}${best(run.sweep)}${left}` : `step ${progress(run)}${left}`;
   showNumbers(run);
   showAlert(run);
   showCurves(run);

@@ -12,6 +12,7 @@ from shardwise.run.folder import RunFolder, write_aside, writing_in
 from shardwise.tasks.sweep.halving import Course, Trial
 from shardwise.tasks.sweep.report import write_report
 from shardwise.tasks.sweep.settle import Settled, SweepOptions
+from shardwise.tasks.sweep.space import brief
 from shardwise.units import format_seconds
 
 
@@ -102,7 +103,7 @@ def closing_lines(sweep: Sweep, most: int = 10) -> list[str]:
     for place, row in enumerate(summary["trials"][:most], start=1):
         text = " ".join(f"{name}={value}" for name, value in row["settings"].items())
         if row["state"] == "failed":
-            reason = (row["failure"] or f"its {metric} is no number").splitlines()[0]
+            reason = brief(row["failure"] or f"its {metric} is no number")
             lines.append(f"        trial {row['trial']:<4} {text}  failed: {reason}")
             continue
         value = f"{metric} {row[metric]:.4f}" + (f" +- {row['spread']:.4f}" if row["spread"] is not None else "")

@@ -130,3 +130,9 @@ def all_combinations(axes: Sequence[Axis]) -> list[Setting]:
 def shown(setting: Setting) -> str:
     """`lr=0.1 width=2`."""
     return " ".join(f"{name}={text}" for name, text in setting) or "(nothing varied)"
+
+
+def brief(failure: str) -> str:
+    """A failure in one line: its first one, and the last one where the first announces more (`... failed:`)."""
+    lines = [line.strip() for line in failure.splitlines() if line.strip()] or ["no reason was given"]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

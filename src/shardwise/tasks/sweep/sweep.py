@@ -16,10 +16,11 @@ from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import Outcome
 from shardwise.tasks.pool import Pool
 from shardwise.tasks.sweep.halving import Course, Unit
+from shardwise.tasks.sweep.log import SweepLog
 from shardwise.tasks.sweep.report import warm_up
 from shardwise.tasks.sweep.result import Sweep, finish, spread
 from shardwise.tasks.sweep.settle import Settled, SweepOptions, settle
-from shardwise.tasks.sweep.space import shown
+from shardwise.tasks.sweep.space import brief, shown
 from shardwise.tasks.sweep.table import Board, make_board
 from shardwise.tasks.sweep.winners import best_complete, evaluate_ensemble, export, run_task, train_whole
 
@@ -43,15 +44,22 @@ def run_sweep(options: SweepOptions) -> Sweep:
         folder = _open_folder(options, plan)
         with folder.lock():
             _check_identity(folder, options, plan)
-            board = make_board(
-                show=options.progress, metric=plan.metric, maximize=plan.maximize, trials=plan.search.size
-            )
-            board.say("\n".join(_opening(options, plan, folder)))
-            course = Course(plan.search, plan.rungs, eta=plan.eta, lanes=plan.lanes, maximize=plan.maximize)
-            runner = _Runner(options, plan, folder, pool, course, board)
-            runner.run()
-            extra = runner.winners()
-            return finish(options, plan, folder, course, runner.records, extra, began)
+            with SweepLog(folder.path, metric=plan.metric, maximize=plan.maximize, trials=plan.search.size) as log:
+                log.begin(
+                    f"sweep {plan.found.function.__name__}", settings=_identity(options, plan), plan=plan.layout,
+                    threads=plan.threads, device=plan.device, cores=int(pool.capacity.cores),
+                )  # fmt: skip
+                board = make_board(
+                    show=options.progress, metric=plan.metric, maximize=plan.maximize, trials=plan.search.size, log=log
+                )
+                board.say("\n".join(_opening(options, plan, folder)))
+                course = Course(plan.search, plan.rungs, eta=plan.eta, lanes=plan.lanes, maximize=plan.maximize)
+                runner = _Runner(options, plan, folder, pool, course, board, log)
+                runner.run()
+                extra = runner.winners()
+                done = finish(options, plan, folder, course, runner.records, extra, began)
+                log.end(done.summary)
+                return done
 
 
 def _open_folder(options: SweepOptions, plan: Settled) -> RunFolder:
@@ -123,10 +131,17 @@ class _Runner:
     """Lets the course's units run as tasks, and tells it how they ended."""
 
     def __init__(
-        self, options: SweepOptions, plan: Settled, folder: RunFolder, pool: Pool, course: Course, board: Board
+        self,
+        options: SweepOptions,
+        plan: Settled,
+        folder: RunFolder,
+        pool: Pool,
+        course: Course,
+        board: Board,
+        log: SweepLog,
     ) -> None:
         self._options, self._plan, self._folder = options, plan, folder
-        self._pool, self._course, self._board = pool, course, board
+        self._pool, self._course, self._board, self._log = pool, course, board, log
         self._parts: dict[Unit, list[Outcome | None]] = {}
         self._ended: dict[Unit, float | None] = {}
         self.records: list[dict[str, Any]] = []
@@ -246,6 +261,15 @@ class _Runner:
         mean = statistics.fmean(good) if len(good) == len(values) else None
         self._ended[unit] = mean
         reason = next((one.failure.message for one in parts if one is not None and one.failure is not None), None)
+        last = unit.rung == len(self._plan.rungs) - 1
+        self._log.came(
+            trial.number,
+            dict(trial.setting),
+            value=mean,
+            trained=self._plan.rungs[unit.rung],
+            state="failed" if mean is None else "done" if last else "paused",
+            failure=brief(reason or "its metric is no number") if mean is None else "",
+        )
         self._board.trial(
             number=trial.number,
             text=shown(trial.setting),
@@ -253,7 +277,7 @@ class _Runner:
             spread=spread(good),
             after=f"{self._plan.rungs[unit.rung]} of {self._plan.rungs[-1]}" if self._plan.stops else "",
             failure=reason,
-            ended=unit.rung == len(self._plan.rungs) - 1,
+            ended=last,
         )
 
 

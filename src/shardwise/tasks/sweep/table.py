@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, final
 
 from shardwise.run.progress import LINE_SECONDS, tell
 from shardwise.tasks.progress import Counts, Meter
+from shardwise.tasks.sweep.log import BEAT_SECONDS, SweepLog, left_seconds
+from shardwise.tasks.sweep.space import brief
 from shardwise.units import format_seconds
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ _REDRAW_SECONDS = 0.25
 class Board(Meter):
     """A live table on a terminal, a line for each trial elsewhere, nothing with `show=False`."""
 
-    def __init__(self, *, show: bool, live: bool, metric: str, maximize: bool, trials: int) -> None:
+    def __init__(self, *, show: bool, live: bool, metric: str, maximize: bool, trials: int, log: SweepLog) -> None:
+        self._log = log
         self._show, self._metric, self._maximize, self._trials = show, metric, maximize, trials
         self._best: list[tuple[float, int, str]] = []
         self._ended = 0
@@ -41,7 +44,7 @@ class Board(Meter):
     @property
     def patience(self) -> float | None:
         if not self._show:
-            return None
+            return BEAT_SECONDS
         return _REDRAW_SECONDS if self._live is not None else LINE_SECONDS
 
     def say(self, text: str) -> None:
@@ -67,7 +70,7 @@ class Board(Meter):
         self._ended += ended or failure is not None
         place = f" after {after}" if after else ""
         if value is None:
-            self.say(f"trial {number}  {text}{place}  failed: {(failure or 'its metric is no number').splitlines()[0]}")
+            self.say(f"trial {number}  {text}{place}  failed: {brief(failure or 'its metric is no number')}")
             return
         line = f"{text}{place}"
         shown = f"{self._metric} {value:.4f}" + (f" +- {spread:.4f}" if spread is not None else "")
@@ -78,6 +81,7 @@ class Board(Meter):
         self.say(f"trial {number}  {line}  {shown}{'  (best so far)' if leads else ''}")
 
     def update(self, counts: Counts) -> None:
+        self._log.beat(counts.running)
         now = time.monotonic()
         if not self._show or now - self._last < (self.patience or 0.0):
             return
@@ -93,10 +97,8 @@ class Board(Meter):
             self._live = None
 
     def _progress(self, counts: Counts) -> str:
-        left = ""
-        if self._ended and self._trials > self._ended:
-            seconds = (time.monotonic() - self._began) / self._ended * (self._trials - self._ended)
-            left = f", about {format_seconds(seconds)} left"
+        seconds = left_seconds(self._began, self._ended, self._trials)
+        left = f", about {format_seconds(seconds)} left" if seconds is not None else ""
         waiting = sum(counts.waiting.values())
         why = ", ".join(f"{count} for {what}" for what, count in sorted(counts.waiting.items()))
         return (
@@ -115,9 +117,9 @@ class Board(Meter):
         return Group(*(Text(line) for line in [*lines, self._progress(counts)]))
 
 
-def make_board(*, show: bool, metric: str, maximize: bool, trials: int) -> Board:
+def make_board(*, show: bool, metric: str, maximize: bool, trials: int, log: SweepLog) -> Board:
     """A live table where stderr is a terminal that can move its cursor."""
     import os
 
     live = show and sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown")
-    return Board(show=show, live=live, metric=metric, maximize=maximize, trials=trials)
+    return Board(show=show, live=live, metric=metric, maximize=maximize, trials=trials, log=log)
