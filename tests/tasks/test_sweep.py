@@ -219,3 +219,25 @@ def test_the_command(job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert end.value.code == 1
     out, err = capfd.readouterr()
     assert json.loads(out)["failed"] == 1 and "every trial failed" in err
+
+
+def test_a_sweep_whose_input_is_wrong_in_every_trial_exits_with_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "sweep",
+        "mnist",
+        "--set",
+        f"data={tmp_path / 'nowhere'}",
+        "--over",
+        "lr=0.1,0.01",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    for plan in ("serial", "data=2"):
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--plan", plan, "--quiet"])
+        assert end.value.code == 2
+        _, err = capfd.readouterr()
+        assert "every trial failed" in err and "nowhere" in err
+        words[-1] += "2"

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from shardwise import tasks
+from shardwise.errors import UserError
+from shardwise.tasks.options import Options
 from shardwise.tasks.pool import Pool
 
 
@@ -141,6 +143,21 @@ def test_processes_that_a_task_leaves_are_ended(pool: Pool) -> None:
         assert outcome.state == "done"
         assert "left 1 process running" in outcome.remarks[0]
         assert _soon(lambda pid=outcome.value: not _alive(pid))
+
+
+def test_a_task_that_leaves_processes_fails_alone_where_that_is_asked_for(pool: Pool) -> None:
+    def leave(number: int) -> int:
+        if number == 1:
+            subprocess.Popen(["sleep", "300"])
+        return number
+
+    outcomes = list(pool.map(leave, range(4), leaks="fail", retries=1).outcomes())
+    assert [outcome.state for outcome in outcomes] == ["done", "failed", "done", "done"]
+    failure = outcomes[1].failure
+    assert failure is not None and failure.kind == "leak" and failure.message.endswith("sleep")
+    assert outcomes[1].attempts == 2 and outcomes[1].value is None
+    with pytest.raises(UserError, match="leaks='ignore'"):
+        Options(leaks="ignore")  # type: ignore[arg-type]
 
 
 def test_a_killed_task_takes_its_processes_along(pool: Pool, tmp_path: Path) -> None:

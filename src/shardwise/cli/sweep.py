@@ -74,11 +74,9 @@ def sweep(as_json: bool, quiet: bool, **rest: Any) -> None:
         print_json(done.summary)
     if not quiet:
         tell("\n".join(closing_lines(done)))
-    if done.summary["failed"] == done.summary["combinations"]:
-        tell(
-            f"error: every trial failed; the first one: {done.summary['trials'][0]['failure'] or 'its metric is no number'}"
-        )
-        raise SystemExit(1)
+    if done.failed is not None:
+        tell(f"error: every trial failed; the first one: {done.failed}")
+        raise SystemExit(2 if done.wrong_input else 1)
 
 
 def _prices(job: Job, **options: Any) -> list[Priced] | str:

@@ -15,7 +15,7 @@ from shardwise.tasks.need import Allocation, Free
 from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import TaskFailure
 from shardwise.tasks.ready import Group, Ready, Statistics
-from shardwise.tasks.task import Ending, Place, Task, lost_too_often, why_it_died
+from shardwise.tasks.task import Ending, Place, Task, lost_too_often, why_it_died, why_it_failed
 from shardwise.tasks.wire import Payload
 from shardwise.units import format_bytes, format_seconds
 
@@ -294,15 +294,11 @@ class Engine:
         task = place.tasks.pop(reply.number)
         task.group.statistics.note(reply.seconds, reply.peak_bytes)
         ending = Ending("done", None, None, task.attempts, reply.seconds, reply.peak_bytes, reply.remarks)
-        if reply.told[0] == "done":
+        failure = why_it_failed(task, reply)
+        if failure is None:
             self._end(task, replace(ending, payload=reply.payload))
         else:
-            kind, line, details = reply.told[1]
-            error = reply.payload.decode() if reply.payload is not None else None
-            if kind == "memory" and task.options.need.memory_bytes is not None:
-                line += f" (its memory is limited to {format_bytes(task.options.need.memory_bytes)})"
-            details = task.group.statistics.with_file(details)
-            self._fail(task, TaskFailure(kind=kind, message=line, details=details, error=error), ending)
+            self._fail(task, failure, ending)
         if not place.tasks:
             self._leave(place)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, final
+from typing import Any, Literal, final
 
 from shardwise.errors import UserError
 from shardwise.tasks.need import Need
@@ -31,6 +31,8 @@ class Options:
         timeout: seconds (or "10m") after which it is ended; None for never.
         retries: how often it is started again after it failed.
         retry_on: the kinds of failure that are worth it, see `TaskFailure.kind`.
+        leaks: what becomes of a task that leaves processes running. They are ended in any case; `remark` keeps its result and
+            says so in `Outcome.remarks`, `fail` makes it a failure.
         seconds: how long it is expected to take. Only the ratio to other tasks matters: longer ones start first. None
             takes what was measured.
     """
@@ -43,12 +45,15 @@ class Options:
     priority: int = 0
     timeout: float | str | None = None
     retries: int = 0
-    retry_on: tuple[FailureKind, ...] = ("error", "timeout", "killed", "memory", "exit", "lost")
+    retry_on: tuple[FailureKind, ...] = ("error", "timeout", "killed", "memory", "exit", "leak", "lost")
+    leaks: Literal["remark", "fail"] = "remark"
     seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.retries < 0:
             raise UserError(f"retries={self.retries}: give 0 or more")
+        if self.leaks not in ("remark", "fail"):
+            raise UserError(f"leaks={self.leaks!r}: give 'remark' or 'fail'")
         unknown = [kind for kind in self.retry_on if kind not in KINDS]
         if unknown:
             raise UserError(f"retry_on={unknown[0]!r}: kinds of failure are {', '.join(KINDS)}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from shardwise.errors import TaskFailed
 
-FailureKind = Literal["error", "timeout", "killed", "memory", "exit", "lost", "input", "dependency"]
+FailureKind = Literal["error", "timeout", "killed", "memory", "exit", "leak", "lost", "input", "dependency"]
 State = Literal["done", "failed", "skipped", "cancelled"]
 
-KINDS: tuple[FailureKind, ...] = ("error", "timeout", "killed", "memory", "exit", "lost", "input", "dependency")
+KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
 
 @final
@@ -21,7 +21,8 @@ class TaskFailure:
 
     Attributes:
         kind: `error`: it raised; `timeout`; `killed`: a signal ended its process; `memory`: it took more than it may or
-            than there is; `exit`: it ended its process; `lost`: the scheduler's own helper process died too often;
+            than there is; `exit`: it ended its process; `leak`: it left processes running, where `Options.leaks` says that
+            this is a failure; `lost`: the scheduler's own helper process died too often;
             `input`: what it was given cannot be sent to another process; `dependency`: a task before it failed.
         message: one line.
         details: its own traceback, or the lines it stood in when its time was over.

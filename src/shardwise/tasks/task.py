@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, final
 
-from shardwise.tasks.backend import Death, Worker
+from shardwise.tasks.backend import Death, Reply, Worker
 from shardwise.tasks.need import Allocation
 from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import TaskFailure, signal_name
 from shardwise.tasks.wire import Payload
+from shardwise.units import format_bytes
 
 if TYPE_CHECKING:
     from shardwise.tasks.ready import Group
@@ -72,6 +73,19 @@ class Place:
     def where(self, task: Task) -> str:
         """The lines that the task stands in now."""
         return task.group.statistics.with_file(self.worker.where())
+
+
+def why_it_failed(task: Task, reply: Reply) -> TaskFailure | None:
+    """The failure of a task that came to its own end; None where it has a result that counts."""
+    if reply.told[0] == "done":
+        if reply.remarks and task.options.leaks == "fail":
+            return TaskFailure(kind="leak", message="; ".join(reply.remarks))
+        return None
+    kind, line, details = reply.told[1]
+    error = reply.payload.decode() if reply.payload is not None else None
+    if kind == "memory" and task.options.need.memory_bytes is not None:
+        line += f" (its memory is limited to {format_bytes(task.options.need.memory_bytes)})"
+    return TaskFailure(kind=kind, message=line, details=task.group.statistics.with_file(details), error=error)
 
 
 def why_it_died(death: Death) -> TaskFailure:

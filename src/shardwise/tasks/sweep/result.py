@@ -35,6 +35,18 @@ class Sweep:
     records: list[dict[str, Any]]
     summary: dict[str, Any]
 
+    @property
+    def failed(self) -> str | None:
+        """Why the first trial failed, where every trial did."""
+        if self.summary["failed"] < self.summary["combinations"]:
+            return None
+        return self.summary["trials"][0]["failure"] or f"its {self.settled.metric} is no number"
+
+    @property
+    def wrong_input(self) -> bool:
+        """Every trial failed, and each because of what the user gave, such as a path without data."""
+        return self.failed is not None and all(record["wrong_input"] for record in self.records)
+
 
 def spread(values: list[float]) -> float | None:
     """Standard deviation over folds and seeds (n - 1); None for a single value."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, final
 
-from shardwise.errors import FolderError
+from shardwise.errors import FolderError, UserError
 from shardwise.run.folder import RunFolder, write_aside, writing_in
 from shardwise.tasks.graph import Graph
 from shardwise.tasks.options import Options
@@ -248,6 +248,7 @@ class _Runner:
                 "setting": dict(trial.setting),
                 "state": outcome.state,
                 "failure": outcome.failure.message if outcome.failure is not None else None,
+                "wrong_input": outcome.failure is not None and isinstance(outcome.failure.error, UserError),
                 "details": outcome.failure.details if outcome.failure is not None else None,
                 "task_seconds": outcome.seconds,
                 "attempts": outcome.attempts,
