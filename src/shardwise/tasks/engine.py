@@ -293,10 +293,11 @@ class Engine:
         place.heard = time.monotonic()
         task = place.tasks.pop(reply.number)
         task.group.statistics.note(reply.seconds, reply.peak_bytes)
-        ending = Ending("done", None, None, task.attempts, reply.seconds, reply.peak_bytes, reply.remarks)
         failure = why_it_failed(task, reply)
+        payload = reply.payload if failure is None else None
+        ending = Ending("done", payload, None, task.attempts, reply.seconds, reply.peak_bytes, reply.remarks)
         if failure is None:
-            self._end(task, replace(ending, payload=reply.payload))
+            self._end(task, ending)
         else:
             self._fail(task, failure, ending)
         if not place.tasks:
