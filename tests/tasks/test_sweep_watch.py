@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +89,22 @@ def test_watch_shows_the_sweep_and_its_trainings(job: str, tmp_path: Path) -> No
     text = CliRunner().invoke(shardwise, ["watch", str(out), "--text"])  # ends by itself, for the sweep has ended
     assert text.exit_code == 0
     assert "4 of 4 trials, 2 failed" in text.stdout and f"best so far: trial {best['trial']}" in text.stdout
+
+
+def test_a_killed_sweep_is_not_finished_and_a_resumed_one_is(job: str, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    command = [sys.executable, "-m", "shardwise.cli.main", "sweep", job, "--over", "lr=0.3,0.1,0.03", "--quiet"]
+    command += ["--set", "pause=0.1", "--workers", "1", "--plan", "serial", "--out", str(out)]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("trials/*/summary.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert watched(out)["runs"][0]["status"] == "running"  # `silent` once there is no news for half a minute
+    # in a process of its own: this one may have loaded another job file of the same name
+    subprocess.run([*command, "--resume"], check=True, timeout=100)
+    sweep = watched(out)["runs"][0]
+    assert sweep["status"] == "finished" and (sweep["sweep"]["trials"], sweep["sweep"]["ended"]) == (3, 3)
 
 
 def test_the_log_tells_the_best_so_far_what_is_left_and_how_it_failed(tmp_path: Path) -> None:

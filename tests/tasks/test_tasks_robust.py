@@ -148,7 +148,9 @@ def test_processes_that_a_task_leaves_are_ended(pool: Pool) -> None:
 def test_a_task_that_leaves_processes_fails_alone_where_that_is_asked_for(pool: Pool) -> None:
     def leave(number: int) -> int:
         if number == 1:
-            subprocess.Popen(["sleep", "300"])
+            child = subprocess.Popen(["sleep", "300"])
+            name = Path(f"/proc/{child.pid}/comm")
+            assert _soon(lambda: name.read_text().strip() == "sleep")  # it has its parent's name until it has started
         return number
 
     outcomes = list(pool.map(leave, range(4), leaks="fail", retries=1).outcomes())
