@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.kernels import library, pooling
+from shardwise.kernels.install import use_fast_kernels
 from shardwise.kernels.library import built, open_library
-from shardwise.kernels.pooling import pool, use_fast_pooling
+from shardwise.kernels.pooling import pool
 
 LEVELS = {"plain": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
@@ -80,7 +81,7 @@ def test_every_build_gives_torchs_bits(level: str) -> None:
 
 @pytest.fixture
 def in_place() -> torch.library.Library:
-    registration = use_fast_pooling()
+    registration = use_fast_kernels()
     if registration is None:
         pytest.skip("no compiled kernels: the package was installed without a C compiler")
     return registration
@@ -134,13 +135,13 @@ def test_dilation_and_wrong_sizes_go_to_torch(in_place: torch.library.Library) -
 
 def test_without_a_build_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
-    use_fast_pooling.cache_clear()
+    use_fast_kernels.cache_clear()
     library.load.cache_clear()
     try:
-        assert use_fast_pooling() is None
+        assert use_fast_kernels() is None
         (tmp_path / "_plain.abi3.so").write_bytes(b"of another machine")
         library.load.cache_clear()
         assert library.load() is None
     finally:
         library.load.cache_clear()
-        use_fast_pooling.cache_clear()
+        use_fast_kernels.cache_clear()

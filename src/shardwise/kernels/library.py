@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+
+Kernel = Callable[..., Any]
+"""One operator's work, called with the arguments of its schema."""
 
 _LEVELS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
 """What the processor can do, in torch's words -> builds that it can run, the best one first."""
@@ -45,4 +50,9 @@ def open_library(path: Path) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     library.shardwise_max_pool2d.argtypes = [pointer, pointer, pointer, pointer]
     library.shardwise_max_pool2d.restype = None
+    library.shardwise_lanes.argtypes = []
+    library.shardwise_conv2d_scratch.argtypes = [pointer]
+    library.shardwise_conv2d_scratch.restype = ctypes.c_int64
+    library.shardwise_conv2d.argtypes = [pointer] * 6 + [ctypes.c_int]
+    library.shardwise_conv2d_weight.argtypes = [pointer] * 6
     return library

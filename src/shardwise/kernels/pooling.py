@@ -9,39 +9,20 @@ models stay as they are, and gradients, which only need the indices, are still t
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardwise.kernels.library import load
+from shardwise.kernels.library import Kernel, load
 
-OPERATOR = "aten::max_pool2d_with_indices"
+OPERATOR = "max_pool2d_with_indices"
 
 MOST_THREADS = 4
 """Threads up to which ours, which uses one, is chosen: its gain over torch's, which uses all, is 3 to 13 per thread."""
 
 _MOST_PLANE = 2**31 - 1
 _SHAPE = ctypes.c_int64 * 11
-
-
-@cache
-def use_fast_pooling() -> torch.library.Library | None:
-    """Let this process pool by the compiled kernel from now on; None where there is none.
-
-    Returns:
-        The registration, which lives as long as the process.
-    """
-    if load() is None:
-        return None
-    registration = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():  # torch warns of every kernel that takes the place of another
-        warnings.filterwarnings("ignore", message=r"\s*Warning only once for all operators")
-        registration.impl("max_pool2d_with_indices", _kernel(), "CPU", allow_override=True)
-    return registration
 
 
 def pool(
@@ -77,8 +58,8 @@ def pool(
     return out, index
 
 
-def _kernel() -> Any:
-    native = torch.library.get_kernel(OPERATOR, "CPU")
+def max_pooling(native: Kernel) -> Kernel:
+    """The operator: ours where it was written for the case, else `native`."""
     library = load()
     assert library is not None
 
@@ -91,8 +72,7 @@ def _kernel() -> Any:
             done = pool(library, image, window, _pair(stride) if stride else window, _pair(padding), ceil_mode)
             if done is not None:
                 return done
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-        pooled: tuple[Tensor, Tensor] = native.call_boxed(keys, image, kernel, stride, padding, dilation, ceil_mode)
+        pooled: tuple[Tensor, Tensor] = native(image, kernel, stride, padding, dilation, ceil_mode)
         return pooled
 
     return max_pool2d_with_indices

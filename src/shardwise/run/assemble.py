@@ -17,7 +17,7 @@ from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.dist.meter import Meter
 from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
-from shardwise.kernels.pooling import use_fast_pooling
+from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.compose import Composed, check_model, compose
 from shardwise.run.clock import PhaseClock
 from shardwise.run.coupled import check_loss, wants_trial
@@ -266,7 +266,7 @@ def assemble(
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
     if device.type == "cpu":
-        use_fast_pooling()
+        use_fast_kernels()
     cut = find_cut(job, plan, model, device)
     # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
     split = find_tensor_split(job, plan, model, device) if world.rank == 0 else None
