@@ -15,29 +15,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shardwise.kernels import convolution, library
 from shardwise.kernels.convolution import convolve, pays, sizes, turned, weight_gradient
 from shardwise.kernels.install import use_fast_kernels
-from shardwise.kernels.library import built, open_library
 
-LEVELS = {"plain": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 EPS = torch.finfo(torch.float32).eps
 Case = tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]
 
 
-@pytest.fixture(params=LEVELS)
-def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    order = list(LEVELS.values())
-    path = built(request.param)
-    able = order.index(torch.backends.cpu.get_cpu_capability()) >= order.index(LEVELS[request.param])
-    if path is None or not able:
-        pytest.skip(f"no {request.param} build, or a processor that cannot run it")
-    return open_library(path)
+@pytest.fixture
+def kernels() -> ctypes.CDLL:
+    loaded = library.load_convolutions()
+    if loaded is None:
+        pytest.skip("convolutions are torch's here: no AVX-512, or installed without a C compiler")
+    return loaded
 
 
 @pytest.fixture
-def in_place() -> Iterator[torch.library.Library]:
+def in_place(kernels: ctypes.CDLL) -> Iterator[torch.library.Library]:
     registration = use_fast_kernels()
-    loaded = library.load()
-    if registration is None or loaded is None or loaded.shardwise_lanes() != convolution.LANES:
-        pytest.skip("convolutions are torch's here: no compiled kernels, or vectors too short for them to pay")
+    assert registration is not None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield registration
@@ -296,3 +290,12 @@ def test_the_rule_is_narrow() -> None:
     assert chosen(16, 64, 64, 32, 3, 1) == ""  # a ResNet's
     assert chosen(1, 3, 6, 12, 5) == ""  # too little work
     assert chosen(128, 3, 6, 8, 5) == ""  # rows that fill less than half a vector
+
+
+def test_other_processors_keep_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    library.load_convolutions.cache_clear()
+    try:
+        assert library.load_convolutions() is None
+    finally:
+        library.load_convolutions.cache_clear()

@@ -137,11 +137,13 @@ def test_without_a_build_nothing_changes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     use_fast_kernels.cache_clear()
     library.load.cache_clear()
+    library.load_convolutions.cache_clear()
     try:
         assert use_fast_kernels() is None
         (tmp_path / "_plain.abi3.so").write_bytes(b"of another machine")
         library.load.cache_clear()
         assert library.load() is None
     finally:
+        library.load_convolutions.cache_clear()
         library.load.cache_clear()
         use_fast_kernels.cache_clear()

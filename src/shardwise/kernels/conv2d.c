@@ -5,28 +5,17 @@
  * lanes hold neighbouring columns of a row instead: an output row is a sum of shifted input rows times one weight each.
  * Every sum has one order, which depends on the sizes alone: neither on where a sample is in its batch nor on addresses.
  *
- * Built once for each level of vector instructions; library.py loads the one that fits the processor.
+ * For AVX-512 only: with shorter vectors, oneDNN's kernels were too often as fast.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
 #include <immintrin.h>
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-#if defined(__AVX512F__)
 #define LANES 16
-#define REGISTERS 32
-#elif defined(__AVX2__)
-#define LANES 8
-#define REGISTERS 16
-#else
-#define LANES 4
-#define REGISTERS 16
-#endif
 #define MOST_CHANNELS 8
 #define SAMPLES_TOGETHER 32 /* partial sums of a weight's gradient: long sums round less in two levels */
 
@@ -48,9 +37,6 @@ INLINE int64_t up(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 /* Rows of a plane with zeros around them, so long that every vector of an output row can be read at every shift. */
 INLINE int64_t pitch_of(const conv_t *s) { return up(s->out_width) + up(s->size - 1); }
 INLINE int64_t rows_of(const conv_t *s) { return s->height + 2 * s->padding_height; }
-
-/* Floats in a vector of this build. */
-int shardwise_lanes(void) { return LANES; }
 
 /* Floats of scratch memory that both functions below need, zeros when they are called. */
 int64_t shardwise_conv2d_scratch(const conv_t *s) {
@@ -79,16 +65,7 @@ INLINE void copy_padded(float *to, const float *from, const conv_t *s) {
 /* The first `left` lanes of a vector. */
 INLINE void store(float *to, vec value, int64_t left) {
   if (left >= LANES) memcpy(to, &value, sizeof value);
-#if defined(__AVX512F__)
   else _mm512_mask_storeu_ps(to, (__mmask16)((1u << left) - 1), (__m512)value);
-#elif defined(__AVX2__)
-  else {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    _mm256_maskstore_ps(to, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)left), lane), (__m256)value);
-  }
-#else
-  else for (int64_t l = 0; l < left; l++) to[l] = value[l];
-#endif
 }
 
 INLINE void put(float *out, const vec *sums, int channels, int64_t row, int64_t column, const conv_t *s) {
@@ -237,9 +214,9 @@ int shardwise_conv2d_weight(const float *x, const float *g, float *gradient, flo
     copy_padded(values, x + n * s->in_channels * s->height * s->width, s);
     copy_rows(slopes, width, g + n * s->out_channels * s->out_height * s->out_width, s->out_width,
               s->out_channels * s->out_height);
-    if (s->size == 3) sample_gradient(values, slopes, sums, s, 3, REGISTERS == 32 ? 6 : 3);
-    else if (s->size == 5) sample_gradient(values, slopes, sums, s, 5, REGISTERS == 32 ? 4 : 2);
-    else sample_gradient(values, slopes, sums, s, 7, REGISTERS == 32 ? 3 : 1);
+    if (s->size == 3) sample_gradient(values, slopes, sums, s, 3, 6);
+    else if (s->size == 5) sample_gradient(values, slopes, sums, s, 5, 4);
+    else sample_gradient(values, slopes, sums, s, 7, 3);
     if (bias)
       for (int64_t o = 0; o < s->out_channels; o++) {
         vec sum = {0};

@@ -18,16 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.kernels.library import Kernel, load
+from shardwise.kernels.library import Kernel, load_convolutions
 
 FORWARD = "convolution"
 BACKWARD = "convolution_backward"
 
 THREADS = 1
 """Threads with which ours are chosen: they use one, and gain less over torch's than a second thread does."""
-
-LANES = 16
-"""Floats in a vector of the builds that are used; with 8, they lost to torch's too often."""
 
 LEAST_WORK = 2_000_000
 """Operations (a multiply-add is two) below which a call of Python costs more than is gained."""
@@ -41,7 +38,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def convolution(native: Kernel) -> Kernel:
     """The operator `convolution`: ours where it pays, else `native`."""
-    library = load()
+    library = load_convolutions()
     assert library is not None
 
     def forward(
@@ -66,7 +63,7 @@ def convolution(native: Kernel) -> Kernel:
 
 def gradients(native: Kernel) -> Kernel:
     """The operator `convolution_backward`: each gradient that ours pays for from ours, the others from `native`."""
-    library = load()
+    library = load_convolutions()
     assert library is not None
 
     def backward(
@@ -104,7 +101,7 @@ def gradients(native: Kernel) -> Kernel:
 def pays(what: str, shape: Any) -> bool:
     """Whether ours are faster than torch's: for sizes drawn at random, 1.1 to 60 times where this says so.
 
-    Measured with 16 lanes and one thread, in turns with torch's, the cost of getting here counted (docs/notes.md).
+    Measured with one thread, in turns with torch's, the cost of getting here counted (docs/notes.md).
 
     Args:
         what: is computed: "forward", "image" (gradient of the input) or "weight" (gradient of weights and bias).
@@ -168,7 +165,7 @@ def convolve(
     """Convolve; None where a weight is not finite.
 
     Args:
-        library: the build to use.
+        library: from `load_convolutions`.
         image: (N, C, H, W).
         weight: (outputs, C, size, size); with `back` that of the convolution to go back through.
         bias: (outputs,), or None.
@@ -190,7 +187,7 @@ def weight_gradient(
     """Gradients of the weights and, if asked for, of the bias; None where one is not finite, for torch to look at.
 
     Args:
-        library: the build to use.
+        library: from `load_convolutions`.
         image: (N, C, H, W), the convolution's input.
         weight: (outputs, C, size, size).
         slope: the gradient of its output.

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from shardwise.kernels import convolution, pooling
-from shardwise.kernels.library import Kernel, load
+from shardwise.kernels.library import Kernel, load, load_convolutions
 
 POOLING: dict[str, Callable[[Kernel], Kernel]] = {pooling.OPERATOR: pooling.max_pooling}
 """Name of an operator of `aten` -> makes its kernel from torch's."""
@@ -18,7 +18,7 @@ CONVOLUTIONS: dict[str, Callable[[Kernel], Kernel]] = {
     convolution.FORWARD: convolution.convolution,
     convolution.BACKWARD: convolution.gradients,
 }
-"""The same, where vectors are long enough for them to pay."""
+"""The same, for processors whose vectors are long enough for them to pay."""
 
 
 @cache
@@ -28,10 +28,9 @@ def use_fast_kernels() -> torch.library.Library | None:
     Returns:
         The registration, which lives as long as the process.
     """
-    library = load()
-    if library is None:
+    operators = (POOLING if load() is not None else {}) | (CONVOLUTIONS if load_convolutions() is not None else {})
+    if not operators:
         return None
-    operators = POOLING | (CONVOLUTIONS if library.shardwise_lanes() == convolution.LANES else {})
     registration = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():  # torch warns of every kernel that takes the place of another
         warnings.filterwarnings("ignore", message=r"\s*Warning only once for all operators")

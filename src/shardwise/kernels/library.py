@@ -20,7 +20,7 @@ _LEVELS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The best build for this processor; None where there is none, and torch's own kernels do the work."""
+    """The best build of max-pooling for this processor; None where there is none, and torch's own does the work."""
     for level in _LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("plain",)):
         path = built(level)
         if path is None:
@@ -32,15 +32,33 @@ def load() -> ctypes.CDLL | None:
     return None
 
 
-def built(level: str) -> Path | None:
-    """The file of one build: `plain`, `avx2` or `avx512`."""
+@cache
+def load_convolutions() -> ctypes.CDLL | None:
+    """The compiled convolutions, for processors with AVX-512 alone; None elsewhere, and torch's own do the work."""
+    path = built("conv2d")
+    if path is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        pointer = ctypes.c_void_p
+        library.shardwise_conv2d_scratch.argtypes = [pointer]
+        library.shardwise_conv2d_scratch.restype = ctypes.c_int64
+        library.shardwise_conv2d.argtypes = [pointer] * 6 + [ctypes.c_int]
+        library.shardwise_conv2d_weight.argtypes = [pointer] * 6
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def built(name: str) -> Path | None:
+    """The file of one build: `plain`, `avx2` or `avx512` of max-pooling; `conv2d`."""
     folder = Path(__file__).parent
-    names = (f"_{level}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    names = (f"_{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((folder / file for file in names if (folder / file).is_file()), None)
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a build and declare what is in it.
+    """Load a build of max-pooling and declare what is in it.
 
     Raises:
         OSError: it does not load here.
@@ -50,9 +68,4 @@ def open_library(path: Path) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     library.shardwise_max_pool2d.argtypes = [pointer, pointer, pointer, pointer]
     library.shardwise_max_pool2d.restype = None
-    library.shardwise_lanes.argtypes = []
-    library.shardwise_conv2d_scratch.argtypes = [pointer]
-    library.shardwise_conv2d_scratch.restype = ctypes.c_int64
-    library.shardwise_conv2d.argtypes = [pointer] * 6 + [ctypes.c_int]
-    library.shardwise_conv2d_weight.argtypes = [pointer] * 6
     return library
