@@ -101,7 +101,7 @@ def gradients(native: Kernel) -> Kernel:
 def pays(what: str, shape: Any) -> bool:
     """Whether ours are faster than torch's: for sizes drawn at random, 1.1 to 60 times where this says so.
 
-    Measured with one thread, in turns with torch's, the cost of getting here counted (docs/notes.md).
+    Measured with one thread, in turns with torch's, the cost of getting here counted (benchmarks/convolutions.py, docs/notes.md).
 
     Args:
         what: is computed: "forward", "image" (gradient of the input) or "weight" (gradient of weights and bias).

@@ -1,0 +1,125 @@
+"""The compiled convolutions against torch's, over sizes drawn at random: where they pay, and whether the rule holds.
+
+    python benchmarks/convolutions.py [--seconds 40] [--seed 1] [--all] [--out results.json]
+
+Processor time of one thread, both sides in turns, second best of five, for each of forward pass, gradient of the input,
+and gradient of weights and bias. Sizes that the rule (`shardwise.kernels.convolution.pays`) does not choose are left out
+unless `--all` asks for them: a rule is made from `--all` with one seed, and tested without it, with another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardwise.kernels.convolution import MOST_CHANNELS, convolve, pays, sizes, turned, weight_gradient
+from shardwise.kernels.library import load_convolutions
+
+CALL_SECONDS = 15e-6
+"""Added to ours: the way from torch's operator through Python, measured on a layer of no size (8 us forward, 20 backward)."""
+
+MOST_OPERATIONS = 4e8
+
+
+def _seconds(work: Callable[[], Any], times: int) -> float:
+    began = time.thread_time()
+    for _ in range(times):
+        work()
+    return (time.thread_time() - began) / times
+
+
+def compare(theirs: Callable[[], Any], ours: Callable[[], Any], times: int) -> float:
+    """Torch's time over ours."""
+    theirs()
+    ours()
+    pairs = [(_seconds(theirs, times), _seconds(ours, times)) for _ in range(5)]
+    first, second = (sorted(side)[1] for side in zip(*pairs, strict=True))
+    ratio: float = first / (second + CALL_SECONDS)
+    return ratio
+
+
+def one_size(kernels: ctypes.CDLL, draw: random.Random, everything: bool) -> dict[str, float]:
+    """Draw a size; ratios of what was compared, none where the size makes no sense or is too large."""
+    samples, size = draw.choice((1, 10, 32, 50, 128)), draw.choice((3, 5, 7))
+    inside, outside = (draw.choice((1, 2, 3, 4, 6, 8, 12, 16, 24, 32)) for _ in range(2))
+    width, padding = draw.choice((8, 12, 14, 16, 20, 28, 32, 40, 48, 64, 96)), draw.randrange(min(4, size))
+    image, weight, bias = torch.randn(samples, inside, width, width), torch.randn(outside, inside, size, size), None
+    shape = sizes(image, weight, (padding, padding))
+    if shape is None:
+        return {}
+    operations = 2.0 * weight.numel() * samples * shape[5] * shape[6]
+    if operations > MOST_OPERATIONS:
+        return {}
+    bias, slope = torch.randn(outside), torch.randn(samples, outside, shape[5], shape[6])
+    rest = ([1, 1], [padding] * 2, [1, 1], False, [0, 0], 1)
+
+    def back(*wanted: bool) -> Callable[[], Any]:
+        return lambda: torch.ops.aten.convolution_backward(slope, image, weight, [outside], *rest, wanted)
+
+    sides: dict[str, tuple[Callable[[], Any], Callable[[], Any], bool]] = {
+        "forward": (
+            lambda: torch.ops.aten.convolution(image, weight, bias, *rest),
+            lambda: convolve(kernels, image, weight, bias, shape, back=False),
+            outside <= MOST_CHANNELS,
+        ),
+        "image": (
+            back(True, False, False),
+            lambda: convolve(kernels, slope, weight, None, turned(shape), back=True),
+            inside <= MOST_CHANNELS,
+        ),
+        "weight": (
+            back(False, True, True),
+            lambda: weight_gradient(kernels, image, weight, slope, shape, with_bias=True),
+            True,
+        ),
+    }
+    times = max(1, min(30, int(3e7 / operations)))
+    found = {
+        what: compare(theirs, ours, times)
+        for what, (theirs, ours, possible) in sides.items()
+        if possible and (everything or pays(what, shape))
+    }
+    place = {"samples": samples, "inside": inside, "outside": outside, "width": width, "size": size, "padding": padding}
+    return {**place, **found} if found else {}
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="also sizes that the rule does not choose")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    kernels = load_convolutions()
+    if kernels is None:
+        raise SystemExit("no compiled convolutions here: they need a C compiler at installation, and AVX-512")
+    torch.set_num_threads(1)
+    torch.manual_seed(arguments.seed)
+    draw, rows, end = random.Random(arguments.seed), [], time.monotonic() + arguments.seconds
+    while time.monotonic() < end:
+        row = one_size(kernels, draw, arguments.all)
+        if row:
+            rows.append(row)
+    for what in ("forward", "image", "weight"):
+        ratios = sorted(row[what] for row in rows if what in row)
+        if ratios:
+            print(
+                f"{what:8s} {len(ratios):4d} sizes, times faster: least {ratios[0]:.2f}, 5 % {ratios[len(ratios) // 20]:.2f}, "
+                f"median {statistics.median(ratios):.2f}, most {ratios[-1]:.1f}; slower {sum(r < 1 for r in ratios)}"
+            )
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
