@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.kernels import convolution, library
-from shardwise.kernels.convolution import convolve, pays, sizes, turned, weight_gradient
-from shardwise.kernels.install import use_fast_kernels
+from shardwise.kernels import convolution, install, library
+from shardwise.kernels.convolution import convolve, may_pay, pays, sizes, turned, weight_gradient
+from shardwise.kernels.install import replace, use_fast_kernels
 
 EPS = torch.finfo(torch.float32).eps
 Case = tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]
@@ -30,8 +30,7 @@ def kernels() -> ctypes.CDLL:
 
 @pytest.fixture
 def in_place(kernels: ctypes.CDLL) -> Iterator[torch.library.Library]:
-    registration = use_fast_kernels()
-    assert registration is not None
+    registration = replace("convolutions")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield registration
@@ -299,3 +298,18 @@ def test_other_processors_keep_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert library.load_convolutions() is None
     finally:
         library.load_convolutions.cache_clear()
+
+
+def test_convolutions_are_replaced_for_models_that_gain_from_it(
+    monkeypatch: pytest.MonkeyPatch, kernels: ctypes.CDLL
+) -> None:
+    replaced: list[str] = []
+    monkeypatch.setattr(install, "replace", replaced.append)
+    use_fast_kernels(nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 32, 3), nn.Linear(3, 3)))
+    assert replaced == ["pooling"]
+    use_fast_kernels(net())
+    assert replaced == ["pooling", "pooling", "convolutions"]
+    assert may_pay(nn.Conv2d(6, 16, 5))
+    assert not may_pay(nn.Conv2d(6, 6, 5, stride=2))
+    assert not may_pay(nn.Conv2d(6, 6, 4))
+    assert not may_pay(nn.Conv2d(6, 6, 3, groups=2))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.kernels.library import Kernel, load_convolutions
 
@@ -32,6 +32,9 @@ LEAST_WORK = 2_000_000
 MOST_CHANNELS = 8
 """Channels of a result that `conv2d.c` computes together, as many as it can."""
 
+SIZES = (3, 5, 7)
+"""Height and width of the kernels."""
+
 _SHAPE = ctypes.c_int64 * 10
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -46,7 +49,8 @@ def convolution(native: Kernel) -> Kernel:
         dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     ) -> Tensor:  # fmt: skip
         if (
-            torch.get_num_threads() == THREADS
+            weight.shape[0] <= MOST_CHANNELS
+            and torch.get_num_threads() == THREADS
             and plain(image, weight, stride, dilation, transposed, groups)
             and (bias is None or (_fits(bias) and bias.shape == weight.shape[:1]))
             and (shape := sizes(image, weight, padding)) is not None
@@ -76,7 +80,8 @@ def gradients(native: Kernel) -> Kernel:
         of_bias: Tensor | None = None
         for_image, for_weight, for_bias = wanted
         if (
-            torch.get_num_threads() == THREADS
+            weight.shape[1] <= MOST_CHANNELS
+            and torch.get_num_threads() == THREADS
             and plain(image, weight, stride, dilation, transposed, groups)
             and (shape := sizes(image, weight, padding)) is not None
             and _fits(slope)
@@ -120,6 +125,18 @@ def pays(what: str, shape: Any) -> bool:
     return outside <= MOST_CHANNELS or (size == 5 and inside >= 4 and outside <= 2 * MOST_CHANNELS)
 
 
+def may_pay(layer: nn.Module) -> bool:
+    """Whether `pays` can say yes for this layer, whatever the images."""
+    if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or layer.kernel_size[0] not in SIZES:
+        return False
+    if (*layer.stride, *layer.dilation) != (1, 1, 1, 1) or layer.kernel_size[0] != layer.kernel_size[1]:
+        return False
+    inside, outside = layer.in_channels, layer.out_channels
+    forward = outside <= MOST_CHANNELS and inside <= 4 * MOST_CHANNELS
+    # Of a first layer with more outputs than that, all that could pay is the gradient of images, which nobody asks for.
+    return forward or (4 <= inside <= MOST_CHANNELS and outside <= 2 * MOST_CHANNELS)
+
+
 def plain(
     image: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int
 ) -> bool:
@@ -129,7 +146,7 @@ def plain(
         and not transposed
         and weight.dim() == 4
         and weight.shape[2] == weight.shape[3]
-        and weight.shape[2] in (3, 5, 7)
+        and weight.shape[2] in SIZES
         and all(step == 1 for step in (*stride, *dilation))
         and image.dim() == 4
         and image.shape[1] == weight.shape[1]

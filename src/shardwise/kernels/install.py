@@ -7,34 +7,40 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import nn
 
 from shardwise.kernels import convolution, pooling
 from shardwise.kernels.library import Kernel, load, load_convolutions
 
-POOLING: dict[str, Callable[[Kernel], Kernel]] = {pooling.OPERATOR: pooling.max_pooling}
-"""Name of an operator of `aten` -> makes its kernel from torch's."""
-
-CONVOLUTIONS: dict[str, Callable[[Kernel], Kernel]] = {
-    convolution.FORWARD: convolution.convolution,
-    convolution.BACKWARD: convolution.gradients,
+OPERATORS: dict[str, dict[str, Callable[[Kernel], Kernel]]] = {
+    "pooling": {pooling.OPERATOR: pooling.max_pooling},
+    "convolutions": {
+        convolution.FORWARD: convolution.convolution,
+        convolution.BACKWARD: convolution.gradients,
+    },
 }
-"""The same, for processors whose vectors are long enough for them to pay."""
+"""Kind -> name of an operator of `aten` -> makes its kernel from torch's."""
+
+
+def use_fast_kernels(model: nn.Module) -> None:
+    """Let this process compute by the compiled kernels from now on, those that this model gains from.
+
+    A kernel of Python in the place of a small convolution costs up to a tenth of a tiny net's step, so the convolutions are
+    left alone until a model has a layer that they may pay for.
+    """
+    if load() is not None:
+        replace("pooling")
+    if load_convolutions() is not None and any(convolution.may_pay(layer) for layer in model.modules()):
+        replace("convolutions")
 
 
 @cache
-def use_fast_kernels() -> torch.library.Library | None:
-    """Let this process compute by the compiled kernels from now on; None where there are none.
-
-    Returns:
-        The registration, which lives as long as the process.
-    """
-    operators = (POOLING if load() is not None else {}) | (CONVOLUTIONS if load_convolutions() is not None else {})
-    if not operators:
-        return None
+def replace(kind: str) -> torch.library.Library:
+    """Put the kernels of one kind in place, once; the registration lives as long as the process."""
     registration = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():  # torch warns of every kernel that takes the place of another
         warnings.filterwarnings("ignore", message=r"\s*Warning only once for all operators")
-        for name, make in operators.items():
+        for name, make in OPERATORS[kind].items():
             registration.impl(name, make(_torchs(name)), "CPU", allow_override=True)
     return registration
 

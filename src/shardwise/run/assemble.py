@@ -266,7 +266,7 @@ def assemble(
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
     if device.type == "cpu":
-        use_fast_kernels()
+        use_fast_kernels(model)
     cut = find_cut(job, plan, model, device)
     # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
     split = find_tensor_split(job, plan, model, device) if world.rank == 0 else None
