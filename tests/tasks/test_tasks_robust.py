@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from shardwise import tasks
 from shardwise.errors import UserError
+from shardwise.tasks.local import LocalBackend
 from shardwise.tasks.options import Options
 from shardwise.tasks.pool import Pool
 
@@ -132,6 +134,19 @@ def test_the_process_that_starts_the_workers_is_killed() -> None:
             return x
 
         assert list(pool.map(kill_nursery, range(4))) == [0, 1, 2, 3]
+
+
+def test_a_death_that_nobody_hears_of_any_more(capfd: pytest.CaptureFixture[str]) -> None:
+    """The scheduler has gone for the process that starts the workers: it leaves without a word."""
+    with Pool(workers=1) as pool:
+        (worker,) = pool.map(lambda _: os.getpid(), range(1))
+        backend = pool.engine.backend
+        assert isinstance(backend, LocalBackend) and backend._line is not None and backend._nursery is not None
+        backend._line.shutdown(socket.SHUT_RD)
+        os.kill(worker, signal.SIGKILL)
+        nursery = backend._nursery
+        assert _soon(lambda: nursery.poll() is not None)
+    assert capfd.readouterr().err == ""
 
 
 def test_processes_that_a_task_leaves_are_ended(pool: Pool) -> None:

@@ -173,6 +173,8 @@ def main() -> None:
     gc.freeze()
     try:
         nursery.run()
+    except ConnectionError:
+        pass  # the scheduler went while it was told of a death; what is left of the workers ends below
     except Exception:  # noqa: BLE001  # told, since the exit below would hide it
         traceback.print_exc()
     finally:
