@@ -38,6 +38,7 @@ _STYLE: dict[Any, Any] = {  # matplotlib's type names every setting there is
     "grid.alpha": 0.3,
     "hatch.linewidth": 0.6,
 }
+_LEGEND_SIZE = 8
 _PHASE_PART = {"synchronisation": "other"}
 
 
@@ -219,7 +220,11 @@ def loss_chart(cases: Sequence[Case], *, against: Literal["time", "samples"]) ->
 
 
 def _legend(figure: Figure, axes: Any) -> None:
+    """All names under the chart, in as many columns as fit beside each other."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(3, max(1, len(labels))), fontsize=8, frameon=False
-    )
+    # Of the browser's font only the size is known: a character counts as 0.6 of it, line and gaps as 0.6 inches.
+    widest = 0.6 * _LEGEND_SIZE / 72 * max(map(len, labels), default=1) + 0.6
+    columns = min(3, max(1, int(figure.get_figwidth() / widest)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 1.3 * _LEGEND_SIZE / 72 * max(0, rows - 3))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=_LEGEND_SIZE, frameon=False)
