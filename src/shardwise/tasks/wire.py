@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import io
 import os
 import pickle
@@ -216,7 +217,10 @@ def encode_function(function: Callable[..., Any]) -> Payload:
     """
     import cloudpickle
 
-    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    inner = function
+    while isinstance(inner, functools.partial):  # its own module is functools
+        inner = inner.func
+    module = sys.modules.get(getattr(inner, "__module__", None) or "")
     by_value = module is not None and not _importable(module)
     if by_value:
         cloudpickle.register_pickle_by_value(module)

@@ -235,7 +235,7 @@ def _check_writes(cutting: Cutting) -> None:
     """A buffer that one stage changes must not be seen by another, which has a copy of its own."""
     holders = cutting.holders()
     for call, stage in zip(cutting.trace.calls, cutting.stage_of, strict=True):
-        for name in call.writes:
+        for name in sorted(call.writes):
             others = sorted(holders[name] - {stage})
             if others and not call.everywhere:
                 raise PlanError(
