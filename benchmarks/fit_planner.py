@@ -49,7 +49,7 @@ START = Constants(
     step_seconds=0.003,
     hop_share=0.75,
     tensor_overlap=0.3,
-    host_norm=3.0,
+    host_norm=2.0,
 )
 """Round figures from the middle of the physical ranges, kept after results were seen; `host_norm` came with its formula."""
 

@@ -11,6 +11,7 @@ from shardwise.planner import catalogue
 from shardwise.planner.case import Case
 from shardwise.planner.collectives import (
     Group,
+    Network,
     all_gather,
     all_reduce,
     all_to_all,
@@ -103,7 +104,33 @@ def test_measured_rates_replace_the_estimate_for_whole_nodes() -> None:
     assert all_gather(2.0**30, TWO_NODES, net) == pytest.approx(15 / 16 * 2**30 / 10e9)
     small = all_gather(2.0**20, TWO_NODES, net)
     assert 15 / 16 * 2**20 / 10e9 < small < all_gather(2.0**28, TWO_NODES, net)
-    assert all_gather(2.0**28, Group(2, 1), net) == all_gather(2.0**28, Group(2, 1), network(machine(), DEFAULT))
+
+
+def test_a_ring_over_parts_of_nodes_is_no_faster_than_what_whole_nodes_reach() -> None:
+    def net(collective: str, rate: float) -> Network:
+        found = CollectiveRate(
+            collective=collective,
+            nodes=2,
+            message_bytes=2.0**28,
+            bus_bytes_per_second=Figure(rate, "measured", "test"),
+        )
+        return network(replace(machine(), rates=(found,)), DEFAULT)
+
+    nominal = network(machine(), DEFAULT)
+    for collective, name in (
+        (all_gather, "all_gather"),
+        (reduce_scatter, "reduce_scatter"),
+        (all_reduce, "all_reduce"),
+    ):
+        # four ranks of each of two nodes
+        bound = collective(LARGE, Group(8, 4), net(name, 10e9))
+        factor = 2.0 if name == "all_reduce" else 1.0
+        assert bound == pytest.approx(factor * 7 / 8 * LARGE / 10e9, rel=0.01)
+        assert bound > 2 * collective(LARGE, Group(8, 4), nominal)
+        # a higher rate of whole nodes gives a part of them no more than its own network ports
+        assert collective(LARGE, Group(8, 4), net(name, 500e9)) == collective(LARGE, Group(8, 4), nominal)
+        # and within a node nothing changes
+        assert collective(LARGE, Group(4, 4), net(name, 10e9)) == collective(LARGE, Group(4, 4), nominal)
 
 
 def test_all_reduce_against_published_measurements() -> None:

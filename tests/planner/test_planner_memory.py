@@ -121,6 +121,32 @@ def test_memory_falls_with_every_kind_of_sharding_and_rises_with_the_micro_batch
     assert total(recompute="full", **sharded) < total(recompute="selective", **sharded) < total(**sharded)
 
 
+def test_temporaries_of_the_update_reuse_only_blocks_that_can_hold_them() -> None:
+    def update(**changes: object) -> float:
+        layout = case(attention="flash", precision="bf16", **changes)
+        return rank_memory(layout, (1,), rank_shares(layout)).update
+
+    # replicated states beside fp32 sums are updated by one fused kernel, those of plain fp32 training are not
+    few = {"micro_batch": 1, "seq_len": 512}
+    assert update(**few) == 0.0
+    plain = case(attention="flash", precision="fp32", **few)
+    assert rank_memory(plain, (1,), rank_shares(plain)).update == pytest.approx(12.0 * GPT.parameters)
+    # stage 3 over 2 ranks: 12 bytes a value; a block of activations holds 4096 x 4 x 2 bytes a token, the shard of a layer's
+    # tensors in fp32 needs 4 bytes x its parameters / 2
+    whole = 12.0 * GPT.parameters / 2
+    tensor = 4.0 * GPT.layer_parameters / 2
+    small, large = (case(attention="flash", precision="bf16", data=2, zero_stage=3, micro_batch=b) for b in (1, 4))
+    assert 2.0 * 4096 * small.tokens < tensor < 2.0 * 4096 * large.tokens
+    logits = 4.0 * 1000 * small.tokens
+    assert logits < tensor
+    assert update(data=2, zero_stage=3, micro_batch=1) == pytest.approx(whole)
+    found = rank_memory(large, (1,), rank_shares(large))
+    assert found.update == pytest.approx(
+        max(0.0, whole - found.activations - found.logits * (4000 * large.tokens >= tensor))
+    )
+    assert found.update < 0.5 * whole
+
+
 def test_the_least_estimate_is_never_above_the_usual_one() -> None:
     for stage in (0, 1, 2, 3):
         found = rank_memory(case(data=8, zero_stage=stage), (1,), rank_shares(case()))

@@ -67,15 +67,18 @@ def group(case: Case, axis: str) -> Group:
     return Group(size, max(1, min(size, case.machine.gpus_per_node // max(1, stride))))
 
 
-def bus_bytes(net: Network, ranks: Group) -> float:
+def bus_bytes(net: Network, ranks: Group, collective: str = "") -> float:
     """Bus bandwidth of a ring over `ranks`, bytes per second.
 
-    Inside a node the link counts; across nodes every rank brings its share of the network.
+    Inside a node the link counts; across nodes every rank brings its share of the network. A ring that uses part of
+    every node has fewer network ports than one over whole nodes, so it is no faster than what was measured for those.
     """
     if ranks.nodes <= 1:
         return net.intra_bytes
     across = net.inter_bytes * ranks.per_node
-    return min(across, net.intra_bytes) if ranks.per_node > 1 else across
+    nominal = min(across, net.intra_bytes) if ranks.per_node > 1 else across
+    found = _measured(net.machine, collective, ranks.nodes)
+    return nominal if found is None else min(nominal, found[0])
 
 
 def measured_seconds(
@@ -105,7 +108,7 @@ def all_reduce(size_bytes: float, ranks: Group, net: Network) -> float:
         return 0.0
     factor = 2.0 * (ranks.size - 1) / ranks.size
     moved = factor * size_bytes
-    bandwidth = bus_bytes(net, ranks)
+    bandwidth = bus_bytes(net, ranks, "all_reduce")
     start = net.machine.intra.latency_seconds.value * ranks.per_node
     levels = math.log2(ranks.nodes) if ranks.nodes > 1 else 0.0
     start += net.machine.inter.latency_seconds.value * levels
@@ -125,7 +128,7 @@ def all_gather(size_bytes: float, ranks: Group, net: Network, collective: str = 
     if ranks.nodes > 1:
         start += net.hop_seconds * (ranks.size - 1)
     measured = measured_seconds(size_bytes, start, factor, ranks, net, collective)
-    return start + factor * size_bytes / bus_bytes(net, ranks) if measured is None else measured
+    return start + factor * size_bytes / bus_bytes(net, ranks, collective) if measured is None else measured
 
 
 def reduce_scatter(size_bytes: float, ranks: Group, net: Network) -> float:

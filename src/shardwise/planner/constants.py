@@ -27,7 +27,8 @@ class Constants:
         step_seconds: fixed time of one step: loss read back, optimizer start, data hand-over.
         hop_share: one step of a ring over ranks of several nodes, over the latency between nodes.
         tensor_overlap: share of the communication of sequence-parallel tensor ranks that hides behind their products.
-        host_norm: exponent of the norm that joins device and host time of tensor ranks; 1 is their sum, without end the maximum.
+        host_norm: device and host time of t tensor ranks are joined by a norm of exponent 1 + host_norm / log2(t); 1 is
+            their sum, without end (one rank) the maximum.
     """
 
     matmul_rate: float = 0.885
@@ -44,7 +45,7 @@ class Constants:
     step_seconds: float = 0.001
     hop_share: float = 0.7
     tensor_overlap: float = 0.2
-    host_norm: float = 2.0
+    host_norm: float = 1.5
 
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -62,7 +63,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "step_seconds": (0.0, 0.05),
     "hop_share": (0.5, 1.0),
     "tensor_overlap": (0.0, 0.8),
-    "host_norm": (1.0, 8.0),
+    "host_norm": (0.5, 8.0),
 }
 """Physically possible range of every constant; the fit may not leave it."""
 

@@ -17,6 +17,10 @@ END_CALLS = 20.0
 """The same for the embedding and for the output projection with its loss."""
 
 
+EAGER_LOSS_BYTES = 12.0
+"""Bytes a logit that the backward pass of an eager cross entropy moves beyond a fused one."""
+
+
 @dataclass(frozen=True)
 class LayerWork:
     """Forward and backward work of one layer, and what selective recomputation repeats."""
@@ -84,12 +88,15 @@ def head_work(case: Case, device: Device) -> tuple[Work, Work]:
     """Output projection and cross entropy over the logits.
 
     Fused passes, bytes a logit: copy to fp32 6, maximum 4, sum of exponentials 4, log-softmax 8 forward; backward
-    softmax less target 8, back to 2 bytes 6.
+    softmax less target 8, back to 2 bytes 6. Not compiled, the gradient of the loss is a tensor of its own: filled with
+    zeros 4, and read twice 8 (PyTorch, nll_loss and log_softmax backward).
     """
     columns = vocab_columns(case)
     ahead, back = product(case.tokens, columns, case.model.hidden, device)
     logits = float(case.tokens) * columns
-    return ahead + traffic(22.0 * logits, END_CALLS, device), back + traffic(14.0 * logits, END_CALLS, device)
+    return ahead + traffic(22.0 * logits, END_CALLS, device), back + traffic(
+        (14.0 + EAGER_LOSS_BYTES * (1.0 - case.fusion)) * logits, END_CALLS, device
+    )
 
 
 def embedding_work(case: Case, device: Device) -> tuple[Work, Work]:

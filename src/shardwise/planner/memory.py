@@ -23,7 +23,9 @@ WORKSPACE_BYTES = 0.4 * 2**30
 UPDATE_BYTES = 12.0
 """Temporary bytes per value of an Adam step that works on all tensors at once but is not fused (PyTorch's default).
 
-The gradient in fp32, the square root of the second moment, and the quotient: 4 each.
+The gradient in fp32, the square root of the second moment, and the quotient: 4 each. Software that keeps replicated states
+beside a gradient summed in fp32 updates in one fused kernel, without temporaries (Megatron-LM: apex FusedAdam; nanotron:
+fused AdamW in its default configuration).
 """
 
 HALF_GRADIENT_BYTES = 2.0
@@ -216,6 +218,30 @@ def gathered_bytes(case: Case) -> float:
     return block * (2.0 * size + 4.0)
 
 
+def _updates_in_steps(case: Case) -> bool:
+    """Whether the optimizer step is not one fused kernel; see `UPDATE_BYTES`."""
+    return not case.classic and (case.zero_stage > 0 or case.precision == "fp32")
+
+
+def _reusable(case: Case, activations: float, logits: float) -> float:
+    """Bytes left free by the backward pass in which the temporaries of the update find room.
+
+    A caching allocator serves a request from a freed block at least as large, of the same stream (PyTorch, notes on CUDA
+    semantics, memory management). A temporary is as large as what the optimizer holds as one tensor: the shard of a whole
+    block (stage 3), or the largest matrix. Gathered parameters live on the stream of their collective and free nothing.
+    """
+    model, shards = case.model, case.data * case.context
+    wide = model.ffn_hidden * (2 if model.gated_ffn else 1) / case.tensor
+    if case.zero_stage == 3:
+        tensor = 4.0 * sum(layer_parameters(case)) / shards
+    else:
+        tensor = 4.0 * model.hidden * wide / (shards if case.zero_stage else 1)
+    element = 4.0 if case.precision == "fp32" else 2.0
+    block = element * case.tokens * max(wide, model.hidden)
+    scores = 4.0 * case.tokens * math.ceil(model.vocab / case.tensor)
+    return (activations if block >= tensor else 0.0) + (logits if scores >= tensor else 0.0)
+
+
 def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
     """Peak of the fullest pipeline rank.
 
@@ -245,9 +271,9 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         head = logits if rank == end else 0.0
         activations = in_flight[rank] * layers * kept + whole
         activations += max(0.0, working - head) if layers else 0.0
-        temporary = 0.0 if case.classic else UPDATE_BYTES * optimizer / optimizer_bytes(case)
-        update = max(0.0, temporary - activations - head - gathered)
-        slack = SLACK * (activations + head + gathered) + WORKSPACE_BYTES
+        temporary = UPDATE_BYTES * optimizer / optimizer_bytes(case) if _updates_in_steps(case) else 0.0
+        update = max(0.0, temporary - _reusable(case, activations, head))
+        slack = SLACK * (activations + head + gathered + update) + WORKSPACE_BYTES
         spare = copies + (0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0)
         found = MemoryParts(
             parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare

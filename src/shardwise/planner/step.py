@@ -17,7 +17,7 @@ from shardwise.planner.collectives import (
 )
 from shardwise.planner.compute import Device, Work, adam_seconds, device_rates
 from shardwise.planner.constants import DEFAULT, Constants
-from shardwise.planner.layers import embedding_work, head_work, layer_work
+from shardwise.planner.layers import LayerWork, embedding_work, head_work, layer_work
 from shardwise.planner.memory import (
     CONTEXT_BYTES,
     MemoryParts,
@@ -44,6 +44,10 @@ CALLS_PER_PART = 12.0
 
 BUCKET_VALUES = 5e8
 """Gradients reduced by one call while the backward pass goes on (reduce_bucket_size of DeepSpeed, default)."""
+
+INPUT_GRADIENT_SHARE = 0.3
+"""Share of a layer's backward products that is the gradient of the inputs of query, key and value and of the first
+feed-forward product: half of 3 h^2 + 4 h^2 of 12 h^2."""
 
 SELECTIVE_REPEAT = 0.4
 """Share of a layer that selective recomputation repeats where it is not the attention core alone."""
@@ -149,6 +153,7 @@ def _passes(
     stall = _stall_seconds(case, net)
     compute_f = _device_or_host(ahead, constants, case, inner_f - stall)
     compute_b = _device_or_host(back, constants, case, inner_b - rounds * stall)
+    inner_b += _regather_seconds(case, net, work, constants)
     ring_f = max(0.0, _ring_seconds(case, net) - work.core_forward.seconds)
     shard_f, shard_b = _shard_seconds(case, net, sum(layer_parameters(case)))
     total_f = _hidden(compute_f + inner_f + ring_f, shard_f, case, constants)
@@ -195,13 +200,13 @@ def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float
     """Device work and host launches side by side, less what the device waits for communication meanwhile.
 
     A rank alone queues its work ahead: the slower of the two counts. Tensor ranks meet at every collective, where all
-    wait for the slowest host, so near balance neither hides the other in full: a norm between maximum and sum. A compiled
-    layer launches in cheaper calls.
+    wait for the slowest host, so near balance neither hides the other in full: a norm between maximum and sum, nearer to
+    the sum the more ranks there are, and the maximum for one. A compiled layer launches in cheaper calls.
     """
     host = max(0.0, work.kernels * constants.launch_seconds * (0.5 if case.compile else 1.0) - waiting)
     if case.tensor == 1:
         return max(work.seconds, host)
-    norm = constants.host_norm
+    norm = 1.0 + constants.host_norm / math.log2(case.tensor)
     return float((work.seconds**norm + host**norm) ** (1.0 / norm))
 
 
@@ -221,6 +226,19 @@ def _tensor_seconds(case: Case, net: Network) -> float:
     if case.sequence_parallel:
         return 2.0 * (all_gather(size, ranks, net) + reduce_scatter(size, ranks, net))
     return 2.0 * all_reduce(size, ranks, net)
+
+
+def _regather_seconds(case: Case, net: Network, work: LayerWork, constants: Constants) -> float:
+    """What the backward pass exposes of gathering the inputs of both split products once more for their weight gradients.
+
+    Sequence-parallel ranks keep their part of the input only, and gather it again beside the gradient of the input
+    (Korthikanti et al. 2022, section 4.2.2), which the two products that need it can hide.
+    """
+    if not case.sequence_parallel:
+        return 0.0
+    gather = 2.0 * all_gather(2.0 * case.tokens * case.model.hidden, group(case, "tensor"), net)
+    room = INPUT_GRADIENT_SHARE * work.backward.seconds
+    return max(0.0, gather - room) + constants.overlap_cost * min(gather, room)
 
 
 def _exchange_seconds(case: Case, net: Network) -> float:
