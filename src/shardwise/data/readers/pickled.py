@@ -77,7 +77,7 @@ def _load_around(path: Path, into: NDArray[np.uint8]) -> Any:
 
 
 def _read_all(file: Any, room: NDArray[np.uint8]) -> bool:
-    view, done = memoryview(room), 0
+    view, done = room.data, 0
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
