@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.kernels import convolution, install, library
 from shardwise.kernels.convolution import (
+    NEVER,
     convolve,
     fills_lanes,
-    may_be_sparse,
     may_pay,
+    most_filled,
     pays,
     sizes,
     sparse_gradients,
@@ -204,9 +205,8 @@ def sparse_cases(count: int, whole_numbers: bool) -> Iterator[Case]:
 
 def sparse(kernels: ctypes.CDLL, case: Case) -> list[Tensor | None]:
     image, weight, _, slope, padding = case
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "MOST_FILLED", {"weight": 1.0, "image": 1.0})  # small ones are not always sparse
-        return list(sparse_gradients(kernels, image, weight, slope, sizes(image, weight, padding), (True, True, True)))
+    shape = sizes(image, weight, padding)
+    return list(sparse_gradients(kernels, image, weight, slope, shape, (True, True, True), (1.0, 1.0)))
 
 
 def test_gradients_that_are_mostly_zero(kernels: ctypes.CDLL) -> None:
@@ -260,18 +260,19 @@ def test_sparse_gradients_repeat_and_leave_the_rest_to_torch(kernels: ctypes.CDL
 
 
 def test_how_much_may_be_left_of_a_gradient(kernels: ctypes.CDLL) -> None:
-    image, weight, slope = torch.randn(16, 6, 14, 14), torch.randn(16, 6, 5, 5), torch.zeros(16, 16, 10, 10)
+    image, weight, slope = torch.randn(32, 6, 14, 14), torch.randn(16, 6, 5, 5), torch.zeros(32, 16, 10, 10)
     shape = sizes(image, weight, (0, 0))
     found = {}
     for rows in (0, 1, 2, 3):
         slope[:, :, :rows] = 1.0
-        answer = sparse_gradients(kernels, image, weight, slope, shape, (True, True, True))
+        answer = sparse_gradients(kernels, image, weight, slope, shape, (True, True, True), (0.26, 0.19))
         found[rows] = [one is not None for one in answer]
     assert found == {0: [True] * 3, 1: [True] * 3, 2: [False, True, True], 3: [False] * 3}
-    alone = sparse_gradients(kernels, image, weight, torch.zeros_like(slope), shape, (False, True, False))
+    alone = sparse_gradients(kernels, image, weight, torch.zeros_like(slope), shape, (False, True, False), (0.26, 0.19))
     assert [one is not None for one in alone] == [False, True, False]
-    assert may_be_sparse(shape)
-    assert not may_be_sparse(sizes(image[:1], weight, (0, 0)))  # too little work
+    assert most_filled(shape) == (0.2, NEVER)  # our dense kernels are fast
+    assert most_filled(sizes(image[:1], weight, (0, 0))) == (NEVER, NEVER)  # too little work
+    assert most_filled(sizes(torch.empty(16, 12, 14, 14), torch.empty(16, 12, 5, 5), (0, 0))) == (0.26, 0.19)
     assert not fills_lanes(1, 5)
     assert not fills_lanes(17, 3)
 
@@ -279,8 +280,12 @@ def test_how_much_may_be_left_of_a_gradient(kernels: ctypes.CDLL) -> None:
 def test_behind_a_max_pooling_zeros_are_left_out(in_place: torch.library.Library, calls: list[str]) -> None:
     model = nn.Sequential(
         *(nn.Conv2d(3, 6, 5), nn.MaxPool2d(2), nn.ReLU()),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 10)),
+        *(nn.Conv2d(6, 16, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10)),
     )
+    with torch.no_grad():  # so that a ReLU leaves half
+        for layer in model:
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                layer.bias -= 0.3
     images = photos()
 
     def work() -> list[Tensor]:
@@ -322,7 +327,7 @@ def test_a_net_and_its_gradients_are_torchs_up_to_rounding(in_place: torch.libra
     found = work()
     assert calls.count("forward") == 2
     assert calls.count("image") == 2
-    assert calls.count("weight") == calls.count("sparse weight") == 1
+    assert calls.count("weight") == 2
     assert all(torch.equal(one, other) for one, other in zip(found, work(), strict=True))
     calls.clear()
     right = native(work)

@@ -40,8 +40,7 @@ SIZES = (3, 5, 7)
 MOST_INSIDE, MOST_OUTSIDE = 16, 64
 """Input channels for which `conv2d_sparse.c` is compiled, and output channels up to which it was measured."""
 
-MOST_FILLED = {"weight": 0.26, "image": 0.16}
-"""Part of a gradient that is not zero up to which `conv2d_sparse.c` pays: windows of 2 x 2 leave 0.25, a ReLU half of that."""
+NEVER = -1.0
 
 LEAST_LANES = 0.6
 """Part of the lanes that the rows of a kernel must fill there."""
@@ -98,8 +97,9 @@ def gradients(native: Kernel) -> Kernel:
             and _fits(slope)
             and slope.shape == (shape[0], shape[2], shape[5], shape[6])
         ):
-            if may_be_sparse(shape):
-                of_image, of_weight, of_bias = sparse_gradients(library, image, weight, slope, shape, wanted)
+            most = most_filled(shape)
+            if (for_weight and most[0] > 0) or (for_image and most[1] > 0):
+                of_image, of_weight, of_bias = sparse_gradients(library, image, weight, slope, shape, wanted, most)
             if for_weight and of_weight is None and pays("weight", shape):
                 of_weight, of_bias = weight_gradient(library, image, weight, slope, shape, for_bias) or (None, None)
             if for_image and of_image is None and pays("image", shape):
@@ -138,15 +138,22 @@ def pays(what: str, shape: Any) -> bool:
     return outside <= MOST_CHANNELS or (size == 5 and inside >= 4 and outside <= 2 * MOST_CHANNELS)
 
 
-def may_be_sparse(shape: Any) -> bool:
-    """Whether gradients that are mostly zero are worth being looked for.
+def most_filled(shape: Any) -> tuple[float, float]:
+    """Up to which part of the output's gradient that is not zero `conv2d_sparse.c` pays: for weights, and for images.
+
+    Windows of 2 x 2 leave 0.25, a ReLU less. Where `pays` has our dense kernels, which a zero costs little, less may be left.
 
     Args:
         shape: of the convolution, from `sizes`.
     """
     samples, inside, outside, _, _, out_height, out_width, size, *_ = (int(value) for value in shape)
     work = 2 * samples * inside * outside * size * size * out_height * out_width
-    return work >= LEAST_WORK and outside <= MOST_OUTSIDE and fills_lanes(inside, size)
+    if work < LEAST_WORK or outside > MOST_OUTSIDE or not fills_lanes(inside, size):
+        return NEVER, NEVER
+    for_image = NEVER if pays("image", shape) else 0.19
+    if not pays("weight", shape):
+        return 0.26, for_image
+    return (0.2 if work >= 5 * LEAST_WORK and out_width < 36 else NEVER), for_image
 
 
 def fills_lanes(inside: int, size: int) -> bool:
@@ -260,8 +267,9 @@ def weight_gradient(
 
 
 def sparse_gradients(
-    library: ctypes.CDLL, image: Tensor, weight: Tensor, slope: Tensor, shape: Any, wanted: Sequence[bool]
-) -> Gradients:
+    library: ctypes.CDLL, image: Tensor, weight: Tensor, slope: Tensor, shape: Any, wanted: Sequence[bool],
+    most: tuple[float, float],
+) -> Gradients:  # fmt: skip
     """Those gradients of image, weights and bias that are wanted and that the zeros of `slope` make cheap; None for others.
 
     Args:
@@ -269,17 +277,18 @@ def sparse_gradients(
         image: (N, C, H, W), the convolution's input.
         weight: (outputs, C, size, size).
         slope: the gradient of its output.
-        shape: from `sizes`, of which `may_be_sparse` says yes.
+        shape: from `sizes`.
         wanted: of image, weights and bias. The bias comes with the weights alone.
+        most: what may be left of `slope`, see `most_filled`.
     """
     for_image, for_weight, for_bias = wanted
-    of_image = torch.empty_like(image) if for_image else None
-    of_weight = torch.empty_like(weight) if for_weight else None
-    of_bias = weight.new_empty(weight.shape[0]) if for_weight and for_bias else None
+    of_image = torch.empty_like(image) if for_image and most[1] > 0 else None
+    of_weight = torch.empty_like(weight) if for_weight and most[0] > 0 else None
+    of_bias = weight.new_empty(weight.shape[0]) if of_weight is not None and for_bias else None
     scratch = image.new_zeros(library.shardwise_conv2d_sparse_scratch(shape))
     done = library.shardwise_conv2d_sparse(
         image.data_ptr(), weight.data_ptr(), slope.data_ptr(), _place(of_weight), _place(of_bias), _place(of_image),
-        scratch.data_ptr(), shape, MOST_FILLED["weight"], MOST_FILLED["image"],
+        scratch.data_ptr(), shape, *most,
     )  # fmt: skip
     return of_image if done & 1 else None, of_weight if done & 2 else None, of_bias if done & 2 else None
 
