@@ -5,6 +5,9 @@
 Processor time of one thread, both sides in turns, second best of five, for each of forward pass, gradient of the input,
 and gradient of weights and bias. Sizes that the rule (`shardwise.kernels.convolution.pays`) does not choose are left out
 unless `--all` asks for them: a rule is made from `--all` with one seed, and tested without it, with another.
+
+Gradients that are mostly zero, as much left of them as the rule accepts, are compared with the better of the others
+that the rule chooses: "sparse weight" and "sparse image".
 """
 
 from __future__ import annotations
@@ -20,8 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from shardwise.kernels.convolution import MOST_CHANNELS, convolve, pays, sizes, turned, weight_gradient
+from shardwise.kernels.convolution import (
+    MOST_CHANNELS,
+    MOST_INSIDE,
+    convolve,
+    fills_lanes,
+    most_filled,
+    pays,
+    sizes,
+    sparse_gradients,
+    turned,
+    weight_gradient,
+)
 from shardwise.kernels.library import load_convolutions
 
 CALL_SECONDS = 15e-6
@@ -82,14 +97,48 @@ def one_size(kernels: ctypes.CDLL, draw: random.Random, everything: bool) -> dic
             True,
         ),
     }
+    sides |= _sparse_sides(kernels, image, weight, slope, shape, rest, sides, everything)
     times = max(1, min(30, int(3e7 / operations)))
     found = {
         what: compare(theirs, ours, times)
         for what, (theirs, ours, possible) in sides.items()
-        if possible and (everything or pays(what, shape))
+        if possible and (everything or (what.startswith("sparse") or pays(what, shape)))
     }
     place = {"samples": samples, "inside": inside, "outside": outside, "width": width, "size": size, "padding": padding}
     return {**place, **found} if found else {}
+
+
+def _sparse_sides(
+    kernels: ctypes.CDLL,
+    image: Tensor,
+    weight: Tensor,
+    slope: Tensor,
+    shape: Any,
+    rest: Any,
+    dense: dict[str, Any],
+    everything: bool,
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], bool]]:
+    """What is left of a gradient, by our kernel for that; the other side takes what the rule chooses without it."""
+    sides: dict[str, tuple[Callable[[], Any], Callable[[], Any], bool]] = {}
+    possible = shape[1] <= MOST_INSIDE and fills_lanes(shape[1], shape[7])
+    kinds = ("weight", "image"), most_filled(shape), ((False, True, True), (True, False, False))
+    for what, most, wanted in zip(*kinds, strict=True):
+        left = (most if most > 0 else 0.25) - 0.01
+        few = slope * (torch.rand(slope.shape) < left)
+
+        def by_torch(few: Tensor = few, wanted: Any = wanted) -> Any:
+            return torch.ops.aten.convolution_backward(few, image, weight, [weight.shape[0]], *rest, wanted)
+
+        def by_ours(few: Tensor = few, wanted: Any = wanted) -> Any:
+            return sparse_gradients(kernels, image, weight, few, shape, wanted, (1.0, 1.0))
+
+        # Dense kernels take as long for zeros as for anything else.
+        sides[f"sparse {what}"] = (
+            dense[what][1] if pays(what, shape) else by_torch,
+            by_ours,
+            possible and (everything or most > 0),
+        )
+    return sides
 
 
 def main() -> None:
@@ -110,11 +159,11 @@ def main() -> None:
         row = one_size(kernels, draw, arguments.all)
         if row:
             rows.append(row)
-    for what in ("forward", "image", "weight"):
+    for what in ("forward", "image", "weight", "sparse image", "sparse weight"):
         ratios = sorted(row[what] for row in rows if what in row)
         if ratios:
             print(
-                f"{what:8s} {len(ratios):4d} sizes, times faster: least {ratios[0]:.2f}, 5 % {ratios[len(ratios) // 20]:.2f}, "
+                f"{what:13s} {len(ratios):4d} sizes, times faster: least {ratios[0]:.2f}, 5 % {ratios[len(ratios) // 20]:.2f}, "
                 f"median {statistics.median(ratios):.2f}, most {ratios[-1]:.1f}; slower {sum(r < 1 for r in ratios)}"
             )
     if arguments.out is not None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import shardwise.data as data
 from shardwise.data.loader import eval_batches
-from shardwise.data.readers.cifar import load_arrays
+from shardwise.data.readers.pickled import load_arrays
 from shardwise.data.source import Source, Splits
 from shardwise.errors import DataError, JobError
 
@@ -109,9 +109,44 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "made"),)
 
-    with pytest.raises(DataError, match=r"asks for posix\.mkdir"):
-        load_arrays(tmp_path / "evil", pickle.dumps(Evil()))
-    assert not (tmp_path / "made").exists()
+    path, room = tmp_path / "evil", np.zeros(3_000_000, np.uint8)
+    large = np.ones((1000, 2000), np.uint8)
+    for content in (Evil(), {b"data": large, b"more": Evil()}):
+        path.write_bytes(pickle.dumps(content, protocol=3))
+        with pytest.raises(DataError, match=r"asks for posix\.mkdir"):
+            load_arrays(path, room)
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_large_array_is_read_in_place(tmp_path: Path) -> None:
+    """However it was written, what is read is what a plain unpickling gives."""
+    large = np.random.default_rng(0).integers(0, 256, (1200, 1000), np.uint8)
+    decoy = b"T" + (1_100_000).to_bytes(4, "little")
+    record = {b"before": decoy, b"data": large, b"labels": [1, 2, 3], b"small": np.arange(5.0)}
+    contents = {
+        f"protocol {number}": (pickle.dumps(record, protocol=number), number in (3, 4)) for number in range(2, 5)
+    }
+    length = (1_200_000).to_bytes(4, "little")
+    old = pickle.dumps(record, protocol=3).replace(b"B" + length, b"T" + length)
+    contents["Python 2"] = old, True
+    contents["columns first"] = pickle.dumps({b"data": np.asfortranarray(large)}, protocol=3), False
+    contents["numbers"] = pickle.dumps({b"data": large.astype(np.int16)}, protocol=3), False
+    contents["deeper"] = pickle.dumps({b"in": {b"data": large}}, protocol=3), False
+    for name, (content, in_place) in contents.items():
+        path, room = tmp_path / "pickle", np.zeros(2_500_000, np.uint8)
+        path.write_bytes(content)
+        found = load_arrays(path, room)
+        assert np.shares_memory(found.get(b"data", 0), room) == in_place, name
+        whole = pickle.loads(content, encoding="bytes")
+        assert found.keys() == whole.keys(), name
+        for key in whole:
+            if key != b"in":
+                np.testing.assert_array_equal(found[key], whole[key], err_msg=name)
+    path.write_bytes(old[:-100])
+    with pytest.raises(DataError, match="damaged"):
+        load_arrays(path, np.zeros(2_500_000, np.uint8))
+    path.write_bytes(old)
+    assert not np.shares_memory(load_arrays(path, np.zeros(1000, np.uint8))[b"data"], room)
 
 
 # MNIST

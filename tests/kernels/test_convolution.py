@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.kernels import convolution, install, library
-from shardwise.kernels.convolution import convolve, may_pay, pays, sizes, turned, weight_gradient
+from shardwise.kernels.convolution import (
+    NEVER,
+    convolve,
+    fills_lanes,
+    may_pay,
+    most_filled,
+    pays,
+    sizes,
+    sparse_gradients,
+    turned,
+    weight_gradient,
+)
 from shardwise.kernels.install import replace, use_fast_kernels
 
 EPS = torch.finfo(torch.float32).eps
@@ -51,6 +62,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(convolution, "convolve", watched("forward", convolve))
     monkeypatch.setattr(convolution, "weight_gradient", watched("weight", weight_gradient))
+
+    def watched_sparse(*arguments: Any) -> Any:
+        found = sparse_gradients(*arguments)
+        seen.extend(f"sparse {name}" for name, one in zip(("image", "weight"), found, strict=False) if one is not None)
+        return found
+
+    monkeypatch.setattr(convolution, "sparse_gradients", watched_sparse)
     return seen
 
 
@@ -171,6 +189,114 @@ def test_what_is_not_finite_comes_through(kernels: ctypes.CDLL) -> None:
             steep = slope.clone()
             steep[0, 0, 0, 0] = value
             assert weight_gradient(kernels, image, weight, steep, shape, with_bias=True) is None
+
+
+def sparse_cases(count: int, whole_numbers: bool) -> Iterator[Case]:
+    """As `cases`, with up to 16 inputs and a gradient of which one value in eight is left."""
+    draw = random.Random(count)
+    for image, weight, bias, slope, padding in cases(count, whole_numbers):
+        inside = draw.choice([c for c in range(1, 17) if weight.shape[-1] * -(-weight.shape[-1] * c // 16) <= 28])
+        image = image.repeat(1, inside, 1, 1)[:, :inside].contiguous()
+        weight = weight.repeat(1, inside, 1, 1)[:, :inside].contiguous()
+        image, weight = image.roll(1, 0), weight.roll(1, 1)
+        slope = slope * (torch.rand(slope.shape) < 0.125)
+        yield image, weight, bias, slope, padding
+
+
+def sparse(kernels: ctypes.CDLL, case: Case) -> list[Tensor | None]:
+    image, weight, _, slope, padding = case
+    shape = sizes(image, weight, padding)
+    return list(sparse_gradients(kernels, image, weight, slope, shape, (True, True, True), (1.0, 1.0)))
+
+
+def test_gradients_that_are_mostly_zero(kernels: ctypes.CDLL) -> None:
+    shapes = set()
+    for whole_numbers in (True, False):
+        for case in sparse_cases(80, whole_numbers):
+            weight, slope = case[1], case[3]
+            shapes.add((weight.shape[-1], -(-weight.shape[-1] * weight.shape[1] // 16)))
+            terms = (weight[:, 0].numel(), slope[:, 0].numel(), slope[:, 0].numel())
+            right, size = exact(case)[1:], exact(case, absolute=True)[1:]
+            for found, one, most, count in zip(sparse(kernels, case), right, size, terms, strict=True):
+                assert found is not None
+                bound = 0 if whole_numbers else (2 + count**0.5) * EPS * most
+                assert ((found - one).abs() <= bound).all(), [part.shape for part in case[:4]]
+    assert len(shapes) == 12  # every kernel that is compiled
+
+
+def test_planted_fault_in_sparse_gradients_is_seen(kernels: ctypes.CDLL) -> None:
+    """The check above, on a gradient that lacks one of its values."""
+    seen = count = 0
+    for case in sparse_cases(20, whole_numbers=True):
+        image, weight, bias, slope, padding = case
+        if not slope.count_nonzero():
+            continue
+        less = slope.clone()
+        less.view(-1)[int(slope.flatten().abs().argmax())] = 0
+        found = sparse(kernels, (image, weight, bias, less, padding))
+        pairs = zip(found, exact(case)[1:], strict=True)
+        seen += any(one is not None and not torch.equal(one.double(), right) for one, right in pairs)
+        count += 1
+    assert seen == count > 10
+
+
+def test_sparse_gradients_repeat_and_leave_the_rest_to_torch(kernels: ctypes.CDLL) -> None:
+    def moved(tensor: Tensor, by: int) -> Tensor:
+        return torch.zeros(tensor.numel() + by)[by:].copy_(tensor.view(-1)).view(tensor.shape)
+
+    for case in sparse_cases(12, whole_numbers=False):
+        first = sparse(kernels, case)
+        for by in (1, 5):
+            again = sparse(kernels, (*(moved(part, by) for part in case[:4]), case[4]))  # type: ignore[arg-type]
+            for one, other in zip(again, first, strict=True):
+                assert one is not None
+                assert other is not None
+                assert torch.equal(one, other)
+        for part in (0, 1, 3):
+            for value in (float("nan"), float("inf")):
+                spoilt = [tensor.clone() for tensor in case[:4]]
+                spoilt[part].view(-1)[-1] = value
+                assert sparse(kernels, (*spoilt, case[4])) == [None] * 3  # type: ignore[arg-type]
+
+
+def test_how_much_may_be_left_of_a_gradient(kernels: ctypes.CDLL) -> None:
+    image, weight, slope = torch.randn(32, 6, 14, 14), torch.randn(16, 6, 5, 5), torch.zeros(32, 16, 10, 10)
+    shape = sizes(image, weight, (0, 0))
+    found = {}
+    for rows in (0, 1, 2, 3):
+        slope[:, :, :rows] = 1.0
+        answer = sparse_gradients(kernels, image, weight, slope, shape, (True, True, True), (0.26, 0.19))
+        found[rows] = [one is not None for one in answer]
+    assert found == {0: [True] * 3, 1: [True] * 3, 2: [False, True, True], 3: [False] * 3}
+    alone = sparse_gradients(kernels, image, weight, torch.zeros_like(slope), shape, (False, True, False), (0.26, 0.19))
+    assert [one is not None for one in alone] == [False, True, False]
+    assert most_filled(shape) == (0.2, NEVER)  # our dense kernels are fast
+    assert most_filled(sizes(image[:1], weight, (0, 0))) == (NEVER, NEVER)  # too little work
+    assert most_filled(sizes(torch.empty(16, 12, 14, 14), torch.empty(16, 12, 5, 5), (0, 0))) == (0.26, 0.19)
+    assert not fills_lanes(1, 5)
+    assert not fills_lanes(17, 3)
+
+
+def test_behind_a_max_pooling_zeros_are_left_out(in_place: torch.library.Library, calls: list[str]) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 5), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(6, 16, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10)),
+    )
+    with torch.no_grad():  # so that a ReLU leaves half
+        for layer in model:
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                layer.bias -= 0.3
+    images = photos()
+
+    def work() -> list[Tensor]:
+        return list(torch.autograd.grad(model(images).square().sum(), tuple(model.parameters())))
+
+    found = work()
+    assert calls.count("sparse weight") == 2
+    assert "weight" not in calls
+    assert all(torch.equal(one, other) for one, other in zip(found, work(), strict=True))
+    for one, other in zip(found, native(work), strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def net() -> nn.Sequential:
@@ -305,10 +431,16 @@ def test_convolutions_are_replaced_for_models_that_gain_from_it(
 ) -> None:
     replaced: list[str] = []
     monkeypatch.setattr(install, "replace", replaced.append)
-    use_fast_kernels(nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 32, 3), nn.Linear(3, 3)))
+    plain = nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 32, 3), nn.Linear(3, 3))
+    use_fast_kernels(plain)
     assert replaced == ["pooling"]
-    use_fast_kernels(net())
+    use_fast_kernels(plain.append(nn.MaxPool2d(2)))  # whose gradients may be mostly zero
     assert replaced == ["pooling", "pooling", "convolutions"]
+    replaced.clear()
+    use_fast_kernels(nn.Sequential(nn.Conv2d(1, 16, 3), nn.MaxPool2d(2)))
+    assert replaced.pop() == "pooling"
+    use_fast_kernels(net())
+    assert replaced == ["pooling", "convolutions"]
     assert may_pay(nn.Conv2d(6, 16, 5))
     assert not may_pay(nn.Conv2d(6, 6, 5, stride=2))
     assert not may_pay(nn.Conv2d(6, 6, 4))

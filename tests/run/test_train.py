@@ -135,6 +135,20 @@ def test_run_folder_holds_everything(tmp_path: Path) -> None:
     assert json.loads(run.folder.settings_path.read_text())["batch_size"] == {"value": 12, "source": "job"}
 
 
+def test_evaluations_and_the_last_checkpoint_are_as_often_as_asked(tmp_path: Path) -> None:
+    runs = {}
+    for every, steps in ((1, [9, 18, 27]), (2, [18, 27]), (0, [27])):
+        run = _train(_job(), tmp_path / str(every), plan="serial", evaluate_every=every, last_checkpoint=every == 1)
+        events = read_events(run.folder.events_path)
+        assert [event.step for event in events if isinstance(event, EvaluationEvent)] == steps
+        assert (checkpoint.latest(run.folder) is not None) == (every == 1)
+        runs[every] = run.metrics, [value.tolist() for value in run.model.state_dict().values()]
+    assert runs[0] == runs[1] == runs[2]
+    with pytest.raises(UserError, match=r"evaluate_every=-1"):
+        _train(_job(), tmp_path / "wrong", plan="serial", evaluate_every=-1)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_predict_gives_outputs_in_order(tmp_path: Path) -> None:
     run = _train(_job(), tmp_path / "run", "serial")
     inputs = torch.randn(29, 9)

@@ -6,6 +6,7 @@ Exit 0: it did what was asked. Exit 1: the answer is no (a failed training, a pl
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -125,6 +126,23 @@ def _print_failure(words: list[str], message: str, kind: str) -> None:
     """With --json, stdout carries one JSON document whatever happens."""
     if "--json" in words:
         print_json({"error": message, "kind": kind})
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around slow imports: no garbage is looked for meanwhile, and later never among what they left, which all stays.
+
+    Looking for it takes a tenth of a second or more while torch is imported.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -49,6 +49,20 @@ if TYPE_CHECKING:
 )
 @click.option("--keep-last", type=int, default=2, show_default=True, metavar="K", help="Checkpoints to keep.")
 @click.option(
+    "--last-checkpoint/--no-last-checkpoint",
+    default=True,
+    show_default=True,
+    help="Write a checkpoint after the last step too, to train for longer from. The weights are kept in any case.",
+)
+@click.option(
+    "--evaluate-every",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Evaluate after every N epochs, and at the end; 0: only at the end.",
+)
+@click.option(
     "--max-restarts", type=int, default=0, show_default=True, metavar="N", help="Heal the run after a dead worker."
 )
 @click.option(
@@ -93,13 +107,15 @@ def train(
     The result does not depend on the number of workers: each step trains on the same global batch, and its gradient is
     that of one worker up to rounding.
     """
-    from shardwise.cli.main import print_json, stdout_to_stderr
-    from shardwise.run.command import TrainCommand, train_command
-    from shardwise.run.launch import Nodes
-    from shardwise.run.progress import tell
-    from shardwise.run.summary import closing_lines, predicted
-    from shardwise.run.trace import parse_trace
-    from shardwise.units import parse_seconds
+    from shardwise.cli.main import loading, print_json, stdout_to_stderr
+
+    with loading():
+        from shardwise.run.command import TrainCommand, train_command
+        from shardwise.run.launch import Nodes
+        from shardwise.run.progress import tell
+        from shardwise.run.summary import closing_lines, predicted
+        from shardwise.run.trace import parse_trace
+        from shardwise.units import parse_seconds
 
     changes = {name: rest.pop(name) for name in ("epochs", "steps", "batch_size", "micro_batch", "precision", "seed")}
     changes["compile"] = rest.pop("compile_model")

@@ -7,32 +7,10 @@
  *
  * For AVX-512 only: with shorter vectors, oneDNN's kernels were too often as fast.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#include <immintrin.h>
+#include "conv2d.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-
-#define LANES 16
 #define MOST_CHANNELS 8
 #define SAMPLES_TOGETHER 32 /* partial sums of a weight's gradient: long sums round less in two levels */
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-
-/* height and width are those of x, out_ those of the result (or its gradient); the kernel is size x size. */
-typedef struct {
-  int64_t samples, in_channels, out_channels, height, width, out_height, out_width, size, padding_height, padding_width;
-} conv_t;
-
-INLINE vec load(const float *from) {
-  vec value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-INLINE int64_t up(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 /* Rows of a plane with zeros around them, so long that every vector of an output row can be read at every shift. */
 INLINE int64_t pitch_of(const conv_t *s) { return up(s->out_width) + up(s->size - 1); }
@@ -43,12 +21,6 @@ int64_t shardwise_conv2d_scratch(const conv_t *s) {
   int64_t weights = s->in_channels * s->out_channels * s->size * s->size;
   return s->in_channels * rows_of(s) * pitch_of(s) + s->out_channels * s->out_height * up(s->out_width) +
          2 * (weights + s->out_channels) * LANES + LANES;
-}
-
-INLINE int all_finite(const float *values, int64_t count) {
-  int64_t odd = 0;
-  for (int64_t k = 0; k < count; k++) odd += !(fabsf(values[k]) < INFINITY);
-  return odd == 0;
 }
 
 INLINE void copy_rows(float *to, int64_t pitch, const float *from, int64_t width, int64_t rows) {
@@ -208,7 +180,7 @@ INLINE void sample_gradient(const float *x, const float *g, vec *sums, const con
 int shardwise_conv2d_weight(const float *x, const float *g, float *gradient, float *bias, float *scratch, const conv_t *s) {
   const int64_t kernel = s->in_channels * s->size * s->size, count = kernel * s->out_channels, all = count + s->out_channels;
   const int64_t width = up(s->out_width), plane = s->out_height * width;
-  vec *sums = (vec *)(((uintptr_t)scratch + sizeof(vec) - 1) / sizeof(vec) * sizeof(vec)), *totals = sums + all;
+  vec *sums = aligned(scratch), *totals = sums + all;
   float *values = (float *)(totals + all), *slopes = values + s->in_channels * rows_of(s) * pitch_of(s);
   for (int64_t n = 0; n < s->samples; n++) {
     copy_padded(values, x + n * s->in_channels * s->height * s->width, s);

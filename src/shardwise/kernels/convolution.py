@@ -2,11 +2,13 @@
 
 oneDNN's kernels want the channels of a layer to fill vectors. A small net's first layers do not, and take most of its
 step. Ours (`conv2d.c`) fill vectors with neighbouring columns. They take the place of torch's under the operators
-themselves, so models stay as they are, and are chosen by size alone: `pays` below, from measurements. The rest (other
+themselves, so models stay as they are, and are chosen by size: `pays` below, from measurements. The rest (other
 dtypes and memory formats, strides, groups, several threads) goes to torch's kernels as before.
 
-The values are torch's up to rounding, not bit for bit; the same sizes always get the same kernel and the same order of
-sums, so that a run that resumes, or is repeated, stays the same bit for bit.
+Behind a max-pooling most of the output's gradient is zero. Where it is, `conv2d_sparse.c` computes with the rest alone.
+
+The values are torch's up to rounding, not bit for bit; the same sizes and zeros always get the same kernel and the same
+order of sums, so that a run that resumes, or is repeated, stays the same bit for bit.
 """
 
 from __future__ import annotations
@@ -34,6 +36,14 @@ MOST_CHANNELS = 8
 
 SIZES = (3, 5, 7)
 """Height and width of the kernels."""
+
+MOST_INSIDE, MOST_OUTSIDE = 16, 64
+"""Input channels for which `conv2d_sparse.c` is compiled, and output channels up to which it was measured."""
+
+NEVER = -1.0
+
+LEAST_LANES = 0.6
+"""Part of the lanes that the rows of a kernel must fill there."""
 
 _SHAPE = ctypes.c_int64 * 10
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -80,16 +90,19 @@ def gradients(native: Kernel) -> Kernel:
         of_bias: Tensor | None = None
         for_image, for_weight, for_bias = wanted
         if (
-            weight.shape[1] <= MOST_CHANNELS
+            weight.shape[1] <= MOST_INSIDE
             and torch.get_num_threads() == THREADS
             and plain(image, weight, stride, dilation, transposed, groups)
             and (shape := sizes(image, weight, padding)) is not None
             and _fits(slope)
             and slope.shape == (shape[0], shape[2], shape[5], shape[6])
         ):
-            if for_weight and pays("weight", shape):
+            most = most_filled(shape)
+            if (for_weight and most[0] > 0) or (for_image and most[1] > 0):
+                of_image, of_weight, of_bias = sparse_gradients(library, image, weight, slope, shape, wanted, most)
+            if for_weight and of_weight is None and pays("weight", shape):
                 of_weight, of_bias = weight_gradient(library, image, weight, slope, shape, for_bias) or (None, None)
-            if for_image and pays("image", shape):
+            if for_image and of_image is None and pays("image", shape):
                 of_image = convolve(library, slope, weight, None, turned(shape), back=True)
         left = (for_image and of_image is None, for_weight and of_weight is None, for_bias and of_bias is None)
         if any(left):
@@ -125,14 +138,46 @@ def pays(what: str, shape: Any) -> bool:
     return outside <= MOST_CHANNELS or (size == 5 and inside >= 4 and outside <= 2 * MOST_CHANNELS)
 
 
-def may_pay(layer: nn.Module) -> bool:
-    """Whether `pays` can say yes for this layer, whatever the images."""
+def most_filled(shape: Any) -> tuple[float, float]:
+    """Up to which part of the output's gradient that is not zero `conv2d_sparse.c` pays: for weights, and for images.
+
+    Windows of 2 x 2 leave 0.25, a ReLU less. Where `pays` has our dense kernels, which a zero costs little, less may be left.
+
+    Args:
+        shape: of the convolution, from `sizes`.
+    """
+    samples, inside, outside, _, _, out_height, out_width, size, *_ = (int(value) for value in shape)
+    work = 2 * samples * inside * outside * size * size * out_height * out_width
+    if work < LEAST_WORK or outside > MOST_OUTSIDE or not fills_lanes(inside, size):
+        return NEVER, NEVER
+    for_image = NEVER if pays("image", shape) else 0.19
+    if not pays("weight", shape):
+        return 0.26, for_image
+    return (0.2 if work >= 5 * LEAST_WORK and out_width < 36 else NEVER), for_image
+
+
+def fills_lanes(inside: int, size: int) -> bool:
+    """Whether the rows of a kernel, with the channels innermost, fill enough of their vectors, and are compiled."""
+    row = inside * size
+    vectors = -(-row // 16)
+    return inside <= MOST_INSIDE and size * vectors <= 28 and row >= LEAST_LANES * 16 * vectors
+
+
+def may_pay(layer: nn.Module, pools: bool = False) -> bool:
+    """Whether ours can be chosen for this layer, whatever the images.
+
+    Args:
+        layer: any module.
+        pools: whether there is a max-pooling in the same model.
+    """
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or layer.kernel_size[0] not in SIZES:
         return False
     if (*layer.stride, *layer.dilation) != (1, 1, 1, 1) or layer.kernel_size[0] != layer.kernel_size[1]:
         return False
     inside, outside = layer.in_channels, layer.out_channels
     forward = outside <= MOST_CHANNELS and inside <= 4 * MOST_CHANNELS
+    if pools and outside <= MOST_OUTSIDE and fills_lanes(inside, layer.kernel_size[0]):
+        return True
     # Of a first layer with more outputs than that, all that could pay is the gradient of images, which nobody asks for.
     return forward or (4 <= inside <= MOST_CHANNELS and outside <= 2 * MOST_CHANNELS)
 
@@ -219,6 +264,37 @@ def weight_gradient(
         image.data_ptr(), slope.data_ptr(), of_weight.data_ptr(), at_bias, scratch.data_ptr(), shape
     )
     return (of_weight, of_bias) if done else None
+
+
+def sparse_gradients(
+    library: ctypes.CDLL, image: Tensor, weight: Tensor, slope: Tensor, shape: Any, wanted: Sequence[bool],
+    most: tuple[float, float],
+) -> Gradients:  # fmt: skip
+    """Those gradients of image, weights and bias that are wanted and that the zeros of `slope` make cheap; None for others.
+
+    Args:
+        library: from `load_convolutions`.
+        image: (N, C, H, W), the convolution's input.
+        weight: (outputs, C, size, size).
+        slope: the gradient of its output.
+        shape: from `sizes`.
+        wanted: of image, weights and bias. The bias comes with the weights alone.
+        most: what may be left of `slope`, see `most_filled`.
+    """
+    for_image, for_weight, for_bias = wanted
+    of_image = torch.empty_like(image) if for_image and most[1] > 0 else None
+    of_weight = torch.empty_like(weight) if for_weight and most[0] > 0 else None
+    of_bias = weight.new_empty(weight.shape[0]) if of_weight is not None and for_bias else None
+    scratch = image.new_zeros(library.shardwise_conv2d_sparse_scratch(shape))
+    done = library.shardwise_conv2d_sparse(
+        image.data_ptr(), weight.data_ptr(), slope.data_ptr(), _place(of_weight), _place(of_bias), _place(of_image),
+        scratch.data_ptr(), shape, *most,
+    )  # fmt: skip
+    return of_image if done & 1 else None, of_weight if done & 2 else None, of_bias if done & 2 else None
+
+
+def _place(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _fits(tensor: Tensor) -> bool:

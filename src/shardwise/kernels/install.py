@@ -30,7 +30,8 @@ def use_fast_kernels(model: nn.Module) -> None:
     """
     if load() is not None:
         replace("pooling")
-    if load_convolutions() is not None and any(convolution.may_pay(layer) for layer in model.modules()):
+    pools = any(isinstance(layer, nn.MaxPool2d) for layer in model.modules())
+    if load_convolutions() is not None and any(convolution.may_pay(layer, pools) for layer in model.modules()):
         replace("convolutions")
 
 

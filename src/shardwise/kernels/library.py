@@ -45,6 +45,9 @@ def load_convolutions() -> ctypes.CDLL | None:
         library.shardwise_conv2d_scratch.restype = ctypes.c_int64
         library.shardwise_conv2d.argtypes = [pointer] * 6 + [ctypes.c_int]
         library.shardwise_conv2d_weight.argtypes = [pointer] * 6
+        library.shardwise_conv2d_sparse_scratch.argtypes = [pointer]
+        library.shardwise_conv2d_sparse_scratch.restype = ctypes.c_int64
+        library.shardwise_conv2d_sparse.argtypes = [pointer] * 8 + [ctypes.c_double] * 2
     except (OSError, AttributeError):
         return None
     return library

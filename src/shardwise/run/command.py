@@ -26,6 +26,12 @@ _PLAIN_FIELDS = (
 )
 """Fields of a job that are values and not functions."""
 
+_RUN_OPTIONS = (
+    *("out", "resume", "checkpoint_every", "keep_last", "last_checkpoint", "evaluate_every", "max_restarts"),
+    *("device", "balance"),
+)
+"""Options of a run that are kept with its settings."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +179,7 @@ def resolve_settings(
         else:
             source = JOB if name in in_job else DEFAULT
         settings = settings.with_value(f"plan.{name}", value, source)
-    for name in ("out", "resume", "checkpoint_every", "keep_last", "max_restarts", "device", "balance"):
+    for name in _RUN_OPTIONS:
         settings = settings.with_value(name, getattr(options, name), COMMAND_LINE if name in command.given else DEFAULT)
     return settings
 

@@ -74,7 +74,11 @@ class Position:
 @final
 @dataclass
 class Course:
-    """What `run_loop` needs beside the assembly; log and display do something on rank 0 only."""
+    """What `run_loop` needs beside the assembly; log and display do something on rank 0 only.
+
+    Attributes:
+        evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
+    """
 
     splits: Splits
     folder: RunFolder
@@ -83,7 +87,7 @@ class Course:
     display: Display
     stop_requested: Callable[[], bool]
     position: Position = field(default_factory=Position)
-    evaluate: bool = True
+    evaluate_every: int = 1
     loss: float = float("nan")
     metrics: dict[str, float] = field(default_factory=dict)
     samples: int = 0
@@ -136,7 +140,7 @@ def run_loop(assembly: Assembly, course: Course) -> None:
             ledger.skip_time()
     if course.tracer is not None:
         course.tracer.settled(a.world, a.step, ledger.offset_seconds, ended=True)
-    if not course.stopped and course.evaluate and course.evaluated_step != a.step:
+    if not course.stopped and course.evaluated_step != a.step:
         _evaluate(a, course)
     a.average()
     check_replicas(a.model, a.mesh, a.step)
@@ -296,7 +300,8 @@ def _end_epoch(a: Assembly, course: Course, seconds: float, epochs: int | None) 
     course.tell(EpochEvent(epoch=position.epoch, step=a.step, seconds=seconds, loss_mean=mean))
     position.epoch += 1
     position.batch, position.loss_sum, position.samples = 0, 0.0, 0
-    metrics = _evaluate(a, course) if course.evaluate else {}
+    every = course.evaluate_every
+    metrics = _evaluate(a, course) if every and position.epoch % every == 0 else {}
     numbers = "  ".join(f"test {name} {value:.4f}" for name, value in metrics.items())
     of_epochs = f"/{epochs}" if epochs is not None else ""
     course.display.say(

@@ -41,6 +41,7 @@ class TrainOptions:
         progress: show progress on stderr.
         timeout_seconds: how long a collective may wait for a missing rank.
         last_checkpoint: write one after the last step too; the weights are kept in any case.
+        evaluate_every: evaluate the test split after every so many epochs, and at the end; 0: only at the end.
         pause_after: end after so many epochs (steps, where the job counts those) with a checkpoint; `resume` goes on.
         balance: divide the global batch anew during the run, in proportion to the measured speed of the ranks.
         recording: what every rank keeps of a run that is measured, in the folder's `records/`; None for nothing.
@@ -61,6 +62,7 @@ class TrainOptions:
     timeout_seconds: float = 600.0
     stall_seconds: float = 60.0
     last_checkpoint: bool = True
+    evaluate_every: int = 1
     pause_after: int | None = None
     balance: bool = False
     recording: Recording | None = None
@@ -79,6 +81,8 @@ def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> Trai
     made = replace(options or TrainOptions(), **given)
     if made.max_restarts < 0:
         raise UserError(f"max_restarts={made.max_restarts}: it must be 0 or more")
+    if made.evaluate_every < 0:
+        raise UserError(f"evaluate_every={made.evaluate_every}: give a number of epochs, or 0 for only at the end")
     if made.pause_after is not None and made.pause_after < 1:
         raise UserError(f"pause_after={made.pause_after}: a run can pause after 1 epoch (or step) at the earliest")
     if not made.timeout_seconds > 0:

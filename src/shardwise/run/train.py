@@ -97,6 +97,7 @@ def train(
         began=began,
         recording=chosen.recording,
         balance=chosen.balance,
+        evaluate_every=chosen.evaluate_every,
     )
     if announce is not None:
         announce()

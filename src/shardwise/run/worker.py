@@ -57,6 +57,7 @@ class Work:
         began: unix seconds at which the user's call began.
         recording: what to keep of a run that is measured.
         balance: divide the global batch by measured speed.
+        evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
     """
 
     job: Job | None
@@ -76,6 +77,7 @@ class Work:
     began: float
     recording: Recording | None = None
     balance: bool = False
+    evaluate_every: int = 1
 
     def for_new_process(self) -> Work:
         """The same without what cannot be sent to a process that inherits nothing."""
@@ -135,6 +137,7 @@ def _train(
             log=log,
             display=display,
             stop_requested=lambda: stop.requested,
+            evaluate_every=work.evaluate_every,
             position=position,
             metrics=metrics,
             loss=loss,

@@ -3,17 +3,15 @@
 A batch is a pickle of a dict with `data`, uint8 (N, 3072), each row an image of 3 x 32 x 32, and `labels`.
 """
 
-import io
-import pickle
 from pathlib import Path
-from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.data.download import Remote, extract, fetch
 from shardwise.data.gather import Arrays
-from shardwise.data.readers.files import check_labels, read_file
+from shardwise.data.readers.files import check_labels, missing
+from shardwise.data.readers.pickled import load_arrays
 from shardwise.data.source import Splits
 from shardwise.data.transforms import Normalize, Transform
 from shardwise.errors import DataError
@@ -95,15 +93,18 @@ def _arrays(
     most = sum(path.stat().st_size for path in paths if path.exists()) // _IMAGE_BYTES
     images, labels, rows = np.empty((most, _IMAGE_BYTES), np.uint8), [], 0
     for path in paths:
-        part, part_labels = _read(path, layout, key, classes)
-        images[rows : rows + len(part)] = part
+        part_labels = _read(path, layout, key, classes, images[rows:])
         labels.append(part_labels)
-        rows += len(part)
+        rows += len(part_labels)
     return Arrays((images[:rows].reshape(-1, 3, 32, 32), np.concatenate(labels)), transform or Normalize(0.5, 0.5))
 
 
-def _read(path: Path, layout: str, key: bytes, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    content = load_arrays(path, read_file(path, layout))
+def _read(path: Path, layout: str, key: bytes, classes: int, into: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Read one batch: its images into the first rows of `into`, its labels as the result."""
+    try:
+        content = load_arrays(path, into)
+    except OSError as error:
+        raise missing(path, error, layout) from error
     if not isinstance(content, dict) or not isinstance(content.get(b"data"), np.ndarray) or key not in content:
         raise DataError(f"{path} is no CIFAR batch: expected a dict with data and {key.decode()}.\n{layout}")
     images = content[b"data"]
@@ -116,36 +117,6 @@ def _read(path: Path, layout: str, key: bytes, classes: int) -> tuple[NDArray[np
     if labels.shape != (len(images),):
         raise DataError(f"{path}: {len(images)} images with labels of shape {labels.shape}: the file is damaged")
     check_labels(path, labels, classes)
-    return images, labels
-
-
-def load_arrays(path: Path, content: bytes) -> Any:
-    """A pickle of plain containers, numbers, strings and NumPy arrays. No other class in it is ever looked up."""
-    try:
-        return _ArraysUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except DataError as error:
-        raise DataError(f"{path} {error}") from None
-    except Exception as error:
-        raise DataError(f"{path} is damaged or no pickle ({type(error).__name__}: {error}); fetch it again") from error
-
-
-_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode(encoding)  # how Python 3 writes bytes in the old pickle protocols
-
-
-@final
-class _ArraysUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        match module, name:
-            case (("numpy.core.multiarray" | "numpy._core.multiarray"), "_reconstruct"):
-                return _RECONSTRUCT
-            case "numpy", "ndarray":
-                return np.ndarray
-            case "numpy", "dtype":
-                return np.dtype
-            case "_codecs", "encode":
-                return _encode
-        raise DataError(f"asks for {module}.{name}: only NumPy arrays, numbers, strings and containers are loaded")
+    if not np.shares_memory(images, into):
+        into[: len(images)] = images
+    return labels
