@@ -14,7 +14,7 @@ import torch
 
 from shardwise.errors import ShardwiseError
 from shardwise.probe.place import cache_folder
-from shardwise.run.assemble import build_model
+from shardwise.run.build import build_model
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 

@@ -6,7 +6,8 @@
 4. The tensor axis cuts single weights, which must be whole for that; then context and experts, whose functions must see its
    pieces. A rank keeps its pipeline stages, before anything is sharded inside of them.
 5. Recomputation wraps forward functions, which are final now; what FSDP2 does around a call must not be done again.
-6. Parameters are sharded: from here on a rank holds a part of each.
+6. Parameters are sharded: from here on a rank holds a part of each. Weights that were left without memory so far get their
+   values here, those of one unit at a time.
 7. The gradient reduction is planned over what is not reduced yet.
 8. Compilation wraps what is left, so that it sees the model as it will run.
 """
@@ -36,6 +37,7 @@ from shardwise.spec.plan import Plan
 from shardwise.spec.shares import share_bounds
 
 if TYPE_CHECKING:
+    from shardwise.parallel.deferred.build import Deferred
     from shardwise.parallel.pipeline.stages import Cut, StageGradients, Stages
     from shardwise.parallel.recompute import Recomputed
     from shardwise.parallel.shard import Sharded
@@ -96,6 +98,15 @@ class Composed:
         return self.gradients if isinstance(self.gradients, LocalSteps) else None
 
 
+def defers_weights(plan: Plan) -> bool:
+    """Whether large weights are made in parts, each when it is sharded, unless the model does not allow that.
+
+    The other axes need whole weights: to try the model out, to cut single weights, to deal experts out.
+    """
+    layout = plan.layout
+    return plan.build != "whole" and layout.shard > 1 and layout.data * layout.shard == layout.workers
+
+
 def check_layout(plan: Plan) -> None:
     """Refuse axes and settings that cannot run: none is ignored.
 
@@ -132,6 +143,11 @@ def check_layout(plan: Plan) -> None:
     if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
         raise PlanError(
             f"plan {layout}: schedule and cuts belong to a pipeline, which this layout has not; leave them out"
+        )
+    if plan.build == "deferred" and not defers_weights(plan):
+        raise PlanError(
+            f"plan {layout} with build='deferred': weights are made in parts where the layout has a shard axis, alone or with "
+            "data; leave build out, or use shard="
         )
     if layout.tensor == 1 and plan.tensor_rules:
         raise PlanError(
@@ -209,6 +225,7 @@ def compose(
     checked: Checked | None = None,
     cut: Cut | None = None,
     split: TensorPlan | None = None,
+    deferred: Deferred | None = None,
 ) -> Composed:
     """Apply the plan to the model, in place and in the order stated above.
 
@@ -220,6 +237,7 @@ def compose(
         checked: how sequences are split, where the plan splits them.
         cut: where the model is cut, where the plan has a pipeline.
         split: how the tensor axis splits the parameters, where the plan has one.
+        deferred: gives `model` those weights that it lacks still, where it was built without.
     """
     state = BatchState()
     tokens = mesh.group("data", "shard", "context", "expert")
@@ -251,7 +269,7 @@ def compose(
         dealt = {p for name, p in model.named_parameters() if name in experts}
         whole = None if stages is None else [name for name, _ in stages.part.units()]
         inside = () if split is None else split.inside
-        sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside)
+        sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside, deferred=deferred)
         communicates = True
     named = [(name, p) for name, p in model.named_parameters() if not is_elsewhere(p)]
     summed = _plan_sums(named, plan, mesh, experts, sparse, sharded)

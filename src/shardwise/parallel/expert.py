@@ -91,7 +91,7 @@ def split_experts(model: nn.Module, mesh: Mesh, state: BatchState) -> set[str]:
     # Groups of their own: what layers send must not depend on when gradients of other layers are ready.
     tokens = mesh.group("data", "shard", "context", "expert").twin()
     experts = mesh.group("expert").twin()
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     members = experts.gather(torch.tensor(tokens.rank, device=device)).tolist()
     place = Place(tokens, experts, tuple(members), lambda: state.phantom)
     replaced: dict[int, nn.Parameter] = {}

@@ -12,7 +12,7 @@ from shardwise.errors import RunFailed
 from shardwise.spec.layout import AXES
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PIECE = 1 << 22
+_PIECE = 1 << 15
 
 
 def named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -31,6 +31,8 @@ def broadcast_state(model: nn.Module, group: Group) -> None:
         return
     by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for _, tensor in named_state(model):
+        if tensor.is_meta:
+            continue  # it has no values yet; those it will get are the same on all ranks
         by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for tensors in by_kind.values():
         flat = group.broadcast_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
@@ -73,13 +75,13 @@ def _replicated_over(tensor: Tensor) -> tuple[str, ...]:
 def _differing(named: list[tuple[str, Tensor]], group: Group) -> list[str]:
     if group.size == 1 or not named:
         return []
-    own = torch.stack([_checksum(tensor) for _, tensor in named])
+    own = torch.stack([checksum(tensor) for _, tensor in named])
     every = group.gather(own)
     differs = (every != every[0]).any(dim=0).tolist()
     return [name for (name, _), different in zip(named, differs, strict=True) if different]
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor) -> Tensor:
     """A 64-bit sum of the tensor's bits, each element weighted by its place so that swaps show."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     flat = tensor.detach().reshape(-1)

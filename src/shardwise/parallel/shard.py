@@ -7,10 +7,12 @@ gradients are then summed over the replicas.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, final
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -25,7 +27,11 @@ from shardwise.dist.split import local_part
 from shardwise.errors import PlanError
 from shardwise.parallel.blocks import CONTAINERS, repeated_blocks
 from shardwise.parallel.data import sparse_parameters
+from shardwise.parallel.deferred.memory import garbage_found_soon
 from shardwise.parallel.metered import meter_collectives
+
+if TYPE_CHECKING:
+    from shardwise.parallel.deferred.build import Deferred
 
 
 def check_shard(model: nn.Module) -> None:
@@ -98,6 +104,7 @@ def shard_model(
     no_units: Collection[str] = (),
     ignored: set[nn.Parameter] | None = None,
     stage: Sequence[str] | None = None,
+    deferred: Deferred | None = None,
 ) -> Sharded:
     """Split the model's parameters over the mesh's shard axis (and replicate the shards over its data axis), in place.
 
@@ -111,19 +118,27 @@ def shard_model(
             in or out of them.
         stage: names of modules that run as a whole on this rank's pipeline stages and that no other stage shares: they are
             split, and what lies around them is not. None splits the whole model.
+        deferred: gives `model` those weights that it lacks still: those of a unit just before it is split, so that a rank has
+            room for its parts and the largest unit.
     """
     device_mesh = _mesh(mesh)
     ignored = ignored or set()
     modules = dict(model.named_modules())
     names = unit_names(model, no_units) if stage is None else _stage_units(model, stage)
-    for name in names:
-        fully_shard(modules[name], mesh=device_mesh, shard_placement_fn=_other_dim, ignored_params=ignored)
-    if stage is None:
-        # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
-        fully_shard(
-            model, mesh=device_mesh, reshard_after_forward=False, shard_placement_fn=_other_dim, ignored_params=ignored
-        )
-        names = [*names, ""]
+    split = functools.partial(fully_shard, mesh=device_mesh, shard_placement_fn=_other_dim, ignored_params=ignored)
+    with garbage_found_soon() if deferred is not None else nullcontext(_nothing) as collect:
+        for name in names:
+            if deferred is not None:
+                deferred.fill(modules[name])
+            split(modules[name])
+            collect()
+        if deferred is not None:
+            deferred.fill(model)
+        if stage is None:
+            # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
+            split(model, reshard_after_forward=False)
+            names = [*names, ""]
+        collect()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -131,6 +146,10 @@ def shard_model(
             meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data)
     held = dict.fromkeys(parameter for name in names for parameter in model.get_submodule(name).parameters())
     return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored)
+
+
+def _nothing() -> None:
+    """Leaves garbage to the collector's own times."""
 
 
 def split_again(model: nn.Module) -> None:

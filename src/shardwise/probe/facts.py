@@ -258,7 +258,7 @@ def _tensor_names(job: Job, splits: Splits, *, fake: bool) -> tuple[frozenset[st
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from shardwise.parallel.tensor.find import find_split
-    from shardwise.run.assemble import build_model
+    from shardwise.run.build import build_model
 
     # A trial looks at values, which fake tensors refuse; on the meta device it does without them.
     with unset_fake_temporarily(), torch.device("meta" if fake else "cpu"):

@@ -18,7 +18,8 @@ from shardwise.dist.meter import Meter
 from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
-from shardwise.parallel.compose import Composed, check_model, compose
+from shardwise.parallel.compose import Composed, check_layout, check_model, compose
+from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back
 from shardwise.run.clock import PhaseClock
 from shardwise.run.coupled import check_loss, wants_trial
 from shardwise.run.optimize import OptimizerStep, building_optimizers
@@ -113,32 +114,6 @@ def settle_plan(job: Job, plan: Plan) -> Plan:
     return Plan(**{**vars(plan), **values})
 
 
-def build_model(job: Job, device: torch.device | None) -> nn.Module:
-    """The job's module with its initial weights, which depend on the job's seed alone.
-
-    Args:
-        job: whose module.
-        device: where to put it; None leaves it where the job built it.
-
-    Raises:
-        JobError: the job's function fails or returns no module with parameters.
-    """
-    torch.manual_seed(job.seed)
-    model = job.model()
-    if not isinstance(model, nn.Module):
-        raise JobError(f"Job.model returned a {type(model).__name__}: it must return a torch.nn.Module")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise JobError("the model has no parameter with requires_grad=True: there is nothing to train")
-    if device is None:
-        return model
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise JobError(f"{name} of the model is on the meta device and has no values: build it on the CPU")
-    if all(tensor.device == device for tensor in (*model.parameters(), *model.buffers())):
-        return model  # tensors without memory, on which a step can be counted, do not allow `to`
-    return model.to(device)
-
-
 def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
     """The job's optimizer over the model's parameters.
 
@@ -214,14 +189,9 @@ def check_updates(job: Job, total_steps: int | None) -> None:
 
 def check_job(job: Job, plan: Plan) -> None:
     """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts."""
+    check_layout(plan)
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are none of our business
-        try:
-            with torch.device("meta"):
-                model = build_model(job, None)
-        except (JobError, PlanError):
-            raise
-        except Exception:  # noqa: BLE001  # a model may do anything in its constructor; then it is built for real
-            model = build_model(job, None)
+        model = build_to_look_at(job, plan)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     layout = plan.layout
     loss_in_parts = wants_trial(job, plan, model)
@@ -260,20 +230,25 @@ def assemble(
     """
     if plan.layout.workers != world.size:
         raise PlanError(f"plan {plan.layout} needs {plan.layout.workers} workers but {world.size} were started")
-    model = build_model(job, device)
-    check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     mesh = Mesh(plan.layout, world.rank, device.type, recorder.meter if recorder is not None else Meter())
-    mesh.share_memory(timeout_seconds)
-    checked = check_sequences(job, plan, model)
-    if device.type == "cpu":
-        use_fast_kernels(model)
-    cut = find_cut(job, plan, model, device)
-    # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
-    split = find_tensor_split(job, plan, model, device) if world.rank == 0 else None
-    split = mesh.world.gather_objects(split)[0] if plan.layout.tensor > 1 else None
-    composed = compose(model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut, split=split)
+    with giving_back(plan):
+        model, deferred, remarks = build_together(job, plan, world, device)
+        check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
+        mesh.share_memory(timeout_seconds)
+        checked = check_sequences(job, plan, model)
+        if device.type == "cpu" and deferred is None:
+            use_fast_kernels(model)
+        cut = find_cut(job, plan, model, device)
+        # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
+        split = find_tensor_split(job, plan, model, device) if world.rank == 0 else None
+        split = mesh.world.gather_objects(split)[0] if plan.layout.tensor > 1 else None
+        composed = compose(
+            model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut, split=split, deferred=deferred
+        )
+    if device.type == "cpu" and deferred is not None:
+        use_fast_kernels(model)  # not sooner: what computes initial weights a second time must be what did it first
     optimizer = build_optimizer(job, model)
-    composed.remarks += check_tensor_optimizer(optimizer, model, split)
+    composed.remarks += remarks + check_tensor_optimizer(optimizer, model, split)
     scheduler = build_scheduler(job, optimizer, total_steps)
     return Assembly(
         job=job,

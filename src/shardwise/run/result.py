@@ -15,7 +15,7 @@ from shardwise.data.batch import tree_leaves, tree_map
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
 from shardwise.errors import JobError
-from shardwise.run.assemble import build_model
+from shardwise.run.build import build_model
 from shardwise.run.export import load_weights
 from shardwise.run.folder import RunFolder
 from shardwise.run.tryout import call_model

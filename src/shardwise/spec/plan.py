@@ -16,10 +16,12 @@ else:
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
+Build = Literal["auto", "whole", "deferred"]
 SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev")
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTES = ("none", "selective", "full")
 COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
+BUILDS = ("auto", "whole", "deferred")
 TENSOR_RULES = ("column", "row", "vocabulary", "replicate")
 
 
@@ -56,6 +58,8 @@ class Plan:
         compression_rank: rank of the products that stand for gradient matrices under `powersgd`.
         local_steps: optimizer steps that replicas take by themselves between two averages of their weights; above 1 inexact.
             Only a user sets it.
+        build: how a worker that will hold parts of the weights makes the initial ones: `whole` all at once, `deferred` one unit
+            at a time, or refused where the model does not allow it, `auto` deferred where that is possible. The values are equal.
         shares: how each global batch is divided: one number above 0, in any unit, for each of the `layout.replicas` ranks
             that hold different samples, in rank order; empty for evenly.
         prediction: what the planner expects, None for a plan written by hand.
@@ -75,6 +79,7 @@ class Plan:
     compression: Compression = "none"
     compression_rank: int = 4
     local_steps: int = 1
+    build: Build = "auto"
     shares: tuple[float, ...] = ()
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
@@ -84,6 +89,7 @@ class Plan:
         _check_choice("recompute", self.recompute, RECOMPUTES)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("compression", self.compression, COMPRESSIONS)
+        _check_choice("build", self.build, BUILDS)
         for name in ("micro_batch", "threads", "compression_rank", "local_steps"):
             value = getattr(self, name)
             unset = value is None and name in ("micro_batch", "threads")
@@ -161,6 +167,8 @@ class Plan:
         plan = replace(self, layout=layout, shares=shares, prediction=None)
         if layout.tensor == 1:
             plan = replace(plan, tensor_rules={})
+        if layout.shard == 1 and plan.build == "deferred":
+            plan = replace(plan, build=Plan().build)
         if layout.pipeline == 1:
             plan = replace(plan, schedule=Plan().schedule, cuts=())
         return plan if layout.data > 1 else plan.exact()
@@ -187,6 +195,7 @@ class Plan:
             "compression",
             "compression_rank",
             "local_steps",
+            "build",
         ):
             value = getattr(self, name)
             if value != getattr(defaults, name):

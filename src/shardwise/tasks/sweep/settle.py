@@ -180,7 +180,7 @@ def _parameters(job: Job) -> int:
     """Of its model; 0 where it cannot be built without memory."""
     import torch
 
-    from shardwise.run.assemble import build_model
+    from shardwise.run.build import build_model
 
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):

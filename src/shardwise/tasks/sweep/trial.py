@@ -16,7 +16,8 @@ from shardwise.data.folds import fold
 from shardwise.data.source import as_splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import FolderError, JobError
-from shardwise.run.assemble import assemble, build_model
+from shardwise.run.assemble import assemble
+from shardwise.run.build import build_model
 from shardwise.run.command import change_job, divide_changes
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import load_weights
