@@ -21,6 +21,7 @@ from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.compose import Composed, check_model, compose
 from shardwise.run.clock import PhaseClock
 from shardwise.run.coupled import check_loss, wants_trial
+from shardwise.run.heap import keep_freed_memory
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.run.record import Recorder
 from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, first_samples
@@ -266,6 +267,7 @@ def assemble(
     mesh.share_memory(timeout_seconds)
     checked = check_sequences(job, plan, model)
     if device.type == "cpu":
+        keep_freed_memory()
         use_fast_kernels(model)
     cut = find_cut(job, plan, model, device)
     # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
