@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from shardwise.planner.jobsearch import JobProblem, price
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe, probe_nodes
 from shardwise.run.launch import Nodes
+from shardwise.spec.job import Job
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
 
@@ -56,11 +57,20 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 MTU = 65000
 """Bytes of a packet: the larger, the less time the relay takes from the hosts' cores."""
 
-QUEUE_PACKETS = 32
+QUEUE_PACKETS = 128
 BURST_SECONDS = 1e-3
 
 CLONE_NEWNET, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x40000000, 0x400454CA, 0x0001, 0x1000  # linux/sched.h, linux/if_tun.h
 FIRST_PORT = 29600
+
+
+def of_64(name: str) -> Callable[[], Job]:
+    """A job of regret.py with a global batch of 64."""
+    return lambda: replace(MODELS[name](), batch_size=64)
+
+
+JOBS = {"wide_mlp": MODELS["wide_mlp"], "gpt": of_64("gpt"), "residual": of_64("residual")}
+"""More gradients than work; something of both; more work than gradients, but BatchNorm's messages in every layer."""
 
 
 def enter(namespace: str) -> None:
@@ -137,7 +147,8 @@ def on_host(number: int, namespace: str, folder: Path, *words: str) -> subproces
     command += ["taskset", "-c", str(core), sys.executable, __file__, "--host", str(number), "--folder", str(folder)]
     cache = folder / f"cache{number}"
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *words], env=environment, start_new_session=True)
+    with (folder / f"host{number}.txt").open("wb") as told:
+        return subprocess.Popen([*command, *words], env=environment, start_new_session=True, stdout=told, stderr=told)
 
 
 def measure_link(megabits: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -161,6 +172,7 @@ def measure_link(megabits: float, options: argparse.Namespace) -> dict[str, Any]
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
         if any(codes):
+            print((folder / "host0.txt").read_text(encoding="utf-8"), file=sys.stderr)
             raise SystemExit(f"a host ended with exit codes {codes}")
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return result
@@ -177,7 +189,7 @@ def be_host(options: argparse.Namespace) -> None:
     machine = probe_nodes(probe(), meet(), tell=lambda text: print(text, file=sys.stderr))
     rows = []
     for name in options.models.split(","):
-        job = MODELS[name]()
+        job = JOBS[name]()
         splits = as_splits(job.data)
         facts = facts_apart(job, splits) if number == 0 else None
         tried: list[list[dict[str, Any]]] = [[] for _ in PLANS]
@@ -263,7 +275,7 @@ def main() -> None:
     """Measure every link, judge, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--links", default="100,1000", help="Mbit/s")
-    parser.add_argument("--models", default="wide_mlp,gpt,unet")
+    parser.add_argument("--models", default=",".join(JOBS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.6, help="timed steps of one trial")
     parser.add_argument("--patience", type=float, default=1500.0, help="seconds until a link is given up")

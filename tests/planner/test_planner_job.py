@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from shardwise.planner import catalogue
 from shardwise.planner.jobexplain import losers_of_job, nothing_runs, what_helps_job, why_best_job, why_not_job
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
-from shardwise.planner.jobstep import estimate_job, stage_blocks
+from shardwise.planner.jobstep import TIME_WITHIN, estimate_job, stage_blocks
 from shardwise.planner.operations import Sharing, correction, phase_seconds
 from shardwise.spec.facts import BlockFacts, ModelFacts
 from shardwise.spec.layout import Layout
@@ -256,6 +258,26 @@ def test_savers_send_less() -> None:
     # Weights and states are averaged instead, every fourth step.
     assert local.seconds["gradients"] == pytest.approx((1e-3 + 12e6 / 1e9 + 8e6 / 9e9) / 4, rel=0.3)
     assert whole.seconds["gradients"] > local.seconds["gradients"]
+
+
+def test_the_stated_confidence_is_what_was_measured() -> None:
+    seen = replace(facts(), seen=(StepSeen(samples=8, seconds=0.5, threads=1),))
+    kind_of = {
+        text: estimate_job(seen, machine(cores=2), plan(text)).kind
+        for text in ("serial", "data=2", "data=4", "shard=2")
+    }
+    assert kind_of == {"serial": "one worker", "data=2": "replicas", "data=4": "crowded", "shard=2": "other"}
+    told = estimate_job(seen, machine(), plan("serial")).confidence
+    assert f"within {100 * TIME_WITHIN['one worker']:.0f} %" in told
+    assert "not checked" in estimate_job(facts(), machine(), plan("serial")).confidence
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "regret.json"
+    if not results.is_file():
+        pytest.skip("benchmarks/regret.py has left no result")
+    kinds = json.loads(results.read_text(encoding="utf-8"))["summary"]["step_error_by_kind"]
+    for kind, found in kinds.items():
+        assert found["four_of_five"] <= TIME_WITHIN[kind] + 0.005, (
+            f"state at least {found['four_of_five']:.2f} for {kind}"
+        )
 
 
 # Several machines

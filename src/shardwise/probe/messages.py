@@ -32,8 +32,8 @@ ENOUGH_SECONDS = 0.012
 LOOPS = 3
 """The fastest of so many loops counts: other programs on the machine only ever make one slower."""
 
-LONGEST_SECONDS = 0.4
-"""A collective that takes longer is timed once, and larger ones of its kind are not: what is left is bandwidth."""
+LONGEST_SECONDS = 0.05
+"""Where a collective takes longer, larger ones of its kind are not timed: what is left is bandwidth."""
 
 LEAST_SECONDS = 1e-6
 
@@ -132,12 +132,12 @@ class _Loops:
         began = time.perf_counter()
         call()
         once = max(float(item) for item in self._world.gather_objects(time.perf_counter() - began))
-        return max(2, min(100, round(ENOUGH_SECONDS / max(once, 1e-6)))) if once < LONGEST_SECONDS else 1
+        return max(1, min(100, round(ENOUGH_SECONDS / max(once, 1e-6))))
 
     def _fastest(self, call: Callable[[], object], repeats: int, loops: int = LOOPS) -> float:
         """Seconds of one call in the fastest loop; in each loop, of the slowest rank, which the others wait for."""
         times = []
-        for _ in range(loops if repeats > 1 else 1):
+        for _ in range(loops):
             self._world.barrier()
             began = time.perf_counter()
             for _ in range(repeats):
