@@ -202,6 +202,11 @@ def test_machines_that_are_not_alike_are_named(machine: Machine, monkeypatch: py
     # 1 MB in 9 ms more than 1 kB: that is the network of one worker of each machine.
     assert found.inter.bytes_per_second.value * found.gpus_per_node == pytest.approx(999e3 / 9e-3)
     assert found.inter.latency_seconds.value == 1e-3
+    # Where sizes make no difference in the noise, there is still a speed.
+    flat = [replace(item, seconds=1e-3) for item in sends(2)]
+    monkeypatch.setattr(probing, "launch", lambda work, **options: (flat, [place, place]))
+    found = probing.probe_nodes(single, nodes)
+    assert found.inter.bytes_per_second.value * found.gpus_per_node == pytest.approx(1e9)
 
 
 def sends(nodes: int) -> list[MessageTime]:

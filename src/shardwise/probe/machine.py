@@ -151,7 +151,9 @@ def _network(measured: Measured, per_node: int) -> Link:
     ]
     sends = sorted((item for item in sends if item.ranks == item.nodes), key=lambda item: item.message_bytes)
     low, high = sends[0], sends[-1]
-    speed = (high.message_bytes - low.message_bytes) / max(1e-9, high.seconds - low.seconds)
+    # Where sizes make no difference, latency is all that was seen, and the speed is at least this.
+    more, longer = high.message_bytes - low.message_bytes, high.seconds - low.seconds
+    speed = more / longer if longer > 0.0 else high.message_bytes / high.seconds
     return Link(
         bytes_per_second=Figure(speed / per_node, "measured", source),
         latency_seconds=Figure(low.seconds, "measured", source),
