@@ -17,7 +17,7 @@ from shardwise.data.batch import Batch, tree_map
 from shardwise.data.loader import batches
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
-from shardwise.errors import PlanError, ShardwiseError
+from shardwise.errors import PlanError, RunFailed, ShardwiseError
 from shardwise.nn.experts import modules_with_experts
 from shardwise.nn.moe import MoE
 from shardwise.parallel.compose import READY_AXES
@@ -212,7 +212,10 @@ def _wide_apart(facts: JobFacts, job: Job, splits: Splits, timeout_seconds: floa
         return facts
     work = functools.partial(_wide, job=job, splits=splits, samples=largest.samples, threads=cores)
     # In a process of its own: one that began with fewer threads may wait for each other for long after a change.
-    seen = in_thread(lambda: call_in_child(work, threads=cores, device="cpu", timeout_seconds=timeout_seconds))
+    try:
+        seen = in_thread(lambda: call_in_child(work, threads=cores, device="cpu", timeout_seconds=timeout_seconds))
+    except RunFailed:  # it took too long: rates of single operations answer for several threads
+        return facts
     return replace(facts, seen=(*facts.seen, seen))
 
 
