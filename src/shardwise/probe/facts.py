@@ -40,6 +40,9 @@ from shardwise.spec.work import JobFacts, StepSeen
 ENOUGH_SECONDS = 0.1
 """Time spent on timing steps of one size, after one to warm up."""
 
+THREADS_SECONDS = 0.4
+"""The same with a thread on every core."""
+
 SLOW_SECONDS = 1.5
 """A step that takes longer is not repeated, and larger ones are not tried."""
 
@@ -178,8 +181,8 @@ def _counted(assembly: Assembly, batch: Batch) -> Counted:
     return mode.counted
 
 
-def _seconds(assembly: Assembly, batch: Batch) -> float:
-    """Seconds of one step: the fastest of a few after the first."""
+def _seconds(assembly: Assembly, batch: Batch, *, enough: float = ENOUGH_SECONDS, most: int = 10) -> float:
+    """Seconds of one step: the fastest of a few after the first; `most` at most, for about `enough` seconds."""
     began = time.perf_counter()
     take_step(assembly, batch)
     took = time.perf_counter() - began
@@ -187,7 +190,7 @@ def _seconds(assembly: Assembly, batch: Batch) -> float:
         return took
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < 2 or (time.perf_counter() - began < ENOUGH_SECONDS and len(times) < 10):
+    while len(times) < 2 or (time.perf_counter() - began < enough and len(times) < most):
         start = time.perf_counter()
         take_step(assembly, batch)
         times.append(time.perf_counter() - start)
@@ -222,7 +225,9 @@ def _wide_apart(facts: JobFacts, job: Job, splits: Splits, timeout_seconds: floa
 def _wide(rank: Rank, *, job: Job, splits: Splits, samples: int, threads: int) -> StepSeen:
     assembly = assemble(job, serial_plan(job), Group(), _CPU, total_steps=None)
     batch = first_samples(splits, samples)
-    return StepSeen(samples=batch.count, seconds=_seconds(assembly, batch), threads=threads)
+    # Threads wait for each other in every operation: it takes more steps until one is undisturbed.
+    seconds = _seconds(assembly, batch, enough=THREADS_SECONDS, most=100)
+    return StepSeen(samples=batch.count, seconds=seconds, threads=threads)
 
 
 def _sizes(batch: Batch) -> list[Batch]:
