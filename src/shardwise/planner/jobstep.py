@@ -33,7 +33,8 @@ RING_BYTES = 8 * 2**20
 
 TIME_WITHIN = {"one worker": 0.20, "replicas": 0.35, "crowded": 0.75, "other": 0.75}
 """Kind of plan -> what 4 of 5 predictions for it stay within of the measured step, over eleven models on two cores
-(benchmarks/regret.py tells them as `step_error_by_kind`; it is what `benchmarks/results/regret.json` says, rounded up)."""
+(benchmarks/regret.py tells them as `step_error_by_kind`). Estimates until there is a `benchmarks/results/regret.json`; then
+a test holds them to it."""
 
 PART_NAMES = {
     "compute": "computing",
