@@ -27,7 +27,8 @@ ROOMS: dict[str, set[str]] = {
     "monitor": {"spec"},
     "data": {"spec"},
     # A probe starts its processes as a training does, and counts the operations of the step that a training takes.
-    "probe": {"spec", "dist", "nn", "parallel", "data", "run"},
+    # Operations are timed with the kernels that trainings compute with.
+    "probe": {"spec", "dist", "kernels", "nn", "parallel", "data", "run"},
     "dist": {"spec"},
     # Layers that are made to be split; trained serially, they need no room above them.
     "nn": {"spec", "dist"},

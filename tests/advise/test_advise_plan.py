@@ -109,6 +109,21 @@ def test_a_layout_that_is_none_is_refused() -> None:
     assert isinstance(answer.exception, PlanError)
 
 
+def test_probed_machines_need_their_network(figures: Path) -> None:
+    refused = run("digits", "--machine", str(figures), "--nodes", "2")
+    assert isinstance(refused.exception, UserError)
+    assert "--network" in str(refused.exception)
+    assert "probe" in str(refused.exception)
+    # On a network this slow another machine does not pay, and the table says so.
+    answer = run("digits", "--machine", str(figures), "--nodes", "2", "--network", "0.001", "--json", "--top", "30")
+    assert answer.exit_code == 0, answer.output
+    plans = json.loads(answer.stdout)["plans"]
+    assert plans[0]["nodes"] == 1
+    spread = [item for item in plans if item["nodes"] == 2 and item["layout"]["data"] == 2]
+    assert spread
+    assert spread[0]["breakdown"]["seconds"]["gradients"] > 0.1
+
+
 def test_a_foreign_machine_file_is_noted(figures: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "machine.toml"
     foreign.write_text(figures.read_text().replace(this_place()["processor"], "abacus"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import socket
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +17,10 @@ from click.testing import CliRunner
 from shardwise.cli.main import shardwise
 from shardwise.errors import UserError
 from shardwise.probe import machine as probing
+from shardwise.probe import messages
 from shardwise.probe.kernels import samples
 from shardwise.probe.place import cached_machine, cached_path, this_place, warnings_about
+from shardwise.run.launch import Nodes
 from shardwise.spec.machine import Machine
 from shardwise.spec.measured import COLLECTIVES, KernelRate, Measured, MessageTime
 
@@ -79,6 +84,7 @@ def test_foreign_old_and_future_figures_are_noticed(machine: Machine) -> None:
     told = warnings_about(foreign, place)
     assert any("processor was abacus" in text for text in told)
     assert any("torch was 1.0" in text for text in told)
+    assert "another version" in warnings_about(replace(measured, method=1), place)[0]
     assert "days ago" in warnings_about(replace(measured, date="2020-01-01"), place)[0]
     assert "yet to come" in warnings_about(replace(measured, date="2990-01-01"), place)[0]
     assert "other programs" in warnings_about(replace(measured, load=9.0 * measured.cores), place)[0]
@@ -113,6 +119,8 @@ def test_the_command_keeps_its_figures_and_answers_from_them(
     foreign = replace(machine, measured=replace(measured_of(machine), place={"processor": "abacus"}))
     foreign.write(cached_path(this_place()))
     assert cached_machine() is None
+    replace(machine, measured=replace(measured_of(machine), method=1)).write(cached_path(this_place()))
+    assert cached_machine() is None
     foreign.write(out)
     checked = CliRunner().invoke(shardwise, ["probe", "--check", str(out)])
     assert checked.exit_code == 1
@@ -125,6 +133,108 @@ def test_out_in_a_folder_that_does_not_exist_is_refused_before_measuring(
     monkeypatch.setattr(probing, "probe", lambda **options: pytest.fail("measured"))
     answer = CliRunner().invoke(shardwise, ["probe", "--out", str(tmp_path / "no" / "m.toml")])
     assert isinstance(answer.exception, UserError)
+
+
+# Several machines
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_two_machines_measure_what_is_between_them(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launchers on loopback, one process each; both end up with the same figures."""
+    monkeypatch.setattr(messages, "SIZES", (1024, 64 * 1024))
+    single = replace(machine, measured=replace(measured_of(machine), cores=1))
+    endpoint = f"127.0.0.1:{free_port()}"
+    context = multiprocessing.get_context("fork")
+    pipes, processes = [], []
+    for node in range(2):
+        ours, theirs = context.Pipe(duplex=False)
+
+        def main(node: int = node, pipe: Any = theirs) -> None:
+            told: list[str] = []
+            nodes = Nodes(count=2, node_rank=node, endpoint=endpoint, join_seconds=20.0)
+            pipe.send((probing.probe_nodes(single, nodes, tell=told.append), told))
+
+        process = context.Process(target=main)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        answers = []
+        for pipe in pipes:
+            assert pipe.poll(40.0), "no answer"
+            answers.append(pipe.recv())
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    (first, told), (second, _) = answers
+    measured = measured_of(first)
+    between = [item for item in measured.messages if item.nodes == 2]
+    assert measured.nodes == 2
+    assert {item.collective for item in between} == set(COLLECTIVES)
+    assert {(item.way, item.ranks, item.placement) for item in between} == {("gloo", 2, "all")}
+    assert [item for item in measured.messages if item.nodes == 1] == list(measured_of(machine).messages)
+    assert between == [item for item in measured_of(second).messages if item.nodes == 2]
+    assert first.inter.bytes_per_second.origin == "measured"
+    assert first.inter != machine.inter
+    assert told == ["2 machines with 1 process each: messages"]
+    # A smaller message never seems to take longer than a larger one.
+    sums = [item.seconds for item in between if item.collective == "all_reduce"]
+    assert sums == sorted(sums)
+
+
+def test_machines_that_are_not_alike_are_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = this_place()
+    monkeypatch.setattr(
+        probing, "launch", lambda work, **options: (sends(2), [place, {**place, "processor": "abacus"}])
+    )
+    told: list[str] = []
+    single = replace(machine, measured=replace(measured_of(machine), cores=1))
+    nodes = Nodes(count=2, node_rank=0, endpoint="127.0.0.1:1")
+    found = probing.probe_nodes(single, nodes, tell=told.append)
+    assert any("on node 1 processor" in text and "abacus" in text for text in told)
+    # 1 MB in 9 ms more than 1 kB: that is the network of one worker of each machine.
+    assert found.inter.bytes_per_second.value * found.gpus_per_node == pytest.approx(999e3 / 9e-3)
+    assert found.inter.latency_seconds.value == 1e-3
+    # Where sizes make no difference in the noise, there is still a speed.
+    flat = [replace(item, seconds=1e-3) for item in sends(2)]
+    monkeypatch.setattr(probing, "launch", lambda work, **options: (flat, [place, place]))
+    found = probing.probe_nodes(single, nodes)
+    assert found.inter.bytes_per_second.value * found.gpus_per_node == pytest.approx(1e9)
+
+
+def sends(nodes: int) -> list[MessageTime]:
+    return [
+        MessageTime(
+            collective="send", way="gloo", ranks=2, placement="all", message_bytes=size, seconds=seconds, nodes=nodes
+        )
+        for size, seconds in ((1e3, 1e-3), (1e6, 10e-3))
+    ]
+
+
+def test_more_ranks_are_never_faster() -> None:
+    times = [
+        MessageTime(
+            collective="all_reduce", way="gloo", ranks=ranks, placement="all", message_bytes=1e3, seconds=seconds
+        )
+        for ranks, seconds in ((2, 2e-3), (4, 1e-6))
+    ]
+    assert [item.seconds for item in probing.no_faster_with_more(times)] == [2e-3, 2e-3]
+
+
+def test_several_machines_need_a_file_and_a_place_to_meet() -> None:
+    answer = CliRunner().invoke(shardwise, ["probe", "--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29500"])
+    assert isinstance(answer.exception, UserError)
+    assert "--out" in str(answer.exception)
+    answer = CliRunner().invoke(shardwise, ["probe", "--nnodes", "2", "--out", "m.toml"])
+    assert isinstance(answer.exception, UserError)
+    assert "--rdzv-endpoint" in str(answer.exception)
 
 
 # Reading the figures
@@ -192,6 +302,10 @@ def test_messages_grow_with_their_size_and_keep_to_their_way() -> None:
     assert at("all_reduce", 10, ranks=4, way="gloo") == 5e-4
     assert at("all_reduce", 10, ranks=2, way="gloo", placement="strided") == 7e-4
     assert at("send", 10, ranks=2) is None
+    # Three ranks take as long as four; over several machines nothing was measured.
+    assert at("all_reduce", 10, ranks=3, way="gloo") == 5e-4
+    assert at("all_reduce", 10, ranks=9, way="gloo") == 5e-4
+    assert at("all_reduce", 10, ranks=2, way="gloo", nodes=2) is None
 
 
 def test_sizes_are_counted_and_not_guessed() -> None:

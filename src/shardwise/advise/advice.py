@@ -47,6 +47,7 @@ def advise(
     exactly: bool = False,
     memory_bytes: float | None = None,
     threads: int | None = None,
+    nodes: int = 1,
     top: int = 12,
     tell: Tell = lambda text: None,
 ) -> Advice:
@@ -59,6 +60,7 @@ def advise(
         exactly: `workers`, not fewer.
         memory_bytes: what one worker may use.
         threads: compute threads per worker; None lets the planner choose.
+        nodes: machines like a measured one that may be used together.
         top: plans that are known to run, at least, where there are so many.
         tell: receives a sentence before anything that takes longer.
 
@@ -73,12 +75,13 @@ def advise(
     problem = JobProblem(
         facts=facts,
         machine=here,
-        workers=workers if workers is not None else most_workers(here),
+        workers=workers if workers is not None else nodes * most_workers(here),
         exactly=exactly,
         axes=tuple(axis for axis in AXES if axis in READY_AXES),
         memory_bytes=memory_bytes,
         base=settle_plan(job, Plan()),
         threads=threads,
+        nodes=nodes,
     )
     check = functools.partial(refusals, job)
     return Advice(facts, problem, search_job(problem, check, wanted=top), check)

@@ -25,7 +25,7 @@ BUDGET_SHARE = 0.03
 BUDGET_SECONDS = 30.0
 """Planning and trials may take this share of the expected run, and never longer than this."""
 
-QUICK_PROBE_SECONDS, PROBE_SECONDS, FACTS_SECONDS, TRIAL_SECONDS = 3.5, 10.0, 1.0, 1.0
+QUICK_PROBE_SECONDS, PROBE_SECONDS, FACTS_SECONDS, TRIAL_SECONDS = 4.5, 15.0, 1.5, 1.0
 """What the parts of planning take here, for staying within the budget (measured on two cores, 2026-11-26)."""
 
 CLOSE = 1.5

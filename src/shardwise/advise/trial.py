@@ -22,7 +22,7 @@ from shardwise.errors import RunFailed, ShardwiseError
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.gauge import peak_memory_bytes
-from shardwise.run.launch import launch
+from shardwise.run.launch import Nodes, launch
 from shardwise.run.loop import next_batch, open_epoch, total_steps
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
@@ -48,6 +48,7 @@ class Tried:
         steps: timed steps.
         seconds: what the whole trial took.
         failure: why it ended early; the other figures are 0 then.
+        mean_seconds: mean of the timed steps, for plans whose steps differ.
     """
 
     plan: Plan
@@ -57,9 +58,18 @@ class Tried:
     steps: int = 0
     seconds: float = 0.0
     failure: str | None = None
+    mean_seconds: float = 0.0
 
 
-def try_plan(job: Job, splits: Splits, plan: Plan, *, device: str = "cpu", step_budget_seconds: float = 0.5) -> Tried:
+def try_plan(
+    job: Job,
+    splits: Splits,
+    plan: Plan,
+    *,
+    device: str = "cpu",
+    step_budget_seconds: float = 0.5,
+    nodes: Nodes | None = None,
+) -> Tried:
     """Run `plan` for as many steps as fit in about `step_budget_seconds`, at least three, and throw the result away.
 
     Args:
@@ -68,24 +78,33 @@ def try_plan(job: Job, splits: Splits, plan: Plan, *, device: str = "cpu", step_
         plan: a plan that `check_job` accepts, with its threads settled.
         device: type of device.
         step_budget_seconds: for the timed steps; start-up and two steps to warm up come on top.
+        nodes: machines to spread it over; each of them calls this with the same arguments.
     """
     work = functools.partial(_try, job=job, splits=splits, plan=plan, device=device, budget=step_budget_seconds)
     threads, workers = plan.threads or 1, plan.layout.workers
     silent: Callable[[str], None] = lambda text: None  # noqa: E731
     began = time.perf_counter()
     try:
-        if workers == 1:
+        if workers == 1 and nodes is None:
             figures = in_thread(lambda: call_in_child(work, threads=threads, device=device))
         else:
-            figures = launch(work, workers=workers, threads=threads, device=device, report=silent, grace_seconds=1.0)
+            figures = launch(
+                work,
+                workers=workers,
+                threads=threads,
+                device=device,
+                nodes=nodes,
+                report=silent,
+                grace_seconds=1.0,
+            )
     except (ShardwiseError, MemoryError) as error:
         return Tried(plan, seconds=time.perf_counter() - began, failure=_reason(error))
-    return Tried(plan, *figures, seconds=time.perf_counter() - began)
+    return Tried(plan, *figures[:4], seconds=time.perf_counter() - began, mean_seconds=figures[4])
 
 
 def _try(
     rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budget: float
-) -> tuple[float, float, float, int]:
+) -> tuple[float, float, float, int, float]:
     place = torch.device(device, rank.local_rank) if device != "cpu" else torch.device("cpu")
     with process_group(rank, device, _TIMEOUT_SECONDS):
         world = Group.world()
@@ -100,9 +119,10 @@ def _try(
         times = [walk.step() for _ in range(steps)]
         slowest = max(world.gather_objects(sorted(times)[len(times) // 4]))
         fastest = max(world.gather_objects(min(times)))
+        mean = max(world.gather_objects(sum(times) / len(times)))
         memory = max(world.gather_objects(float(peak_memory_bytes(place))))
         walk.close()
-        return slowest, fastest, memory, steps
+        return slowest, fastest, memory, steps, mean
 
 
 class _Walk:

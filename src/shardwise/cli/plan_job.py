@@ -43,10 +43,7 @@ def plan_job(
     from shardwise.run.command import change_job, divide_changes, parse_settings
     from shardwise.run.jobfile import find_job
 
-    if machine is not None and machine.measured is not None and nodes > 1:
-        raise UserError(
-            f"--nodes {nodes}: {machine.name} was probed as one machine; use a catalogue machine for several"
-        )
+    _check_nodes(machine, nodes)
     _check_out(out)
     _note_foreign(machine)
     with stdout_to_stderr(True):  # what the job itself prints is no part of the answer
@@ -59,6 +56,7 @@ def plan_job(
             made,
             machine=machine,
             workers=workers,
+            nodes=1 if machine is None or machine.measured is None else nodes,
             memory_bytes=float(parse_bytes(memory)) if memory is not None else None,
             threads=threads,
             top=max(top, 12),
@@ -88,8 +86,21 @@ def plan_job(
         if asked is not None:
             click.echo(f"{wanted}: {asked}.")
         if out is not None and found.best is not None:
-            click.echo(f"written to {out}: shardwise train {job} --plan {out}")
+            spread = found.best.nodes
+            meet = f" --nnodes {spread} --node-rank K --rdzv-endpoint HOST:PORT on each node" if spread > 1 else ""
+            click.echo(f"written to {out}: shardwise train {job} --plan {out}{meet}")
     return 0 if found.best is not None else 1
+
+
+def _check_nodes(machine: Machine | None, nodes: int) -> None:
+    """Several machines that were probed must have been probed together, or their network be given."""
+    if machine is None or machine.measured is None or nodes <= machine.measured.nodes:
+        return
+    if machine.inter.bytes_per_second.source != "--network":
+        raise UserError(
+            f"--nodes {nodes}: {machine.name} was probed as {machine.measured.nodes}; probe them together (`shardwise probe "
+            "--nnodes`), or give the speed of the network between two workers with --network, in Gbit/s"
+        )
 
 
 def write_plan(plan: Plan, out: Path) -> None:
@@ -157,6 +168,7 @@ def _record(item: JobCandidate) -> dict[str, Any]:
     settings = replace(item.plan, prediction=None, reasons=()).to_dict()
     return {
         "layout": item.plan.layout.degrees,
+        "nodes": item.nodes,
         "plan": settings,
         "step_seconds": found.step_seconds,
         "samples_per_second": item.samples_per_second,

@@ -22,16 +22,31 @@ _SHOWN = ("matmul", "convolution", "convolution_backward", "attention", "copy", 
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the machine file here too (.toml).")
 @click.option("--again", is_flag=True, help="Measure again although this machine's figures are at hand.")
 @click.option("--check", type=click.Path(path_type=Path), metavar="FILE", help="Only say whether a file holds here.")
+@click.option(
+    "--nnodes", type=int, default=1, show_default=True, metavar="N", help="Machines; run the command on each."
+)
+@click.option("--node-rank", type=int, default=0, show_default=True, metavar="I", help="Number of this machine.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet: an address of machine 0.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def probe(out: Path | None, again: bool, check: Path | None, as_json: bool) -> None:
+def probe(
+    out: Path | None,
+    again: bool,
+    check: Path | None,
+    nnodes: int,
+    node_rank: int,
+    rdzv_endpoint: str | None,
+    as_json: bool,
+) -> None:
     """Measure this machine: rates of computation, memory bandwidth, times of messages, start-up.
 
     The figures are kept, so that a second call answers at once. `shardwise plan` and `train` use them; --out writes them to
-    a file that `--machine` takes.
+    a file that `--machine` takes. With --nnodes, messages between machines are measured too, and go into the file alone.
     """
     from shardwise.cli.main import print_json
     from shardwise.probe.machine import probe as measure
+    from shardwise.probe.machine import probe_nodes
     from shardwise.probe.place import cached_machine, cached_path, this_place, warnings_about
+    from shardwise.run.launch import Nodes
     from shardwise.spec.machine import Machine
 
     if check is not None:
@@ -39,6 +54,9 @@ def probe(out: Path | None, again: bool, check: Path | None, as_json: bool) -> N
         return
     if out is not None and not out.resolve().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.resolve().parent} does not exist")
+    nodes = Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id="shardwise probe")
+    if nnodes > 1 and out is None and not as_json:
+        raise UserError(f"--nnodes {nnodes}: also give --out FILE: what is kept is for this machine alone")
     machine = None if again else cached_machine()
     fresh = machine is None
     if machine is None:
@@ -49,6 +67,8 @@ def probe(out: Path | None, again: bool, check: Path | None, as_json: bool) -> N
             machine.write(kept)
         except OSError as error:
             print(f"the figures cannot be kept in {kept}: {error.strerror}", file=sys.stderr)
+    if nnodes > 1:
+        machine = probe_nodes(machine, nodes, tell=lambda text: print(text, file=sys.stderr))
     measured = machine.measured
     assert measured is not None
     if out is not None:
@@ -124,11 +144,11 @@ def _rates(kind: str, precision: str, rates: list[Any]) -> str:
 
 
 def _messages(measured: Measured) -> list[str]:
-    tables: dict[tuple[str, str, int, str], list[str]] = {}
+    tables: dict[tuple[str, str, int, str, int], list[str]] = {}
     for item in sorted(measured.messages, key=lambda one: one.message_bytes):
-        key = (item.collective, item.way, item.ranks, item.placement)
+        key = (item.collective, item.way, item.ranks, item.placement, item.nodes)
         tables.setdefault(key, []).append(f"{format_bytes(item.message_bytes)} {format_seconds(item.seconds)}")
     return [
-        f"{collective}, {ranks} ranks ({placement}), {way}: {', '.join(texts)}"
-        for (collective, way, ranks, placement), texts in tables.items()
+        f"{collective}, {ranks} ranks ({placement}{f', {nodes} nodes' if nodes > 1 else ''}), {way}: {', '.join(texts)}"
+        for (collective, way, ranks, placement, nodes), texts in tables.items()
     ]

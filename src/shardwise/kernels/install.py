@@ -35,6 +35,14 @@ def use_fast_kernels(model: nn.Module) -> None:
         replace("convolutions")
 
 
+def use_all_kernels() -> None:
+    """Let this process compute by all compiled kernels there are, for whoever times what trainings use."""
+    if load() is not None:
+        replace("pooling")
+    if load_convolutions() is not None:
+        replace("convolutions")
+
+
 @cache
 def replace(kind: str) -> torch.library.Library:
     """Put the kernels of one kind in place, once; the registration lives as long as the process."""

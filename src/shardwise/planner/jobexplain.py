@@ -10,14 +10,13 @@ from shardwise.planner.jobsearch import (
     JobFound,
     JobProblem,
     family_of,
-    plans_of,
+    placed_plans,
     price,
     too_large,
 )
 from shardwise.planner.jobstep import COMMUNICATION, PART_NAMES, JobEstimate, estimate_job
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
-from shardwise.spec.measured import Measured
 from shardwise.spec.plan import Plan
 from shardwise.units import format_bytes, format_seconds
 
@@ -91,8 +90,8 @@ def why_not_job(
     """Why a layout is not the winner; axes that `wanted` leaves at 1 are free unless it names all workers."""
     degrees = {axis: degree for axis, degree in wanted.degrees.items() if degree > 1}
     alike = [
-        plan
-        for plan in plans_of(replace(problem, axes=tuple(wanted.degrees)))
+        (plan, nodes)
+        for plan, nodes in placed_plans(replace(problem, axes=tuple(wanted.degrees)))
         if all(plan.layout.degrees[axis] == degree for axis, degree in degrees.items())
         and (degrees or plan.layout.workers == 1)
     ]
@@ -103,7 +102,9 @@ def why_not_job(
             f"{wanted} does not go with {problem.workers} workers and {problem.facts.batch_size} samples a step: every "
             "worker needs at least one sample, and the degrees must multiply to a number of workers there is"
         )
-    priced = sorted((price(problem, plan, constants) for plan in alike), key=lambda one: one.estimate.step_seconds)
+    priced = sorted(
+        (price(problem, plan, constants, nodes) for plan, nodes in alike), key=lambda one: one.estimate.step_seconds
+    )
     reasons = check([item.plan for item in priced])
     able = [item for item, reason in zip(priced, reasons, strict=True) if reason is None]
     if not able:
@@ -124,10 +125,10 @@ def what_helps_job(problem: JobProblem, found: JobFound, constants: Constants = 
     best, facts = found.best, problem.facts
     now = best.estimate.step_seconds
     gains: list[tuple[float, str]] = []
-    then = estimate_job(facts, faster_links(problem.machine, 2.0), best.plan, constants).step_seconds
+    then = estimate_job(facts, faster_links(problem.machine, 2.0), best.plan, constants, nodes=best.nodes).step_seconds
     gains.append((now / then, f"links twice as fast: {now / then:.2f} times as fast"))
     double = replace(facts, batch_size=2 * facts.batch_size)
-    gain = 2 * now / estimate_job(double, problem.machine, best.plan, constants).step_seconds
+    gain = 2 * now / estimate_job(double, problem.machine, best.plan, constants, nodes=best.nodes).step_seconds
     gains.append((gain, f"twice the global batch: {gain:.2f} times the samples per second"))
     for item in found.refused:
         if item.estimate is not None and item.estimate.step_seconds < now:
@@ -146,20 +147,17 @@ def faster_links(machine: Machine, factor: float) -> Machine:
     measured = machine.measured
     if measured is not None:
         messages = tuple(replace(item, seconds=item.seconds / factor) for item in measured.messages)
-        return replace(machine, measured=_replaced(measured, messages))
+        measured = replace(measured, messages=messages)
 
     def faster(figure: Figure) -> Figure:
         return replace(figure, value=factor * figure.value, source=f"{factor:g} times: {figure.source}")
 
     return replace(
         machine,
+        measured=measured,
         intra=replace(machine.intra, bytes_per_second=faster(machine.intra.bytes_per_second)),
         inter=replace(machine.inter, bytes_per_second=faster(machine.inter.bytes_per_second)),
     )
-
-
-def _replaced(measured: Measured, messages: tuple[object, ...]) -> Measured:
-    return replace(measured, messages=messages)  # type: ignore[arg-type]
 
 
 def _loses(problem: JobProblem, item: JobCandidate, best: JobCandidate, constants: Constants) -> str:
@@ -187,7 +185,8 @@ def break_even(problem: JobProblem, item: JobCandidate, target_seconds: float, c
     """How many times as fast links must be for `item` to take `target_seconds`; None if no speed does it."""
 
     def at(factor: float) -> float:
-        return estimate_job(problem.facts, faster_links(problem.machine, factor), item.plan, constants).step_seconds
+        machine = faster_links(problem.machine, factor)
+        return estimate_job(problem.facts, machine, item.plan, constants, nodes=item.nodes).step_seconds
 
     if at(MOST_FASTER) > target_seconds:
         return None

@@ -1,6 +1,7 @@
 """Seconds of messages between the workers of a job: measured ones on the machine at hand, formulas on a catalogued one."""
 
 from dataclasses import dataclass
+from itertools import product
 
 from shardwise.planner import collectives
 from shardwise.planner.collectives import Group, Network, network
@@ -9,18 +10,19 @@ from shardwise.spec.layout import AXES, Layout
 from shardwise.spec.machine import Machine
 from shardwise.spec.measured import Way
 
-BUSY_SECONDS = 1.5e-3
-"""What a message through gloo's sockets costs more inside of a step than in a row of messages: its threads must first get a
-core that computes (measured on two cores, 2026-11-26; docs/notes.md tells of 2.7 ms for 248 KB)."""
-
 
 @dataclass(frozen=True)
 class Links:
-    """The connections between the ranks of one layout on one machine."""
+    """The connections between the ranks of one layout on one machine.
+
+    Attributes:
+        nodes: measured machines that the ranks are spread over, evenly and in order.
+    """
 
     machine: Machine
     layout: Layout
     constants: Constants = DEFAULT
+    nodes: int = 1
 
     def seconds(self, collective: str, size_bytes: float, axes: tuple[str, ...]) -> float:
         """One collective of `size_bytes` over the ranks along `axes`; 0 where there is a single one."""
@@ -30,26 +32,53 @@ class Links:
             ranks *= degrees[axis]
         if ranks <= 1 or size_bytes <= 0:
             return 0.0
+        if self.machine.measured is None:
+            return self._formula(collective, size_bytes, ranks, axes)
+        touched = self._touched(axes)
+        if touched == 1:
+            return self._inside(collective, size_bytes, ranks, axes)
+        return self._across(collective, size_bytes, ranks, touched, axes)
+
+    def _inside(self, collective: str, size_bytes: float, ranks: int, axes: tuple[str, ...]) -> float:
+        """On one machine."""
         measured = self.machine.measured
-        if measured is not None:
-            way: Way = "gloo"
-            if collective == "all_reduce" and ranks == self.layout.workers and self._one_machine():
-                way = "shared memory"
-            placement = "all" if ranks == self.layout.workers else self._placement(axes)
-            for choice in (way, "gloo", None):
-                found = measured.message_seconds(
-                    collective,
-                    size_bytes,
-                    ranks=ranks,
-                    way=choice,
-                    placement=placement,
-                )
-                if found is not None:
-                    return found + (0.0 if choice == "shared memory" else BUSY_SECONDS)
+        assert measured is not None
+        way: Way = "gloo"
+        if collective == "all_reduce" and ranks == self.layout.workers and self.nodes == 1:
+            way = "shared memory"
+        placement = "all" if ranks == self.layout.workers else self._placement(axes)
+        for choice in (way, "gloo", None):
+            found = measured.message_seconds(collective, size_bytes, ranks=ranks, way=choice, placement=placement)
+            if found is not None:
+                return found
         return self._formula(collective, size_bytes, ranks, axes)
 
-    def _one_machine(self) -> bool:
-        return self.layout.workers <= max(self.machine.gpus_per_node, 8)
+    def _across(self, collective: str, size_bytes: float, ranks: int, touched: int, axes: tuple[str, ...]) -> float:
+        """Over several machines: as it was measured over so many; else what it takes inside of one, and the wire."""
+        measured = self.machine.measured
+        assert measured is not None
+        placement = "all" if ranks == self.layout.workers or self.layout.workers == self.nodes else "strided"
+        found = measured.message_seconds(
+            collective, size_bytes, ranks=ranks, way="gloo", placement=placement, nodes=touched
+        )
+        if found is not None:
+            return found
+        inter = self.machine.inter
+        # Each rank's share of the network is that of a full machine; fewer ranks have more of it.
+        local = self.layout.workers / self.nodes
+        bandwidth = inter.bytes_per_second.value * self.machine.gpus_per_node * (ranks / touched) / local
+        hops = 2 * (touched - 1) if collective == "all_reduce" else touched - 1
+        wire = hops * inter.latency_seconds.value + _sent(collective, touched) * size_bytes / bandwidth
+        return self._inside(collective, size_bytes, ranks, axes) + wire
+
+    def _touched(self, axes: tuple[str, ...]) -> int:
+        """Machines that the group of rank 0 along `axes` is spread over."""
+        if self.nodes == 1:
+            return 1
+        strides = [(self.layout.degrees[axis], self._stride((axis,))) for axis in axes if self.layout.degrees[axis] > 1]
+        local = self.layout.workers // self.nodes
+        places = product(*(range(0, degree * stride, stride) for degree, stride in strides))
+        return len({sum(place) // local for place in places})
 
     def _placement(self, axes: tuple[str, ...]) -> str:
         inner = self._stride(axes)
@@ -77,3 +106,10 @@ class Links:
         if collective == "all_to_all":
             return collectives.all_to_all(size_bytes, group, net)
         return collectives.send(size_bytes, group.nodes > 1, net)
+
+
+def _sent(collective: str, nodes: int) -> float:
+    """Bytes that a node sends over the network for each byte of a message (rings, as in collectives.py)."""
+    if collective == "send":
+        return 1.0
+    return (2.0 if collective == "all_reduce" else 1.0) * (nodes - 1) / nodes

@@ -32,6 +32,8 @@ class JobProblem:
         memory_bytes: what one worker may use, where that is less than the machine says.
         base: settings that every plan shares (precision, compile, micro_batch of the job).
         threads: compute threads per worker, where the user fixed them.
+        nodes: machines like the measured one; a plan runs on one of them or on all. Catalogue machines have theirs in
+            `workers`.
     """
 
     facts: JobFacts
@@ -42,19 +44,23 @@ class JobProblem:
     memory_bytes: float | None = None
     base: Plan = field(default_factory=Plan)
     threads: int | None = None
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise PlanError(f"workers={self.workers}: at least 1 is needed")
+        if self.nodes > 1 and self.machine.measured is None:
+            raise PlanError(f"nodes={self.nodes}: a catalogue machine has its nodes in the number of workers")
 
 
 @dataclass(frozen=True)
 class JobCandidate:
-    """A plan and what it is expected to cost."""
+    """A plan and what it is expected to cost; `nodes`: measured machines that its workers are spread over."""
 
     plan: Plan
     estimate: JobEstimate
     samples: int
+    nodes: int = 1
 
     @property
     def family(self) -> str:
@@ -67,7 +73,7 @@ class JobCandidate:
         return self.samples / self.estimate.step_seconds
 
     def __str__(self) -> str:
-        return str(self.plan)
+        return f"{self.plan} on {self.nodes} nodes" if self.nodes > 1 else str(self.plan)
 
     def as_plan(self, reasons: tuple[str, ...] = ()) -> Plan:
         """The plan with its prediction, ready to be written down and run."""
@@ -110,7 +116,7 @@ def search_job(problem: JobProblem, check: Check, constants: Constants = DEFAULT
 
     The fastest of every family is checked too, so that there is a word about each.
     """
-    priced = [price(problem, plan, constants) for plan in plans_of(problem)]
+    priced = [price(problem, plan, constants, nodes) for plan, nodes in placed_plans(problem)]
     priced = _with_room(problem, priced, constants)
     priced.sort(key=_order)
     firsts = {item.family: item for item in reversed(priced)}
@@ -126,27 +132,40 @@ def search_job(problem: JobProblem, check: Check, constants: Constants = DEFAULT
     return JobFound(tuple(plans), tuple(refused), len(priced))
 
 
-def price(problem: JobProblem, plan: Plan, constants: Constants = DEFAULT) -> JobCandidate:
-    """What a plan is expected to cost."""
-    found = estimate_job(problem.facts, problem.machine, plan, constants)
+def price(problem: JobProblem, plan: Plan, constants: Constants = DEFAULT, nodes: int = 1) -> JobCandidate:
+    """What a plan is expected to cost; `nodes`: measured machines that its workers are spread over."""
+    found = estimate_job(problem.facts, problem.machine, plan, constants, nodes=nodes)
     if problem.memory_bytes is not None:
         found = replace(found, room_bytes=min(found.room_bytes, problem.memory_bytes))
-    return JobCandidate(plan, found, problem.facts.batch_size)
+    return JobCandidate(plan, found, problem.facts.batch_size, nodes)
 
 
 def plans_of(problem: JobProblem) -> Iterator[Plan]:
     """Every layout over the allowed axes and numbers of workers, with the threads that go with it."""
+    return (plan for plan, _ in placed_plans(problem))
+
+
+def placed_plans(problem: JobProblem) -> Iterator[tuple[Plan, int]]:
+    """The same, each with the measured machines that it is spread over: one, where it has the cores, or all."""
     facts = problem.facts
     count = 0
     for workers in _worker_counts(problem):
         for layout in layouts(workers, problem.axes, facts.batch_size):
             if layout.expert > 1 and not facts.expert_bytes:
                 continue
-            for threads in _threads(problem, workers):
-                count += 1
-                if count > MOST_LAYOUTS:
-                    return
-                yield replace(problem.base, layout=layout, threads=threads)
+            for nodes in _node_counts(problem, workers):
+                for threads in _threads(problem, workers // nodes):
+                    count += 1
+                    if count > MOST_LAYOUTS:
+                        return
+                    yield replace(problem.base, layout=layout, threads=threads), nodes
+
+
+def _node_counts(problem: JobProblem, workers: int) -> list[int]:
+    if problem.nodes == 1 or problem.machine.measured is None:
+        return [1]
+    alone = [1] if workers <= problem.machine.measured.cores else []
+    return [*alone, problem.nodes] if workers % problem.nodes == 0 else alone
 
 
 def layouts(workers: int, axes: Sequence[str], batch_size: int) -> Iterator[Layout]:
@@ -165,10 +184,10 @@ def family_of(plan: Plan) -> str:
     return "+".join(axis for axis in AXES if plan.layout.degrees[axis] > 1) or "serial"
 
 
-def _order(item: JobCandidate) -> tuple[bool, float, int]:
+def _order(item: JobCandidate) -> tuple[bool, float, int, int]:
     """What fits first, then the fastest; of equals the one that splits in the plainest way."""
     others = sum(degree > 1 for axis, degree in item.plan.layout.degrees.items() if axis != "data")
-    return not item.estimate.fits, item.estimate.step_seconds, others
+    return not item.estimate.fits, item.estimate.step_seconds, item.nodes, others
 
 
 def _sort_out(batch: Sequence[JobCandidate], check: Check, plans: list[JobCandidate], refused: list[Refused]) -> None:
@@ -203,7 +222,7 @@ def _with_room(problem: JobProblem, priced: list[JobCandidate], constants: Const
         micro = item.plan.micro_batch or share
         while not smaller.estimate.fits and micro > 1 and problem.facts.norm_layers == 0:
             micro = math.ceil(micro / 2)
-            smaller = price(problem, replace(item.plan, micro_batch=micro), constants)
+            smaller = price(problem, replace(item.plan, micro_batch=micro), constants, item.nodes)
         found.append(smaller if smaller.estimate.fits else item)
     return found
 

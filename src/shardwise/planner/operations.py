@@ -1,14 +1,16 @@
 """Seconds of the operations of a counted step: by measured rates where the machine has them, else by the device's formulas."""
 
+import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.planner.compute import device_rates
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.spec.machine import Machine
 from shardwise.spec.measured import Measured
-from shardwise.spec.work import JobFacts, OperationFacts
+from shardwise.spec.plan import Plan
+from shardwise.spec.work import JobFacts, OperationFacts, StepSeen
 
 UNMEASURED_COMPUTE, UNMEASURED_TRAFFIC = "matmul", "copy"
 """Kinds whose rates stand for those that no probe times."""
@@ -61,7 +63,7 @@ def phase_seconds(
     """
     found = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
     if machine.measured is not None:
-        crowd = max(1.0, sharing.workers * sharing.threads / machine.measured.cores)
+        crowd = turns(sharing, machine.measured.cores)
         for item in operations:
             part = (split or {}).get(item.block, 1.0) * (owned if item.phase == "optimizer" else fraction)
             found[item.phase] += crowd * _measured_seconds(item, samples, machine.measured, sharing, part)
@@ -75,6 +77,15 @@ def phase_seconds(
     return PhaseSeconds(**{name: max(found[name], host[name]) for name in found})
 
 
+def turns(sharing: Sharing, cores: int) -> int:
+    """Threads that take turns on the fullest core. All workers wait for the slowest, so it is this one that counts.
+
+    The system moves processes between cores far less often than steps end, so three threads on two cores take as long as
+    four, not as long as one and a half on one core.
+    """
+    return max(1, math.ceil(sharing.workers * sharing.threads / cores))
+
+
 def _measured_seconds(item: OperationFacts, samples: float, measured: Measured, sharing: Sharing, part: float) -> float:
     overhead = measured.graph_seconds if item.phase == "forward" else 0.0
     if item.kind == "view":
@@ -82,6 +93,8 @@ def _measured_seconds(item: OperationFacts, samples: float, measured: Measured, 
     flops = part * item.flops(samples)
     size = flops or part * item.moved_bytes(samples)
     precision = item.precision if item.precision in ("fp32", "bf16") else "fp32"
+    if not size:
+        return item.calls * (measured.call_seconds + overhead)
     rate = None
     for kind, kept in (
         (item.kind, precision),
@@ -111,21 +124,83 @@ def _device_seconds(
     return max(item.calls * max(compute, traffic), calls * device.kernel_seconds)
 
 
-def correction(facts: JobFacts, machine: Machine, samples: float) -> float:
-    """Seen over predicted seconds of a serial step of one thread, on the machine where the step was seen; 1 elsewhere.
+def copy_seconds(machine: Machine, moved_bytes: float, plan: Plan) -> float:
+    """Reading and writing so many bytes in all, while all workers do the same; on the machine that was measured."""
+    measured = machine.measured
+    assert measured is not None
+    # What a step touches once comes from memory, not from a cache: the rate of large copies.
+    rate = measured.rate("copy", math.inf, workers=min(plan.layout.workers, measured.cores), threads=1)
+    assert rate is not None, "a probe times copies"
+    return moved_bytes / rate
 
-    Between two seen sizes on a straight line, beyond them level.
+
+def divided_norms(operations: Iterable[OperationFacts]) -> list[OperationFacts]:
+    """The operations of a step whose BatchNorm layers take their statistics over several ranks.
+
+    These compute with element-wise operations what torch's own kernel does in one (parallel/norm.py): `_NORM_PASSES` give
+    tensors read or written, and calls that do so, for each of its calls.
+    """
+    found = []
+    for item in operations:
+        passes = _NORM_PASSES.get(item.kind)
+        if passes is None:
+            found.append(item)
+            continue
+        share = passes.moved / passes.native / passes.calls
+        moved = replace(
+            item,
+            kind=UNMEASURED_TRAFFIC,
+            calls=item.calls * passes.calls,
+            fixed_bytes=share * item.fixed_bytes,
+            sample_bytes=share * item.sample_bytes,
+        )
+        small = replace(
+            item, kind=UNMEASURED_TRAFFIC, calls=item.calls * passes.small, fixed_bytes=0.0, sample_bytes=0.0
+        )
+        found += [moved, small]
+    return found
+
+
+@dataclass(frozen=True)
+class _NormPasses:
+    native: int
+    moved: int
+    calls: int
+    small: int
+
+
+_NORM_PASSES = {
+    "native_batch_norm": _NormPasses(native=2, moved=12, calls=7, small=14),
+    "native_batch_norm_backward": _NormPasses(native=3, moved=18, calls=9, small=8),
+}
+
+
+def correction(facts: JobFacts, machine: Machine, samples: float, threads: int = 1) -> float:
+    """Seen over predicted seconds of a serial step, on the machine where the step was seen; 1 elsewhere.
+
+    Between seen sizes on a straight line in logarithms, beyond them level. With several threads the size that was seen with
+    the nearest number of threads tells how much better or worse the rates are there than with one thread.
     """
     if machine.measured is None or not facts.seen or facts.place != dict(machine.measured.place):
         return 1.0
-    points = []
-    for seen in sorted(facts.seen, key=lambda one: one.samples):
-        told = phase_seconds(facts.operations, seen.samples, machine, Sharing(threads=seen.threads))
-        points.append((seen.samples, seen.seconds / max(1e-9, told.passes + told.optimizer)))
-    first, last = points[0], points[-1]
-    if samples <= first[0] or first[0] == last[0]:
-        return first[1]
-    if samples >= last[0]:
-        return last[1]
-    share = math.log(samples / first[0]) / math.log(last[0] / first[0])
-    return first[1] + share * (last[1] - first[1])
+    points = [(seen.samples, _over(facts, machine, seen)) for seen in facts.seen if seen.threads == 1]
+    found = _on_line(sorted(points), samples) if points else 1.0
+    wide = [seen for seen in facts.seen if seen.threads > 1]
+    if threads > 1 and wide:
+        nearest = min(wide, key=lambda seen: (abs(seen.threads - threads), -seen.samples))
+        found *= _over(facts, machine, nearest) / (_on_line(sorted(points), nearest.samples) if points else 1.0)
+    return found
+
+
+def _over(facts: JobFacts, machine: Machine, seen: StepSeen) -> float:
+    told = phase_seconds(facts.operations, seen.samples, machine, Sharing(threads=seen.threads))
+    return seen.seconds / max(1e-9, told.passes + told.optimizer)
+
+
+def _on_line(points: list[tuple[int, float]], samples: float) -> float:
+    if samples <= points[0][0]:
+        return points[0][1]
+    for (low, at_low), (high, at_high) in itertools.pairwise(points):
+        if samples <= high:
+            return at_low + math.log(samples / low) / math.log(high / low) * (at_high - at_low)
+    return points[-1][1]

@@ -17,7 +17,7 @@ from shardwise.data.batch import Batch, tree_map
 from shardwise.data.loader import batches
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
-from shardwise.errors import PlanError, ShardwiseError
+from shardwise.errors import PlanError, RunFailed, ShardwiseError
 from shardwise.nn.experts import modules_with_experts
 from shardwise.nn.moe import MoE
 from shardwise.parallel.compose import READY_AXES
@@ -29,6 +29,7 @@ from shardwise.probe.operations import size_bytes, tensors_in
 from shardwise.probe.place import this_place
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import Assembly, assemble
+from shardwise.run.cores import usable_cores
 from shardwise.run.loop import total_steps
 from shardwise.run.step import take_step
 from shardwise.run.tryout import loss_program
@@ -38,6 +39,9 @@ from shardwise.spec.work import JobFacts, StepSeen
 
 ENOUGH_SECONDS = 0.1
 """Time spent on timing steps of one size, after one to warm up."""
+
+THREADS_SECONDS = 0.4
+"""The same with a thread on every core."""
 
 SLOW_SECONDS = 1.5
 """A step that takes longer is not repeated, and larger ones are not tried."""
@@ -80,12 +84,12 @@ def facts_apart(
         return in_thread(lambda: call_in_child(work, threads=1, device="cpu", timeout_seconds=timeout_seconds))
 
     if not fake:
-        return apart(how)
+        return _wide_apart(apart(how), job, splits, timeout_seconds)
     try:
         return apart(how)
     except ShardwiseError as error:
         first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        real = apart(replace(how, fake=False))
+        real = apart(replace(how, fake=False))  # on another machine threads of this one mean nothing
         note = f"counted in a real step, because fake tensors did not work: {first}"
         return replace(real, model=replace(real.model, notes=(*real.model.notes, note)))
 
@@ -117,7 +121,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
     if how.fake:
         take_step(assembly, sizes[-1])  # the optimizer makes its states in the first step
     else:
-        seen = [StepSeen(samples=b.count, seconds=_seconds(assembly, b), threads=1) for b in dict.fromkeys(sizes)]
+        seen = [StepSeen(samples=b.count, seconds=_seconds(assembly, b), threads=1) for b in _timed(sizes)]
         resident = _peak_resident()  # before counting, which loads more of torch
     low, high = (_counted(assembly, batch) for batch in (sizes[0], sizes[-1]))
     states = sum(size_bytes(tensor) for tensor in tensors_in(list(assembly.optimizer.state.values())))
@@ -177,8 +181,8 @@ def _counted(assembly: Assembly, batch: Batch) -> Counted:
     return mode.counted
 
 
-def _seconds(assembly: Assembly, batch: Batch) -> float:
-    """Seconds of one step: the fastest of a few after the first."""
+def _seconds(assembly: Assembly, batch: Batch, *, enough: float = ENOUGH_SECONDS, most: int = 10) -> float:
+    """Seconds of one step: the fastest of a few after the first; `most` at most, for about `enough` seconds."""
     began = time.perf_counter()
     take_step(assembly, batch)
     took = time.perf_counter() - began
@@ -186,11 +190,44 @@ def _seconds(assembly: Assembly, batch: Batch) -> float:
         return took
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < 2 or (time.perf_counter() - began < ENOUGH_SECONDS and len(times) < 10):
+    while len(times) < 2 or (time.perf_counter() - began < enough and len(times) < most):
         start = time.perf_counter()
         take_step(assembly, batch)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _timed(sizes: list[Batch]) -> list[Batch]:
+    """What is timed: both sizes that are counted, and one between them where they are far from each other."""
+    low, high = sizes[0], sizes[-1]
+    if low is high:
+        return [high]
+    middle = _cut(high, -(-high.count // 2))
+    return [low, middle, high] if low.count < middle.count < high.count else [low, high]
+
+
+def _wide_apart(facts: JobFacts, job: Job, splits: Splits, timeout_seconds: float | None) -> JobFacts:
+    """The largest step that was seen, with a thread on every core too: other kernels may be chosen then, and do better or
+    worse with threads than rates of single operations tell."""
+    cores = usable_cores()
+    largest = max(facts.seen, key=lambda seen: seen.samples)
+    if cores == 1 or largest.seconds > SLOW_SECONDS:
+        return facts
+    work = functools.partial(_wide, job=job, splits=splits, samples=largest.samples, threads=cores)
+    # In a process of its own: one that began with fewer threads may wait for each other for long after a change.
+    try:
+        seen = in_thread(lambda: call_in_child(work, threads=cores, device="cpu", timeout_seconds=timeout_seconds))
+    except RunFailed:  # it took too long: rates of single operations answer for several threads
+        return facts
+    return replace(facts, seen=(*facts.seen, seen))
+
+
+def _wide(rank: Rank, *, job: Job, splits: Splits, samples: int, threads: int) -> StepSeen:
+    assembly = assemble(job, serial_plan(job), Group(), _CPU, total_steps=None)
+    batch = first_samples(splits, samples)
+    # Threads wait for each other in every operation: it takes more steps until one is undisturbed.
+    seconds = _seconds(assembly, batch, enough=THREADS_SECONDS, most=100)
+    return StepSeen(samples=batch.count, seconds=seconds, threads=threads)
 
 
 def _sizes(batch: Batch) -> list[Batch]:

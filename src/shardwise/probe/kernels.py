@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from shardwise.kernels.install import use_all_kernels
 from shardwise.probe.operations import by_flops, flops_of, moved_bytes, name_of, table_bytes, tensors_in
 from shardwise.spec.measured import KernelRate
 
@@ -49,6 +50,7 @@ def kernel_rates(workers: int, threads: int, meet: Callable[[], None], sizes: in
         meet: a barrier over these processes.
         sizes: how many sizes of each kind, from the smallest.
     """
+    use_all_kernels()
     rates = []
     with torch.no_grad():
         for sample in samples(sizes):

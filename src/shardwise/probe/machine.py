@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -14,13 +14,12 @@ import torch
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.probe.kernels import call_overheads, kernel_rates
-from shardwise.probe.messages import SIZES, message_times, overlap_slowdown
+from shardwise.probe.messages import SIZES, message_times, node_message_times, overlap_slowdown
 from shardwise.probe.place import memory_bytes, others_running, this_place
 from shardwise.run.choose import usable_cores
-from shardwise.run.launch import launch
-from shardwise.run.process import set_threads
+from shardwise.run.launch import Nodes, launch
 from shardwise.spec.machine import Accelerator, Figure, Link, Machine
-from shardwise.spec.measured import KernelRate, Measured, MessageTime
+from shardwise.spec.measured import METHOD, KernelRate, Measured, MessageTime
 from shardwise.spec.rank import Rank
 
 MOST_WORKERS = 8
@@ -65,8 +64,11 @@ def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: Non
     cores, load = usable_cores(), others_running()
     tell(f"one process, 1 and {cores} threads: operations by kind and size")
     silent: Callable[[str], None] = lambda text: None  # noqa: E731
-    alone = launch(lambda rank: _alone(rank, cores, quick), workers=1, threads=1, max_restarts=1, report=silent)
+    alone = launch(lambda rank: _alone(rank, quick), workers=1, threads=1, max_restarts=1, report=silent)
     kernels = list(alone.kernels)
+    if cores > 1:
+        wide = lambda rank: kernel_rates(1, cores, lambda: None, 2 if quick else 3)  # noqa: E731
+        kernels += launch(wide, workers=1, threads=cores, max_restarts=1, report=silent)
     messages: list[MessageTime] = []
     ready, overlap, resident = [], 1.0, []
     sizes = sorted({min(cores, MOST_WORKERS)} if quick else {2, LEAST_GROUP, min(cores, MOST_WORKERS)})
@@ -97,10 +99,80 @@ def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: Non
         startup_seconds=ready[0] if ready else 1e-3,
         worker_bytes=max(resident) if resident else _resident_bytes(),
         load=round(load, 2),
+        method=METHOD,
         kernels=tuple(kernels),
-        messages=tuple(messages),
+        messages=tuple(no_faster_with_more(messages)),
     )
     return as_machine(measured)
+
+
+def probe_nodes(machine: Machine, nodes: Nodes, tell: Callable[[str], None] = lambda text: None) -> Machine:
+    """Measure what messages between machines take, and add it to the figures of one. Each machine calls this.
+
+    Args:
+        machine: probed, this one.
+        nodes: how many there are, and where they meet. They must be alike: the planner takes all for this one.
+        tell: receives a sentence before it begins, and one for every way in which another machine differs.
+
+    Raises:
+        RunFailed: the others did not come, or a process died.
+    """
+    measured = machine.measured
+    assert measured is not None
+    local = min(2, measured.cores)
+    tell(f"{nodes.count} machines with {local} {'process' if local == 1 else 'processes'} each: messages")
+    messages, places = launch(
+        lambda rank: _between_nodes(rank, nodes.count),
+        workers=local * nodes.count,
+        threads=1,
+        nodes=nodes,
+        report=lambda text: None,
+    )
+    for node, place in enumerate(places[::local]):
+        for difference in measured.differs_from(place):
+            tell(f"machines are not alike, and plans assume that they are: on node {node} {difference}")
+    inside = [item for item in measured.messages if item.nodes == 1]
+    measured = replace(measured, messages=(*inside, *no_faster_with_more(messages)), nodes=nodes.count)
+    return replace(machine, inter=_network(measured, machine.gpus_per_node), measured=measured)
+
+
+def _between_nodes(rank: Rank, nodes: int) -> tuple[list[MessageTime], list[dict[str, str]]]:
+    torch.set_num_threads(1)
+    with process_group(rank, "cpu", _TIMEOUT_SECONDS):
+        world = Group.world()
+        return node_message_times(world, nodes), world.gather_objects(this_place())
+
+
+def _network(measured: Measured, per_node: int) -> Link:
+    """The network as the share of each of a machine's workers, from transfers between two of them."""
+    source = f"shardwise probe, {measured.date}"
+    sends = [
+        item for item in measured.messages if item.collective == "send" and item.nodes > 1 and item.placement == "all"
+    ]
+    sends = sorted((item for item in sends if item.ranks == item.nodes), key=lambda item: item.message_bytes)
+    low, high = sends[0], sends[-1]
+    # Where sizes make no difference, latency is all that was seen, and the speed is at least this.
+    more, longer = high.message_bytes - low.message_bytes, high.seconds - low.seconds
+    speed = more / longer if longer > 0.0 else high.message_bytes / high.seconds
+    return Link(
+        bytes_per_second=Figure(speed / per_node, "measured", source),
+        latency_seconds=Figure(low.seconds, "measured", source),
+    )
+
+
+def no_faster_with_more(messages: list[MessageTime]) -> list[MessageTime]:
+    """The same, where a message among more ranks takes at least as long as one among fewer, on one way and alone there."""
+    found = []
+    for item in messages:
+        fewer = [
+            other.seconds
+            for other in messages
+            if (other.collective, other.way, other.placement) == (item.collective, item.way, "all")
+            and (other.message_bytes, other.nodes) == (item.message_bytes, item.nodes)
+            and other.ranks < item.ranks
+        ]
+        found.append(replace(item, seconds=max(item.seconds, *fewer)) if fewer else item)
+    return found
 
 
 def as_machine(measured: Measured) -> Machine:
@@ -149,14 +221,9 @@ def as_machine(measured: Measured) -> Machine:
     )
 
 
-def _alone(rank: Rank, cores: int, quick: bool) -> _Alone:
-    sizes = 2 if quick else 3
+def _alone(rank: Rank, quick: bool) -> _Alone:
     call, graph = call_overheads()
-    kernels = kernel_rates(1, 1, lambda: None, sizes)
-    if cores > 1:
-        set_threads(cores)
-        kernels += kernel_rates(1, cores, lambda: None, sizes)
-    return _Alone(kernels, call, graph)
+    return _Alone(kernel_rates(1, 1, lambda: None, 2 if quick else 3), call, graph)
 
 
 def _together(rank: Rank, quick: bool, busy: bool) -> _Together:

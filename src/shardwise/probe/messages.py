@@ -1,10 +1,16 @@
-"""Seconds of collectives by size, number of ranks and placement, on the ways that trainings really use."""
+"""What collectives add to a step, by size, number of ranks and placement, on the ways that trainings really use.
+
+A message in a row of messages finds every rank waiting for it. In a step it finds ranks that compute, helper threads that
+first need a core, and, where workers outnumber cores, ranks that are not running at all. So each call is timed between
+products: seconds of a loop that computes and sends, less those of a loop that only computes.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import median
 from typing import Literal
 
@@ -20,51 +26,125 @@ from shardwise.spec.measured import MessageTime, Way
 SIZES = (1024, 64 * 1024, 1024**2, 16 * 1024**2)
 """Bytes: a flag, a small model's gradients, a layer's, a bucket's."""
 
-ENOUGH_SECONDS = 0.02
-"""Time spent on one figure."""
+ENOUGH_SECONDS = 0.012
+"""Length of one loop."""
+
+LOOPS = 3
+"""The fastest of so many loops counts: other programs on the machine only ever make one slower."""
+
+LONGEST_SECONDS = 0.05
+"""Where a collective takes longer, larger ones of its kind are not timed: what is left is bandwidth."""
+
+LEAST_SECONDS = 1e-6
+
+WORK_EDGE = 256
+"""Edge of the product between messages: a third of a millisecond on a core of today."""
 
 Placement = Literal["all", "consecutive", "strided"]
 
 
+@dataclass(frozen=True)
+class Members:
+    """Ranks whose collectives are timed while all others of the world wait; None for a rank that waits."""
+
+    group: Group | None
+    way: Way
+    placement: Placement
+    ranks: int
+    nodes: int = 1
+
+
 def message_times(world: Group, sizes: tuple[int, ...] = SIZES) -> list[MessageTime]:
     """All collectives over all ranks and, where there are four, over neighbouring and over strided pairs. Collective."""
-    found = []
-    for group, way, placement in _groups(world):
+    return [time for members in _inside(world) for time in _of_members(members, world, sizes)]
+
+
+def node_message_times(world: Group, nodes: int) -> list[MessageTime]:
+    """All collectives over machines: one rank of each, all ranks, and each rank with those of its place. Collective.
+
+    Args:
+        world: as many ranks on each machine, machine after machine, without shared memory between them.
+        nodes: machines.
+    """
+    return [time for members in _across(world, nodes) for time in _of_members(members, world, SIZES)]
+
+
+def _of_members(members: Members, world: Group, sizes: tuple[int, ...]) -> list[MessageTime]:
+    found: list[MessageTime] = []
+    a = torch.ones(WORK_EDGE, WORK_EDGE)
+
+    def work() -> None:
+        torch.mm(a, a)
+
+    loops = _Loops(world, work)
+    names = ("all_reduce",) if members.way == "shared memory" else tuple(sample_calls(Group(), 4))
+    for name in names:  # what goes through sockets in any case is timed with them
+        times = []
         for size in sizes:
-            for name, call in sample_calls(group, size).items():
-                if way == "shared memory" and name != "all_reduce":
-                    continue  # what goes through sockets in any case is timed with them
-                seconds = _seconds(call, world)
-                # The slowest rank is what the others wait for.
-                slowest = max(float(item) for item in world.gather_objects(seconds))
-                found.append(
-                    MessageTime(
-                        collective=name,
-                        way=way,
-                        ranks=group.size,
-                        placement=placement,
-                        message_bytes=size,
-                        seconds=slowest / 2 if name == "send" else slowest,  # there and back
-                    )
-                )
+            calls = sample_calls(members.group, size) if members.group is not None else {}
+            seconds = loops.added(calls.get(name))
+            times.append(seconds / 2 if name == "send" else seconds)  # there and back
+            if seconds > LONGEST_SECONDS:
+                break
+        # A smaller message takes no longer than a larger one: where it seems to, other programs were in the way.
+        fastest = list(accumulate(reversed(times), min))[::-1]
+        found += [
+            MessageTime(
+                collective=name,
+                way=members.way,
+                ranks=members.ranks,
+                placement=members.placement,
+                message_bytes=size,
+                seconds=seconds,
+                nodes=members.nodes,
+            )
+            for size, seconds in zip(sizes, fastest, strict=False)
+        ]
     return found
 
 
-def _seconds(call: Callable[[], object], world: Group) -> float:
-    """Seconds of one call; every rank makes the same number of them. Collective."""
-    call()
-    world.barrier()
-    began = time.perf_counter()
-    call()
-    once = max(float(item) for item in world.gather_objects(time.perf_counter() - began))
-    repeats = max(2, min(50, round(ENOUGH_SECONDS / max(once, 1e-6))))
-    times = []
-    world.barrier()
-    for _ in range(repeats):
+class _Loops:
+    """Loops over a product, with and without a collective."""
+
+    def __init__(self, world: Group, work: Callable[[], object]) -> None:
+        self._world, self._work = world, work
+        work()
+        self._alone = self._fastest(work, self._repeats(work))
+
+    def added(self, call: Callable[[], object] | None) -> float:
+        """Seconds that a call adds to a loop; None for a rank that takes no part and waits. Collective over the world."""
+
+        def both() -> None:
+            self._work()
+            if call is not None:
+                call()
+
+        doing = both if call is not None else lambda: None
+        doing()
+        repeats = self._repeats(doing)
+        added = self._fastest(doing, repeats) - self._alone
+        # A row of messages finds all ranks waiting: in a step none takes less, whatever a noisy difference says.
+        row = call if call is not None else lambda: None
+        return max(added, self._fastest(row, repeats, loops=1), LEAST_SECONDS)
+
+    def _repeats(self, call: Callable[[], object]) -> int:
+        self._world.barrier()
         began = time.perf_counter()
         call()
-        times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 4]  # other programs on the machine only ever make a message slower
+        once = max(float(item) for item in self._world.gather_objects(time.perf_counter() - began))
+        return max(1, min(100, round(ENOUGH_SECONDS / max(once, 1e-6))))
+
+    def _fastest(self, call: Callable[[], object], repeats: int, loops: int = LOOPS) -> float:
+        """Seconds of one call in the fastest loop; in each loop, of the slowest rank, which the others wait for."""
+        times = []
+        for _ in range(loops):
+            self._world.barrier()
+            began = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            times.append((time.perf_counter() - began) / repeats)
+        fastest: float = min(max(loop) for loop in zip(*self._world.gather_objects(times), strict=True))
+        return fastest
 
 
 def overlap_slowdown(world: Group) -> float:
@@ -81,11 +161,23 @@ def overlap_slowdown(world: Group) -> float:
     return max(1.0, median(slowdowns))
 
 
-def _groups(world: Group) -> Iterator[tuple[Group, Way, Placement]]:
-    yield replace(world, memory=None), "gloo", "all"
+def _inside(world: Group) -> Iterator[Members]:
+    yield Members(replace(world, memory=None), "gloo", "all", world.size)
     if world.memory is not None:
-        yield world, "shared memory", "all"
+        yield Members(world, "shared memory", "all", world.size)
     if world.size == 4:
         mesh = Mesh(Layout(data=2, tensor=2), world.rank)
-        yield mesh.group("tensor"), "gloo", "consecutive"
-        yield mesh.group("data"), "gloo", "strided"
+        yield Members(mesh.group("tensor"), "gloo", "consecutive", 2)
+        yield Members(mesh.group("data"), "gloo", "strided", 2)
+
+
+def _across(world: Group, nodes: int) -> Iterator[Members]:
+    local = world.size // nodes
+    if local == 1:
+        yield Members(world, "gloo", "all", nodes, nodes)
+        return
+    mesh = Mesh(Layout(data=nodes, tensor=local), world.rank)
+    mine = mesh.group("data")
+    yield Members(mine if mesh.coordinate("tensor") == 0 else None, "gloo", "all", nodes, nodes)
+    yield Members(replace(world, memory=None), "gloo", "all", world.size, nodes)
+    yield Members(mine, "gloo", "strided", nodes, nodes)

@@ -14,7 +14,7 @@ import torch
 
 from shardwise.run.choose import accelerators, usable_cores
 from shardwise.spec.machine import Machine
-from shardwise.spec.measured import Measured
+from shardwise.spec.measured import METHOD, Measured
 
 FRESH_DAYS = 90
 """Older figures are still used, with a word about their age: kernels and drivers change more often than machines."""
@@ -70,6 +70,8 @@ def cached_path(place: Mapping[str, str]) -> Path:
 def warnings_about(measured: Measured, place: Mapping[str, str], today: date | None = None) -> list[str]:
     """Why figures may not hold here: taken elsewhere, on other software, or long ago. One sentence each."""
     found = measured.differs_from(place)
+    if measured.method != METHOD:
+        found.append("it was measured in the way of another version of shardwise")
     try:
         age = ((today or date.today()) - date.fromisoformat(measured.date)).days
     except ValueError:
@@ -93,7 +95,8 @@ def cached_machine() -> Machine | None:
     if not path.is_file():
         return None
     machine = Machine.read(path)
-    if machine.measured is None or machine.measured.differs_from(place):
+    measured = machine.measured
+    if measured is None or measured.method != METHOD or measured.differs_from(place):
         return None
     return machine
 

@@ -22,6 +22,7 @@ from shardwise.parallel.compose import Composed, check_layout, check_model, comp
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back
 from shardwise.run.clock import PhaseClock
 from shardwise.run.coupled import check_loss, wants_trial
+from shardwise.run.heap import keep_freed_memory
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.run.record import Recorder
 from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, first_samples
@@ -245,6 +246,8 @@ def assemble(
         composed = compose(
             model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut, split=split, deferred=deferred
         )
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cpu" and deferred is not None:
         use_fast_kernels(model)  # not sooner: what computes initial weights a second time must be what did it first
     optimizer = build_optimizer(job, model)

@@ -110,7 +110,6 @@ def giving_back(plan: Plan) -> AbstractContextManager[None]:
     """Around building and composing: memory of weights that a rank does not keep goes back to the system."""
     if not defers_weights(plan):
         return nullcontext()
-    from shardwise.parallel.deferred.memory import memory_given_back
     from shardwise.parallel.deferred.record import MIN_BYTES
 
     return memory_given_back(MIN_BYTES)

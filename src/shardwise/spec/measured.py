@@ -13,6 +13,10 @@ Way = Literal["shared memory", "gloo", "device"]
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 PLACEMENTS = ("all", "consecutive", "strided")
 
+METHOD = 2
+"""How figures are taken now; those taken otherwise are not comparable. 1: messages in a row. 2: messages between products, as
+in a step, and operations with the compiled kernels that a training uses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRate:
@@ -37,7 +41,7 @@ class KernelRate:
 
 @dataclass(frozen=True, kw_only=True)
 class MessageTime:
-    """Seconds of one collective.
+    """What one collective adds to a step: seconds of a loop that computes and sends, less those of one that only computes.
 
     Attributes:
         collective: one of `COLLECTIVES`.
@@ -46,6 +50,7 @@ class MessageTime:
         placement: `all` is one group of all processes; `consecutive` and `strided` are several groups at the same time,
             of neighbours or of every n-th rank.
         message_bytes: what one rank puts in (the whole result for all_gather).
+        nodes: machines that the group is spread over, evenly.
     """
 
     collective: str
@@ -54,6 +59,7 @@ class MessageTime:
     placement: str
     message_bytes: float
     seconds: float
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         if self.collective not in COLLECTIVES or self.placement not in PLACEMENTS:
@@ -79,6 +85,8 @@ class Measured:
         overlap_slowdown: how much longer a matrix product takes while a message is under way.
         startup_seconds: from starting two workers to their first finished collective.
         worker_bytes: resident memory of one worker that has done nothing yet.
+        method: how all this was measured; see `METHOD`.
+        nodes: machines that messages were measured over, all of them like this one.
     """
 
     date: str
@@ -91,6 +99,8 @@ class Measured:
     startup_seconds: float
     worker_bytes: float
     load: float = 0.0
+    method: int = 1
+    nodes: int = 1
     kernels: tuple[KernelRate, ...] = field(default=())
     messages: tuple[MessageTime, ...] = field(default=())
 
@@ -113,18 +123,28 @@ class Measured:
         return low + share * (high - low)
 
     def message_seconds(
-        self, collective: str, size_bytes: float, *, ranks: int, way: Way | None = None, placement: str = "all"
+        self,
+        collective: str,
+        size_bytes: float,
+        *,
+        ranks: int,
+        way: Way | None = None,
+        placement: str = "all",
+        nodes: int = 1,
     ) -> float | None:
-        """Seconds of one collective; None where it was not measured. Between sizes on a straight line."""
+        """What one collective adds to a step, in seconds; None where it was not measured over so many nodes.
+
+        Between sizes on a straight line. Of a number of ranks that was not measured, the next larger one answers, for want
+        of that the largest.
+        """
         tables = [
-            (abs(key[2] - ranks), key[3] != placement, points[-1][1], key)
+            (key[2] < ranks, abs(key[2] - ranks), key[3] != placement, points[-1][1], key)
             for key, points in self._messages.items()
-            if key[0] == collective and (way is None or key[1] == way)
+            if key[0] == collective and (way is None or key[1] == way) and key[4] == nodes
         ]
         if not tables:
             return None
-        _, _, _, key = min(tables)
-        points = self._messages[key]
+        points = self._messages[min(tables)[-1]]
         sizes = [size for size, _ in points]
         right = min(max(bisect.bisect_left(sizes, size_bytes), 1), len(points) - 1)
         if len(points) == 1 or size_bytes <= sizes[0]:
@@ -151,10 +171,10 @@ class Measured:
         return found
 
     @cached_property
-    def _messages(self) -> dict[tuple[str, str, int, str], list[tuple[float, float]]]:
-        found: dict[tuple[str, str, int, str], list[tuple[float, float]]] = {}
+    def _messages(self) -> dict[tuple[str, str, int, str, int], list[tuple[float, float]]]:
+        found: dict[tuple[str, str, int, str, int], list[tuple[float, float]]] = {}
         for item in sorted(self.messages, key=lambda one: one.message_bytes):
-            key = (item.collective, item.way, item.ranks, item.placement)
+            key = (item.collective, item.way, item.ranks, item.placement, item.nodes)
             found.setdefault(key, []).append((item.message_bytes, item.seconds))
         return found
 
