@@ -32,7 +32,7 @@ from shardwise.parallel.expert import check_experts, expert_parameters, forward_
 from shardwise.parallel.local import LocalSteps, check_local_steps
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
-from shardwise.spec.plan import Plan
+from shardwise.spec.plan import HALVED, V_SHAPED, Plan
 from shardwise.spec.shares import share_bounds
 
 if TYPE_CHECKING:
@@ -124,10 +124,11 @@ def check_layout(plan: Plan) -> None:
         raise PlanError(
             "plan recompute_modules names what to recompute, but recompute is 'none': give recompute as well"
         )
-    if plan.schedule == "zerobubble" and (layout.shard * layout.tensor > 1 or plan.recompute != "none"):
+    if plan.schedule in HALVED and (layout.shard * layout.tensor > 1 or plan.recompute != "none"):
+        whole = "interleaved1f1b" if plan.schedule in V_SHAPED else "1f1b"
         raise PlanError(
-            f"plan {layout} with schedule='zerobubble': its backward pass is in two halves, through which neither shard nor "
-            "tensor nor recompute go; use schedule='1f1b', or data beside the pipeline"
+            f"plan {layout} with schedule={plan.schedule!r}: its backward passes are in two halves, through which neither shard "
+            f"nor tensor nor recompute go; use schedule={whole!r}, or data beside the pipeline"
         )
     if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
         raise PlanError(

@@ -15,7 +15,7 @@ from shardwise.parallel.data import GradientSum, GradientSums
 from shardwise.parallel.pipeline.part import PipelinePart, Split, call_model, split, take_part
 from shardwise.parallel.pipeline.program import Forward, Program
 from shardwise.parallel.pipeline.runner import PipelineRunner
-from shardwise.parallel.pipeline.schedule import stages_for
+from shardwise.parallel.pipeline.schedule import placement_of, stages_for
 from shardwise.parallel.pipeline.shared import SharedGradientSum
 from shardwise.spec.plan import Plan
 
@@ -95,7 +95,8 @@ def take_stages(
         group: the ranks of this pipeline.
         on_pieces: runs what calls the model, where the tensor axis splits its weights.
     """
-    part = take_part(cut.split, model, group.rank, group.size)
+    placement = placement_of(plan.schedule, group.size, cut.split.stages)
+    part = take_part(cut.split, model, group.rank, group.size, placement)
     if on_pieces is not None:
         from shardwise.parallel.tensor.part import plain
 
