@@ -263,14 +263,9 @@ def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (
             {},
             Plan(layout=Layout(pipeline=2, shard=2), schedule="zerobubble"),
-            "neither shard nor tensor nor recompute go",
+            "neither shard, tensor, context, expert nor recompute go",
         ),
-        (
-            {},
-            "pipeline=2,context=2",
-            "beside pipeline this version splits over data, shard, tensor only, not over context",
-        ),
-        ({}, "pipeline=2,expert=2", "not over expert; use --plan pipeline=2,data=2"),
+        ({}, "pipeline=2,expert=2", "the model has no experts to split"),
         (
             {"model": Normed, "data": (torch.zeros(20, 7), torch.zeros(20, 3)), "loss": F.mse_loss, "weight": None},
             "pipeline=2",

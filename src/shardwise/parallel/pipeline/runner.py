@@ -28,6 +28,10 @@ _BEFORE = {"RECV_F": -1, "RECV_B": 1}
 _WHAT = {"F": "activations", "B": "gradients"}
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
 @final
 @dataclass
 class _Pass:
@@ -38,6 +42,7 @@ class _Pass:
     cuttings: list[Cutting]
     on_output: Callable[[Any, int], Tensor | None]
     on_last_backward: Callable[[], None]
+    on_micro_batch: Callable[[int], None]
     received: dict[tuple[str, int, int], Transfer] = field(default_factory=dict)
     sent: dict[tuple[str, int, int], Transfer] = field(default_factory=dict)
     here: dict[tuple[str, int, int], dict[int, Tensor | None]] = field(default_factory=dict)
@@ -105,7 +110,8 @@ class PipelineRunner:
         micro_batches: Sequence[Any],
         objective: Objective,
         *,
-        on_last_backward: Callable[[], None] = lambda: None,
+        on_last_backward: Callable[[], None] = _nothing,
+        on_micro_batch: Callable[[int], None] = _nothing,
     ) -> None:
         """All forward and backward passes of one global step; gradients are added to what `parameter.grad` holds.
 
@@ -115,24 +121,32 @@ class PipelineRunner:
             micro_batches: inputs of the model, of any sizes, on the device.
             objective: called on the rank of the last stage, once for every micro-batch, in order.
             on_last_backward: called before this rank's last backward pass; its gradients are complete after it.
+            on_micro_batch: called with the index of the micro-batch before every forward and backward pass of a stage.
 
         Raises:
             PlanError: a micro-batch cannot go through the stages.
             RunFailed: a neighbour did not answer, or the forward pass took another way than when it was traced.
         """
         table = self.table(len(micro_batches))
-        self._walk(table, micro_batches, objective, on_last_backward)
+        self._walk(table, micro_batches, objective, on_last_backward, on_micro_batch)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Any], on_output: Callable[[Any, int], None]) -> None:
+    def evaluate(
+        self,
+        micro_batches: Sequence[Any],
+        on_output: Callable[[Any, int], None],
+        *,
+        on_micro_batch: Callable[[int], None] = _nothing,
+    ) -> None:
         """Forward passes only. Collective over the group.
 
         Args:
             micro_batches: as for `step`.
             on_output: called with the output of every micro-batch, in order, on the rank of the last stage.
+            on_micro_batch: as for `step`.
         """
         table = self.table(len(micro_batches), forward_only=True)
-        self._walk(table, micro_batches, on_output, lambda: None)
+        self._walk(table, micro_batches, on_output, _nothing, on_micro_batch)
 
     def _walk(
         self,
@@ -140,10 +154,11 @@ class PipelineRunner:
         micro_batches: Sequence[Any],
         on_output: Callable[[Any, int], Tensor | None],
         on_last_backward: Callable[[], None],
+        on_micro_batch: Callable[[int], None],
     ) -> None:
         row = table.rows[self._part.rank]
         cuttings = [self._part.cutting(inputs) for inputs in micro_batches]
-        walk = _Pass(halved_passes(row), micro_batches, cuttings, on_output, on_last_backward)
+        walk = _Pass(halved_passes(row), micro_batches, cuttings, on_output, on_last_backward, on_micro_batch)
         walk.backward_left = sum(action.kind in ("B", "W") for action in row)
         if not walk.backward_left:
             on_last_backward()
@@ -164,6 +179,7 @@ class PipelineRunner:
 
     def _forward(self, walk: _Pass, action: Action) -> None:
         stage, index = action.stage, action.micro_batch
+        walk.on_micro_batch(index)
         cutting = walk.cuttings[index]
         arrived = {number: value for number, value in self._take(walk, "F", stage, index).items() if value is not None}
         part = self._part
@@ -181,6 +197,7 @@ class PipelineRunner:
 
     def _backward(self, walk: _Pass, action: Action) -> None:
         stage, index = action.stage, action.micro_batch
+        walk.on_micro_batch(index)
         result = walk.results.pop((stage, index))
         self._count_backward(walk)
         if stage == walk.cuttings[index].stages - 1:

@@ -86,21 +86,23 @@ def take_stages(
     group: Group,
     plan: Plan,
     device: torch.device,
-    on_pieces: Callable[..., Any] | None = None,
+    around: Callable[..., Any] | None = None,
 ) -> Stages:
     """Keep this rank's stages of the model, in place.
 
     Args:
         cut: of this very model.
         group: the ranks of this pipeline.
-        on_pieces: runs what calls the model, where the tensor axis splits its weights.
+        around: runs what calls the model, where other axes have split its weights or its inputs.
     """
     placement = placement_of(plan.schedule, group.size, cut.split.stages)
     part = take_part(cut.split, model, group.rank, group.size, placement)
-    if on_pieces is not None:
+    if around is not None:
+        part.around = around
+    if plan.layout.tensor > 1:
         from shardwise.parallel.tensor.part import plain
 
-        part.around, part.plain = on_pieces, plain
+        part.plain = plain
     runner = PipelineRunner(part, group, schedule=plan.schedule, device=device)
     outputs = runner
     if cut.outputs is not None:
