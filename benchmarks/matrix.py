@@ -40,6 +40,7 @@ LAYOUTS = (
     *("data=2", "shard=2", "tensor=2", "pipeline=2", "context=2", "expert=2"),
     *("data=2,shard=2", "data=2,tensor=2", "shard=2,tensor=2", "data=2,pipeline=2", "shard=2,pipeline=2"),
     *("tensor=2,pipeline=2", "data=2,context=2", "shard=2,context=2", "data=2,expert=2", "shard=2,expert=2"),
+    *("tensor=2,context=2", "tensor=2,expert=2", "context=2,expert=2", "context=2,pipeline=2", "expert=2,pipeline=2"),
 )
 
 
@@ -256,7 +257,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
-    results = list(judge(cells_of(options.models, options.layouts, [(name,) for name in SETTINGS])))
+    results: list[Result] = []
+    for model in options.models:  # new processes for each: the groups of a cell last as long as its process
+        results += judge(cells_of([model], options.layouts, [(name,) for name in SETTINGS]))
     order = {
         cell: place for place, cell in enumerate(cells_of(options.models, options.layouts, [(n,) for n in SETTINGS]))
     }

@@ -1,6 +1,6 @@
 """What each kind of parallelism costs per step and per rank against the same torch pieces, put together by hand.
 
-    python benchmarks/parallel.py [--kinds data,shard,tensor,recompute] [--rounds 12] [--out results.json]
+    python benchmarks/parallel.py [--kinds data,shard,tensor,recompute,pipeline,context,expert] [--rounds 12] [--out results.json]
 
 | kind | by hand |
 |---|---|
@@ -8,6 +8,10 @@
 | shard | `fully_shard` of every block and the root |
 | tensor | `parallelize_module`: column and row by the names of the layers, heads divided, logits gathered |
 | recompute | `torch.utils.checkpoint` around every block, one worker |
+| pipeline | `Schedule1F1B` of two `PipelineStage`s, the same cut and micro-batches |
+| context, expert | gathers and exchanges of torch's functional collectives, and `DistributedDataParallel` |
+
+The last two rows are in parallel_by_hand.py. With expert, blocks have a mixture of experts in place of the two linear layers.
 
 Steady state: both live in the same ranks and take turns, a few steps each, so that a machine whose speed drifts hits both
 alike. The figure is the ratio of shardwise's time to the other's within a round: its median and quartiles.
@@ -21,6 +25,7 @@ Shapes: B samples, T characters, D features.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -40,9 +45,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve()
-KINDS = ("data", "shard", "tensor", "recompute")
+KINDS = ("data", "shard", "tensor", "recompute", "pipeline", "context", "expert")
 BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCABULARY = 16, 128, 256, 8, 4, 96
 STEPS = 3
+MICRO, CUT = 2, 2
+"""Samples of a micro-batch of the pipeline, and the block that its second stage starts with."""
+EXPERTS = 4
 MADE = 8 * BATCH
 MANY = 64
 """Samples of a step where the memory of activations is looked at, so that they outweigh what torch itself takes."""
@@ -51,36 +59,46 @@ Step = Callable[[], None]
 
 
 class Block(nn.Module):
-    """Attention with separate projections, and two linear layers."""
+    """Attention with separate projections, and two linear layers or, with `experts`, a mixture."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, experts: bool = False) -> None:
         super().__init__()
+        self.attend: Callable[..., Tensor] = functools.partial(F.scaled_dot_product_attention, is_causal=True)
         self.heads = HEADS
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        if experts:
+            from shardwise.nn import MoE
+
+            self.mixture = MoE(WIDTH, 2 * WIDTH, EXPERTS, balance=0)
+        else:
+            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.experts = experts
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         y_BTD = self.norm1(x_BTD)
         q, k, v = (
             layer(y_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTD = x_BTD + self.out(mixed.transpose(1, 2).flatten(2))
+        x_BTD = x_BTD + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        if self.experts:
+            return torch.as_tensor(x_BTD + self.mixture(self.norm2(x_BTD)))
         return torch.as_tensor(x_BTD + self.down(F.gelu(self.up(self.norm2(x_BTD)))))
 
 
 class Gpt(nn.Module):
-    """3.3 million parameters."""
+    """3.3 million parameters, 5.4 with experts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, experts: bool = False) -> None:
         super().__init__()
+        self.positions: Tensor | None = None
         self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Block(experts=experts) for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = self.tokens(tokens_BT) + self.places.weight
+        positions = torch.arange(tokens_BT.shape[1]) if self.positions is None else self.positions
+        x_BTD = self.tokens(tokens_BT) + self.places(positions)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return torch.as_tensor(self.head(self.norm(x_BTD)))
@@ -107,12 +125,14 @@ def ours(kind: str, ranks: int, batch: int) -> tuple[Step, nn.Module, torch.opti
     import shardwise
     from shardwise.run.step import take_step
 
+    model = functools.partial(Gpt, experts=kind == "expert")
     job = shardwise.Job(
-        model=Gpt, data=data(), loss=loss, optimizer=optimizer, batch_size=batch, epochs=1, name="parallel"
+        model=model, data=data(), loss=loss, optimizer=optimizer, batch_size=batch, epochs=1, name="parallel"
     )
     recompute = "full" if kind == "recompute" else "none"
     axis = {} if ranks == 1 else {kind: ranks}
-    plan = shardwise.Plan(layout=shardwise.Layout(**axis), recompute=cast(Any, recompute))
+    staged = {"cuts": (f"blocks.{CUT}",), "micro_batch": MICRO} if axis and kind == "pipeline" else {}
+    plan = shardwise.Plan(layout=shardwise.Layout(**axis), recompute=cast(Any, recompute), **cast(Any, staged))
     run = shardwise.start(job, plan=plan, device="cpu", group_exists=ranks > 1)
     stream = run.batches(epochs=1_000_000)
     return lambda: void(take_step(run.assembly, next(stream))), run.model, run.optimizer
@@ -121,7 +141,7 @@ def ours(kind: str, ranks: int, batch: int) -> tuple[Step, nn.Module, torch.opti
 def by_hand(kind: str, ranks: int, batch: int) -> tuple[Step, nn.Module, torch.optim.Optimizer]:
     """The torch pieces of the kind."""
     torch.manual_seed(0)
-    model: Any = Gpt()
+    model: Any = Gpt(experts=kind == "expert")
     rank = c10d.get_rank() if ranks > 1 else 0
     share, first = batch, 0
     if kind == "data" and ranks > 1:
@@ -136,6 +156,8 @@ def by_hand(kind: str, ranks: int, batch: int) -> tuple[Step, nn.Module, torch.o
         parallelize(model, ranks)
     elif kind == "recompute":
         recompute(model)
+    if kind in ("pipeline", "context", "expert"):
+        return more_by_hand(kind, model, batch)
     if kind in ("data", "shard"):
         share, first = batch // ranks, rank * (batch // ranks)
     made = optimizer(model.parameters())
@@ -145,6 +167,39 @@ def by_hand(kind: str, ranks: int, batch: int) -> tuple[Step, nn.Module, torch.o
         inputs, targets = next(stream)
         made.zero_grad(set_to_none=True)
         loss(model(inputs), targets).backward()
+        made.step()
+
+    return step, model, made
+
+
+def more_by_hand(kind: str, model: Any, batch: int) -> tuple[Step, nn.Module, torch.optim.Optimizer]:
+    """The kinds whose pieces are in parallel_by_hand.py, on several ranks."""
+    import parallel_by_hand as hand
+
+    rank, ranks = c10d.get_rank(), c10d.get_world_size()
+    stream, dealt = batches(0, batch, batch), cast("list[nn.Parameter]", [])
+    if kind == "pipeline":
+        model = hand.stage_of(model, CUT)
+        passes = hand.pipeline_passes(model, loss, batch // MICRO, stream)
+    else:
+        if kind == "context":
+            stream = hand.own_tokens(stream, hand.split_sequences(model, LENGTH))
+        else:
+            stream = batches(rank * (batch // ranks), batch // ranks, batch)
+            dealt = hand.deal_experts(model)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+
+        def passes() -> None:
+            inputs, targets = next(stream)
+            loss(model(inputs), targets).backward()
+            for parameter in dealt:  # complete, of the sum of the ranks' means
+                cast(Tensor, parameter.grad).div_(ranks)
+
+    made = optimizer(model.parameters())
+
+    def step() -> None:
+        made.zero_grad(set_to_none=True)
+        passes()
         made.step()
 
     return step, model, made

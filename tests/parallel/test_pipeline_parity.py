@@ -16,7 +16,7 @@ from shardwise.dist.collectives import Group
 from shardwise.parallel.data import GradientSum
 from shardwise.parallel.pipeline.part import call_model, split, take_part
 from shardwise.parallel.pipeline.runner import PipelineRunner
-from shardwise.parallel.pipeline.schedule import stages_for
+from shardwise.parallel.pipeline.schedule import placement_of, stages_for
 from shardwise.parallel.pipeline.shared import SharedGradientSum
 
 STEPS = 2
@@ -402,7 +402,7 @@ def _parallel(case: str, schedule: str, sizes: list[int], fault: str = "") -> Re
     model, inputs, targets = _build(case)
     loss_function = CASES[case].loss
     cut = split(model, _rows_of(inputs, 0, 2), stages_for(schedule, group.size))
-    part = take_part(cut, model, group.rank, group.size)
+    part = take_part(cut, model, group.rank, group.size, placement_of(schedule, group.size, cut.stages))
     runner = PipelineRunner(part, group, schedule=schedule, device=torch.device("cpu"), timeout_seconds=30)
     shared = SharedGradientSum(part, group)
     sums = GradientSum(part.named_parameters(), Group(), bucket_bytes=200)
@@ -430,6 +430,7 @@ def _parallel(case: str, schedule: str, sizes: list[int], fault: str = "") -> Re
             shared.finish()
         gradients = gradients or _gradients(part.named_parameters())
         optimizer.step()
+    assert runner._halves is None or any(runner._halves._sound.values()), "no backward pass was halved"
     model.eval()
     after = [0.0]
 
@@ -482,6 +483,8 @@ SETTINGS = [
     *((case, "1f1b", 4, [6, 1]) for case in CASES if case not in ("mixtures", "packed")),
     *((case, "gpipe", 2, [7]) for case in ("mlp", "gpt_tied", "unet")),
     *((case, "gpipe", 2, [2, 2, 2, 1]) for case in ("mlp", "gpt_tied", "unet")),
+    *((case, "zbv", 2, [2, 1, 1, 1, 2]) for case in ("mlp", "gpt_tied_three", "unet", "pair")),
+    *((case, "dualpipev", 2, [2, 1, 1, 1, 2]) for case in ("mlp", "gpt_tied", "in_place")),
     *((case, "interleaved1f1b", 2, [3, 1, 3]) for case in ("mlp", "gpt_tied_three", "unet", "pair", "in_place")),
 ]
 

@@ -136,6 +136,10 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Run:
         Plan(layout=Layout(pipeline=2), schedule="interleaved1f1b", cuts=("blocks.1", "blocks.2", "norm")),
         Plan(layout=Layout(pipeline=3), schedule="zerobubble"),
         Plan(layout=Layout(pipeline=2, data=2), schedule="zerobubble"),
+        Plan(
+            layout=Layout(pipeline=2), schedule="zbv"
+        ),  # tied weights and the loss on one rank; an embedding is not halved
+        Plan(layout=Layout(pipeline=2, data=2), schedule="dualpipev", cuts=("blocks.1", "blocks.2", "norm")),
         Plan(layout=Layout(pipeline=2, tensor=2), cuts=("blocks.1.3",)),  # where tensor has its values in pieces
         Plan(layout=Layout(shard=2)),  # for what an evaluation between steps leaves behind
     ],
@@ -250,18 +254,18 @@ def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     [
         ({}, Plan(layout=Layout(pipeline=2), cuts=("blocks.9",)), "no module 'blocks.9'; did you mean"),
         ({}, Plan(layout=Layout(pipeline=2), cuts=("norm", "head")), "makes 3 stages, but 2 are needed"),
-        ({}, Plan(layout=Layout(pipeline=2), schedule="zbv"), "this version runs gpipe, 1f1b"),
+        ({}, Plan(layout=Layout(pipeline=2), schedule="zbv", cuts=("norm",)), "makes 2 stages, but 4 are needed"),
+        (
+            {},
+            Plan(layout=Layout(pipeline=2), schedule="dualpipev", recompute="full"),
+            "nor recompute go; use schedule='interleaved1f1b'",
+        ),
         (
             {},
             Plan(layout=Layout(pipeline=2, shard=2), schedule="zerobubble"),
-            "neither shard nor tensor nor recompute go",
+            "neither shard, tensor, context, expert nor recompute go",
         ),
-        (
-            {},
-            "pipeline=2,context=2",
-            "beside pipeline this version splits over data, shard, tensor only, not over context",
-        ),
-        ({}, "pipeline=2,expert=2", "not over expert; use --plan pipeline=2,data=2"),
+        ({}, "pipeline=2,expert=2", "the model has no experts to split"),
         (
             {"model": Normed, "data": (torch.zeros(20, 7), torch.zeros(20, 3)), "loss": F.mse_loss, "weight": None},
             "pipeline=2",

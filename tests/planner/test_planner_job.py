@@ -12,7 +12,7 @@ import pytest
 from shardwise.planner import catalogue
 from shardwise.planner.jobexplain import losers_of_job, nothing_runs, what_helps_job, why_best_job, why_not_job
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
-from shardwise.planner.jobstep import TIME_WITHIN, estimate_job, stage_blocks
+from shardwise.planner.jobstep import TIME_WITHIN, estimate_job, stage_blocks, stages_of
 from shardwise.planner.operations import Sharing, correction, phase_seconds
 from shardwise.spec.facts import BlockFacts, ModelFacts
 from shardwise.spec.layout import Layout
@@ -214,6 +214,23 @@ def test_a_pipeline_waits_at_its_ends() -> None:
     assert found.seconds["bubble"] >= stage
     assert [len(part) for part in stage_blocks(facts(), 2)] == [2, 2]
     assert [len(part) for part in stage_blocks(facts(blocks=3), 3)] == [1, 1, 1]
+
+
+def test_v_shaped_and_interleaved_pipelines_have_two_stages_a_rank() -> None:
+    """8 blocks of equal work on 2 ranks, 4 micro-batches: units are the forward pass of a quarter of the model."""
+    parts = facts(blocks=8)
+    cheap = machine(message_seconds=0.0)
+    unit = 2 * 2 * 1e8 / 9e9
+    bubbles = {"1f1b": 6, "interleaved1f1b": 3, "zerobubble": 2, "zbv": 1, "dualpipev": 1}
+    for schedule, idle in bubbles.items():
+        planned = replace(plan("pipeline=2", micro_batch=2), schedule=schedule)
+        assert len(stages_of(parts, planned)) == (2 if schedule in ("1f1b", "zerobubble") else 4)
+        found = estimate_job(parts, cheap, planned)
+        assert found.seconds["compute"] == pytest.approx(4 * 6 * unit)
+        assert found.seconds["bubble"] == pytest.approx(idle * unit, rel=0.2), schedule  # messages add a little
+    # A model of three blocks cannot be cut four times here: it is priced with one stage a rank.
+    few = estimate_job(facts(blocks=3), cheap, replace(plan("pipeline=2", micro_batch=2), schedule="zbv"))
+    assert few.seconds["compute"] > 0
 
 
 def test_memory_is_told_part_by_part() -> None:

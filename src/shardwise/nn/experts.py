@@ -38,12 +38,14 @@ class Place:
         experts: ranks the experts are dealt to; each is one of `tokens`.
         members: rank in `tokens` of each member of `experts`.
         phantom: whether the tokens of the forward pass under way count for nothing.
+        everywhere: the ranks that together hold all modules and all tokens: `tokens` of all pipeline stages.
     """
 
     tokens: Group = field(default_factory=Group)
     experts: Group = field(default_factory=Group)
     members: tuple[int, ...] = (0,)
     phantom: Callable[[], bool] = _never
+    everywhere: Group = field(default_factory=Group)
 
 
 @final
@@ -163,7 +165,7 @@ def dispatch(
         _record(module, experts, wanted_E, int((wanted_E - own_E).sum()))
     else:
         _record(module, experts, own_E, 0)
-    parameters = [local_part(module.get_parameter(name)) for name in experts.names]
+    parameters = [local_part(getattr(module, name)) for name in experts.names]
     rows_SD = x_TD.index_select(0, order_S // choices)
     if place.experts.size == 1:
         y_SH = run(rows_SD, own_E.tolist(), *parameters)
@@ -195,7 +197,7 @@ def expert_load(model: nn.Module) -> dict[str, Load]:
         return {}
     device = next(model.parameters()).device
     loads = [e.load if e.load is not None else torch.zeros(e.count + 1, dtype=torch.int64) for _, _, e in found]
-    sums = found[0][2].place.tokens.sum_(torch.cat([load.to(device) for load in loads])).tolist()
+    sums = found[0][2].place.everywhere.sum_(torch.cat([load.to(device) for load in loads])).tolist()
     answer, start = {}, 0
     for name, _, experts in found:
         numbers = sums[start : start + experts.count + 1]

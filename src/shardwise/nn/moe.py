@@ -137,8 +137,16 @@ class MoE(nn.Module):
 
         Zero in evaluation mode: it guides the router and says nothing about the model.
         """
+        return _summed(self.take_auxiliary(), self.router.weight)
+
+    def take_auxiliary(self) -> list[Tensor]:
+        """The parts of `auxiliary_loss`, one a pass, which it will not hold any more."""
         parts, self._auxiliary = self._auxiliary, []
-        return torch.stack(parts).sum() if parts else self.router.weight.new_zeros(())
+        return parts
+
+    def put_auxiliary(self, parts: list[Tensor]) -> None:
+        """Give `auxiliary_loss` parts that `take_auxiliary` took, of this layer or of its copy on another pipeline stage."""
+        self._auxiliary += parts
 
     def _run(
         self,
@@ -229,8 +237,13 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
     A scalar over the *global* batch, the same on every rank, to be added to a mean, or times its count to a sum.
     """
-    losses = [module.auxiliary_loss() for module in model.modules() if isinstance(module, MoE)]
-    return torch.stack(losses).sum() if losses else next(model.parameters()).new_zeros(())
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    return _summed([part for layer in layers for part in layer.take_auxiliary()], next(model.parameters()))
+
+
+def _summed(parts: list[Tensor], like: Tensor) -> Tensor:
+    # Of `like` nothing is read: in a pipeline it may be on another stage.
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=like.dtype, device=like.device)
 
 
 def with_auxiliary_loss(
@@ -247,7 +260,7 @@ def with_auxiliary_loss(
         inputs, targets = batch
         for module in model.modules():
             if isinstance(module, MoE):
-                module.auxiliary_loss()  # what passes outside of the objective left
+                module.take_auxiliary()  # what passes outside of the objective left
         if isinstance(inputs, tuple):
             output = model(*inputs)
         else:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -33,7 +34,7 @@ from shardwise.parallel.expert import check_experts, expert_parameters, forward_
 from shardwise.parallel.local import LocalSteps, check_local_steps
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
-from shardwise.spec.plan import Plan
+from shardwise.spec.plan import HALVED, V_SHAPED, Plan
 from shardwise.spec.shares import share_bounds
 
 if TYPE_CHECKING:
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
 
 READY_AXES = ("data", "shard", "tensor", "pipeline", "context", "expert")
 """Axes that this version can run; the others are planned for and refused."""
-
-_BESIDE_PIPELINE = ("data", "shard", "tensor")
-"""Axes that a layout with a pipeline may have as well."""
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -120,12 +118,6 @@ def check_layout(plan: Plan) -> None:
                 f"plan {layout}: this version splits over {', '.join(READY_AXES)} only, not yet over {axis}; "
                 f"use --plan data={layout.workers} or serial"
             )
-    beside = [axis for axis, d in layout.degrees.items() if d > 1 and axis not in (*_BESIDE_PIPELINE, "pipeline")]
-    if layout.pipeline > 1 and beside:
-        raise PlanError(
-            f"plan {layout}: beside pipeline this version splits over {', '.join(_BESIDE_PIPELINE)} only, not over "
-            f"{beside[0]}; use --plan pipeline={layout.pipeline},data={layout.workers // layout.pipeline}"
-        )
     if plan.recompute != "none" and plan.compile:
         raise PlanError(
             f"plan recompute={plan.recompute!r} with compile: compiled code decides itself what to compute again; leave one of "
@@ -135,10 +127,12 @@ def check_layout(plan: Plan) -> None:
         raise PlanError(
             "plan recompute_modules names what to recompute, but recompute is 'none': give recompute as well"
         )
-    if plan.schedule == "zerobubble" and (layout.shard * layout.tensor > 1 or plan.recompute != "none"):
+    others = layout.shard * layout.tensor * layout.context * layout.expert
+    if plan.schedule in HALVED and (others > 1 or plan.recompute != "none"):
+        whole = _unhalved(plan)
         raise PlanError(
-            f"plan {layout} with schedule='zerobubble': its backward pass is in two halves, through which neither shard nor "
-            "tensor nor recompute go; use schedule='1f1b', or data beside the pipeline"
+            f"plan {layout} with schedule={plan.schedule!r}: its backward passes are in two halves, through which neither shard, "
+            f"tensor, context, expert nor recompute go; use schedule={whole!r}, or data beside the pipeline"
         )
     if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
         raise PlanError(
@@ -153,6 +147,11 @@ def check_layout(plan: Plan) -> None:
         raise PlanError(
             f"plan {layout}: tensor_rules belong to a tensor axis, which this layout has not; leave them out"
         )
+
+
+def _unhalved(plan: Plan) -> str:
+    """The schedule nearest to a halved one."""
+    return "interleaved1f1b" if plan.schedule in V_SHAPED else "1f1b"
 
 
 def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: str) -> None:
@@ -193,6 +192,11 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
     share = max(sizes)
     splits = plan.micro_batch is not None and plan.micro_batch < share
     check_experts(model, plan.layout, splits_share=splits)
+    if plan.schedule in HALVED and forward_meets_others(model, plan.layout):
+        raise PlanError(
+            f"plan {plan.layout} with schedule={plan.schedule!r}: its backward passes are in two halves, in which layers with "
+            f"experts cannot keep in step with other workers; use schedule={_unhalved(plan)!r}"
+        )
     if plan.layout.context > 1 and plan.compile:
         raise PlanError(
             f"plan {plan.layout} with compile: compiled code does not ask for whole sequences; leave one of them out"
@@ -260,7 +264,10 @@ def compose(
     if cut is not None:
         from shardwise.parallel.pipeline.stages import StageGradients, take_stages
 
-        stages = take_stages(cut, model, mesh.group("pipeline"), plan, next(model.parameters()).device, on_pieces)
+        around = on_pieces
+        if context is not None:
+            around = context.around if on_pieces is None else functools.partial(context.around, on_pieces)
+        stages = take_stages(cut, model, mesh.group("pipeline"), plan, next(model.parameters()).device, around)
     recomputed = _recompute(model, plan, stages)
     sharded: Sharded | None = None
     if plan.layout.shard > 1:
@@ -318,10 +325,11 @@ def _recompute(model: nn.Module, plan: Plan, stages: Stages | None) -> Recompute
         return None
     from shardwise.parallel.recompute import recompute, recompute_stages
 
-    if stages is not None:
-        return recompute_stages(stages.part, plan)
     # Tokens may leave a rank without any for an expert, whose recomputation would then end earlier than on other ranks.
-    return recompute(model, plan, early_stop=not expert_parameters(model))
+    early_stop = not expert_parameters(model)
+    if stages is not None:
+        return recompute_stages(stages.part, plan, early_stop=early_stop)
+    return recompute(model, plan, early_stop=early_stop)
 
 
 def _draws_masks(module: nn.Module) -> bool:

@@ -93,7 +93,8 @@ def split_experts(model: nn.Module, mesh: Mesh, state: BatchState) -> set[str]:
     experts = mesh.group("expert").twin()
     device = next(p.device for p in model.parameters() if not p.is_meta)
     members = experts.gather(torch.tensor(tokens.rank, device=device)).tolist()
-    place = Place(tokens, experts, tuple(members), lambda: state.phantom)
+    everywhere = mesh.group("data", "shard", "context", "expert", "pipeline")
+    place = Place(tokens, experts, tuple(members), lambda: state.phantom, everywhere)
     replaced: dict[int, nn.Parameter] = {}
     for _, module, declared in found:
         declared.place = place
@@ -150,11 +151,6 @@ def _check_moe(name: str, module: MoE, layout: Layout, *, splits_share: bool) ->
         raise PlanError(
             f"plan {layout}: MoE layer {name!r} serves tokens in the order of the global batch (capacity_factor="
             f"{module.capacity_factor}), which context splits; leave the capacity out or use data instead of context"
-        )
-    if (module.balance or module.z) and layout.pipeline > 1:
-        raise PlanError(
-            f"plan {layout}: MoE layer {name!r} has an auxiliary loss ({looking[0]}), which the last pipeline stage cannot "
-            "add to the objective; build the layer with balance=0 and z=0, or leave pipeline out of the plan"
         )
 
 

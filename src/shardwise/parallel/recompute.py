@@ -142,19 +142,20 @@ def check_cut(model: nn.Module, plan: Plan, opened: Collection[str]) -> None:
             )
 
 
-def recompute_stages(part: PipelinePart, plan: Plan) -> Recomputed:
+def recompute_stages(part: PipelinePart, plan: Plan, *, early_stop: bool = True) -> Recomputed:
     """As `recompute`, of what this rank's pipeline stages hold.
 
     Args:
         part: of a model that `check_cut` accepted.
         plan: accepted by `recomputed_modules`.
+        early_stop: as for `recompute`.
     """
     kept, gates = Recomputed(), dict(part.gates())
     for name, module in recomputed_modules(part.model, plan).items():
         if name in gates:
-            gates[name].run = wrap(name, module, gates[name].run, plan, kept)
+            gates[name].run = wrap(name, module, gates[name].run, plan, kept, early_stop=early_stop)
         elif any(name.startswith(f"{unit}.") for unit in gates):
-            module.forward = wrap(name, module, module.forward, plan, kept)
+            module.forward = wrap(name, module, module.forward, plan, kept, early_stop=early_stop)
     return kept
 
 

@@ -12,7 +12,7 @@ from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import MESSAGE_SECONDS, message_seconds
 from shardwise.planner.memory import CONTEXT_BYTES, SLACK
 from shardwise.planner.operations import PhaseSeconds, Sharing, correction, divided_norms, phase_seconds, turns
-from shardwise.planner.schedule import Timeline, simulate
+from shardwise.planner.schedule import Timeline, rank_of, simulate, stages_per_rank
 from shardwise.planner.step import UNCERTAIN
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
@@ -125,7 +125,7 @@ def estimate_job(
     links = Links(machine, layout, constants, nodes)
     split = tensor_parts(facts, layout.tensor)
     known = correction(facts, machine, micro, sharing.threads)
-    stages = stage_blocks(facts, layout.pipeline)
+    stages = stages_of(facts, plan)
     timeline, work = _pipeline(facts, machine, plan, sharing, links, micro, passes, split, stages, known, constants)
     seconds = dict.fromkeys(PART_NAMES, 0.0)
     seconds["compute"] = timeline.busiest_seconds
@@ -187,6 +187,29 @@ def stage_blocks(facts: JobFacts, stages: int) -> list[list[int]]:
     return packed
 
 
+def stages_of(facts: JobFacts, plan: Plan) -> list[list[int]]:
+    """Blocks of every stage that the plan's schedule asks for; fewer where the model has fewer blocks."""
+    named = (len(plan.cuts) + 1) // plan.layout.pipeline if plan.cuts else 2
+    return stage_blocks(facts, plan.layout.pipeline * stages_per_rank(plan.schedule, named))
+
+
+def _placed(plan: Plan, stages: int) -> tuple[str, int]:
+    """The schedule and the number of ranks that so many stages are priced with."""
+    least = plan.layout.pipeline * (1 if stages_per_rank(plan.schedule, 2) == 1 else 2)
+    if stages < least or stages % plan.layout.pipeline:
+        return "1f1b", stages  # the model has too few blocks to say how it would be cut
+    return plan.schedule, plan.layout.pipeline
+
+
+def _by_rank(plan: Plan, values: Sequence[float]) -> list[float]:
+    """Sums over the stages of every rank."""
+    schedule, ranks = _placed(plan, len(values))
+    found = [0.0] * ranks
+    for stage, value in enumerate(values):
+        found[rank_of(stage, ranks, schedule)] += value
+    return found
+
+
 def _pack(work: Sequence[float], most: float) -> list[list[int]]:
     found: list[list[int]] = [[]]
     filled = 0.0
@@ -233,22 +256,16 @@ def _pipeline(
             constants=constants,
         )
         works.append(PhaseSeconds(found.forward * known, found.backward * known, found.optimizer * known))
-    heaviest = max(works, key=lambda one: one.passes)
-    whole = sum(one.optimizer for one in works) / len(works)
     if len(stages) == 1:
-        busy = passes * heaviest.passes
-        return Timeline(busy, busy, (1,)), PhaseSeconds(heaviest.forward, heaviest.backward, whole)
+        busy = passes * works[0].passes
+        return Timeline(busy, busy, (1,)), works[0]
+    schedule, ranks = _placed(plan, len(stages))
+    forward, backward = ([getattr(one, name) for one in works] for name in ("forward", "backward"))
+    whole = sum(one.optimizer for one in works) / ranks
     crossing = max(facts.model.blocks[blocks[-1]].output_bytes for blocks in stages[:-1])
     hop = links.seconds("send", micro * crossing, ("pipeline",)) + 2 * MESSAGE_SECONDS
-    timeline = simulate(
-        plan.schedule,
-        passes,
-        tuple(one.forward for one in works),
-        tuple(one.backward for one in works),
-        hop,
-        len(stages),
-    )
-    return timeline, PhaseSeconds(heaviest.forward, heaviest.backward, whole)
+    timeline = simulate(schedule, passes, tuple(forward), tuple(backward), hop, ranks)
+    return timeline, PhaseSeconds(max(_by_rank(plan, forward)), max(_by_rank(plan, backward)), whole)
 
 
 def _owned(facts: JobFacts, plan: Plan) -> float:
@@ -271,7 +288,7 @@ def _memory(
     layout = plan.layout
     count = max(1, facts.model.parameters)
     parts = [sum(facts.model.blocks[i].parameters * split.get(i, 1.0) for i in blocks) / count for blocks in stages]
-    held = max(parts) if facts.model.parameters else 1.0
+    held = max(_by_rank(plan, parts)) if facts.model.parameters else 1.0
     experts = facts.expert_bytes / max(1.0, facts.parameter_bytes) if layout.expert > 1 else 0.0
     held *= 1.0 - experts + experts / layout.expert
     parameters = facts.parameter_bytes * held / layout.shard

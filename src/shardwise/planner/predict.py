@@ -14,10 +14,10 @@ from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.repair import repair
 from shardwise.planner.runs import REQUIRED, Row
-from shardwise.planner.schedule import V_SHAPED
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
+from shardwise.spec.plan import V_SHAPED
 
 GIB = 2**30
 MODEL_KEYS = (

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardwise.errors import PlanError
+from shardwise.spec.plan import HALVED, V_SHAPED
 
 Action = tuple[str, int, int]
 """(kind, stage, micro-batch)."""
 
-V_SHAPED = ("zbv", "dualpipev")
-SPLIT_BACKWARD = ("zerobubble", "zbv", "dualpipev")
 WEIGHT_SHARE = 0.5
 """Share of the backward pass that computes weight gradients; a linear layer has one product for each."""
 
@@ -121,7 +120,7 @@ def closed_form(
 
     1f1b and gpipe: every stage once and the slowest stage for the other micro-batches. Interleaved with v chunks: the
     ramp is v times shorter (Narayanan et al. 2021, section 2.2). zerobubble: the ramp holds forward + backward - 2 x
-    weight gradient (Qi et al. 2023, table 2); V schedules: none for equal times.
+    weight gradient (Qi et al. 2023, table 2); V schedules: for equal times only the last rank's later start.
     """
     stages = len(forward_seconds)
     chunks = stages // ranks
@@ -131,7 +130,7 @@ def closed_form(
         owned[rank_of(stage, ranks, schedule)] += pair
     busiest = max(owned)
     if schedule in V_SHAPED:
-        ramp = 0.0
+        ramp = sum(forward_seconds) / stages * (ranks - 1)
     elif schedule == "zerobubble":
         ramp = (sum(pairs) - 2.0 * WEIGHT_SHARE * sum(backward_seconds)) * (ranks - 1) / ranks
     elif chunks > 1:
@@ -199,7 +198,7 @@ def _run(
         return _greedy(schedule, micro_batches, forward, backward, send, ranks)
     stages = len(forward)
     rows = table(schedule, ranks, micro_batches, stages // ranks)
-    split = schedule in SPLIT_BACKWARD
+    split = schedule in HALVED
     weights = [time * WEIGHT_SHARE if split else 0.0 for time in backward]
     done_f = [[-1.0] * micro_batches for _ in range(stages)]
     done_b = [[-1.0] * micro_batches for _ in range(stages)]
@@ -279,7 +278,7 @@ def _greedy(
         chosen: tuple[float, int, int, int, int, str, int] | None = None
         for rank in range(ranks):
             for time, kind, stage, index in ready[rank]:
-                if kind == "F" and stage < ranks and level[rank] >= 2 * ranks - rank:
+                if kind == "F" and stage < ranks and level[rank] >= 2 * ranks - 1:
                     continue
                 start = max(time, clock[rank])
                 key = (start, 0 if kind == "B" else 1, -stage if kind == "F" else stage, index, rank, kind, stage)

@@ -11,6 +11,7 @@ from torch import nn
 from shardwise.dist.collectives import Group
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import defers_weights
+from shardwise.run.heap import memory_given_back
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 

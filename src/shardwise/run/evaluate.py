@@ -106,13 +106,19 @@ def _through_stages(a: Assembly, stages: Stages, batches: Iterator[Batch], total
 
 
 def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor) -> None:
+    once = a.mesh.coordinate("context") == 0
+    mine = [own_tokens(a, batch) for batch in few]
+
+    def walk_into(index: int) -> None:
+        a.composed.state.phantom = few[index].phantom
+
     def add_value(value: Any, index: int) -> None:
         if few[index].count:
-            totals[0] += _pair(value, few[index].count, LOSS).to(a.device)
+            totals[0] += _pair(value, few[index].count * a.token_share, LOSS).to(a.device)
 
     def add_output(output: Any, index: int) -> None:
         batch, output = few[index], whole_output(a, output)
-        if not batch.count:
+        if not batch.count or not once:
             return
         if not stages.own_loss:
             with autocast(a):
@@ -120,10 +126,11 @@ def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor)
         _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
 
     if stages.own_loss:
-        stages.runner.evaluate([(batch.inputs, batch.targets) for batch in few], add_value)
+        pairs = [(batch.inputs, batch.targets) for batch in mine]
+        stages.runner.evaluate(pairs, add_value, on_micro_batch=walk_into)
     if a.job.metrics or not stages.own_loss:
-        stages.outputs.evaluate([batch.inputs for batch in few], add_output)
-    if stages.runner.has_output:
+        stages.outputs.evaluate([batch.inputs for batch in mine], add_output, on_micro_batch=walk_into)
+    if stages.runner.has_output and once:
         totals[-1, 0] += sum(batch.count for batch in few)
 
 

@@ -216,10 +216,12 @@ def _stage_passes(a: Assembly, batch: Batch, parts: list[Batch], stages: Stages)
         sums[0] += loss.detach().double() * weights[index]
         return loss * (weights[index] / total)
 
-    # Layers that ask have one micro-batch a step.
-    a.composed.state.phantom = any(part.phantom for part in parts)
+    def walk_into(index: int) -> None:
+        a.composed.state.phantom = parts[index].phantom
+
     inputs = [(part.inputs, part.targets) if stages.own_loss else part.inputs for part in parts]
-    stages.runner.step(inputs, objective, on_last_backward=a.composed.gradients.expect)
+    expect = a.composed.gradients.expect
+    stages.runner.step(inputs, objective, on_last_backward=expect, on_micro_batch=walk_into)
     a.clock.mark("backward")
     if weights is not None:
         a.composed.gradients.finish()

@@ -18,6 +18,10 @@ Recompute = Literal["none", "selective", "full"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
 Build = Literal["auto", "whole", "deferred"]
 SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev")
+V_SHAPED = ("zbv", "dualpipev")
+"""Schedules under which a pipeline rank has two stages, as far from the two ends of the model as it is from the first rank."""
+HALVED = ("zerobubble", "zbv", "dualpipev")
+"""Schedules with backward passes in two halves: the gradients of activations, and those of weights, later."""
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTES = ("none", "selective", "full")
 COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")

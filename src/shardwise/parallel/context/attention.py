@@ -31,7 +31,8 @@ ATTENTION = F.scaled_dot_product_attention
 """torch's own, whatever the name stands for meanwhile."""
 
 
-_TENSOR_AXIS = "shardwise.parallel.tensor."
+_BETWEEN = ("shardwise.parallel.tensor.", "shardwise.parallel.pipeline.")
+"""Where modes of other axes live."""
 
 
 class Sequences(ABC):
@@ -131,9 +132,9 @@ Site = tuple[str, int, int]
 
 
 def _caller() -> FrameType:
-    """Where the model called the function that a mode was given; a mode of the tensor axis may lie in between."""
+    """Where the model called the function that a mode was given; modes of other axes may lie in between."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_TENSOR_AXIS):
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_BETWEEN):
         frame = frame.f_back
     assert frame is not None
     return frame
@@ -157,10 +158,12 @@ class WholeSequence(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.__getitem__:
-            return self._sliced(args[0], args[1], _caller())
-        if func is torch.arange:
-            return self._arange(args, kwargs, _caller())
+        if func is Tensor.__getitem__ or func is torch.arange:
+            frame = _caller()
+            # Layers of our own count tokens of an expert, which may be as many as this rank's, and never mean positions.
+            if str(frame.f_globals.get("__name__", "")).startswith("shardwise.nn."):
+                return func(*args, **kwargs)
+            return self._arange(args, kwargs, frame) if func is torch.arange else self._sliced(args[0], args[1], frame)
         if func is ATTENTION:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:

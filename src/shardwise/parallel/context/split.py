@@ -74,6 +74,7 @@ class ContextSplit:
         self._group = group.twin()  # what layers send must not depend on when gradients of other layers are ready
         self._part = Part(checked.length, group.size, group.rank)
         self._checked = checked
+        self._wiring: Wiring | None = None
 
     @property
     def share(self) -> float:
@@ -82,7 +83,13 @@ class ContextSplit:
 
     def wire(self, model: nn.Module) -> None:
         """Let the model's forward pass see whole sequences, in place. Types, names and parameters stay what they are."""
-        Wiring(model).connect(self._part, Gathered(self._group), self._checked.sites)
+        self._wiring = Wiring(model)
+        self._wiring.connect(self._part, Gathered(self._group), self._checked.sites)
+
+    def around(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, which calls the wired model or parts of it, with whole sequences seen by all it calls."""
+        assert self._wiring is not None
+        return self._wiring.run(function, *args)
 
     def local(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """This rank's tokens of a batch.
@@ -139,13 +146,14 @@ class Wiring:
         self._active = False
         for module in model.modules():
             if not _is_plain(module):
-                module.forward = functools.partial(self._run, module.forward)
+                module.forward = functools.partial(self.run, module.forward)
 
     def connect(self, part: Part, sequences: Sequences, sites: Sites) -> None:
         """From now on forward passes are of this part of the sequences."""
         self._mode = WholeSequence(part, sequences, sites)
 
-    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`forward(*args, **kwargs)`, which sees whole sequences."""
         if self._active or self._mode is None:
             return forward(*args, **kwargs)
         self._active = True

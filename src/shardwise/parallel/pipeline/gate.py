@@ -7,10 +7,12 @@ hands the call to the handler of the moment, which runs it, or answers with a st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
-from torch import nn
+from torch import Tensor, nn
+
+from shardwise.nn.moe import MoE
 
 
 class Handler(Protocol):
@@ -23,9 +25,19 @@ class Handler(Protocol):
 @final
 @dataclass
 class Session:
-    """Who answers gated calls of one model at the moment; nobody outside of a pipelined pass."""
+    """Who answers gated calls of one model at the moment; nobody outside of a pipelined pass.
+
+    Attributes:
+        layers: of the units, those that keep something for the objective beside what they return.
+    """
 
     handler: Handler | None = None
+    layers: list[MoE] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Let go of what the layers keep."""
+        for layer in self.layers:
+            layer.take_auxiliary()
 
 
 def units(model: nn.Module, opened: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -59,20 +71,33 @@ def _named_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
 class Gate:
     """Stands before a module's forward function.
 
+    What layers inside keep for the objective (`shardwise.nn.MoE` its auxiliary loss) is for the handler a part of the answer,
+    so that it gets to the stage that computes the objective as any other value does.
+
     Attributes:
         run: the module's own code.
     """
 
-    def __init__(self, run: Callable[..., Any], name: str, session: Session) -> None:
+    def __init__(self, run: Callable[..., Any], name: str, session: Session, layers: list[MoE]) -> None:
         self.run = run
         self._name = name
         self._session = session
+        self._layers = layers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handler = self._session.handler
         if handler is None:
             return self.run(*args, **kwargs)
-        return handler.module_call(self._name, self.run, args, kwargs)
+        if not self._layers:
+            return handler.module_call(self._name, self.run, args, kwargs)
+        answer, kept = handler.module_call(self._name, self._run_and_take, args, kwargs)
+        for layer, parts in zip(self._layers, kept, strict=True):
+            layer.put_auxiliary(parts)
+        return answer
+
+    def _run_and_take(self, *args: Any, **kwargs: Any) -> tuple[Any, list[list[Tensor]]]:
+        answer = self.run(*args, **kwargs)
+        return answer, [layer.take_auxiliary() for layer in self._layers]
 
 
 def install(module: nn.Module, name: str, session: Session) -> Gate:
@@ -81,9 +106,11 @@ def install(module: nn.Module, name: str, session: Session) -> Gate:
     Returns:
         The inner of the two gates, behind the module's hooks.
     """
-    inner = Gate(module.forward, name, session)
+    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+    session.layers += [layer for layer in layers if layer not in session.layers]
+    inner = Gate(module.forward, name, session, layers)
     module.forward = inner
     compiled: Callable[..., Any] | None = module._compiled_call_impl
     outer = compiled if compiled is not None else module._call_impl
-    module._compiled_call_impl = Gate(outer, name, session)  # torch's own slot for a replaced call
+    module._compiled_call_impl = Gate(outer, name, session, layers)  # torch's own slot for a replaced call
     return inner

@@ -14,7 +14,7 @@ from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.cuts import StageTable
 from shardwise.parallel.pipeline.gate import Gate, Session, install, units
 from shardwise.parallel.pipeline.program import Cutting, Forward, Program, describe, find_cuts
-from shardwise.parallel.pipeline.schedule import rank_of
+from shardwise.parallel.pipeline.schedule import placement_of
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -62,7 +62,7 @@ class PipelinePart:
     Attributes:
         model: the user's module itself, with every module and name in place. Parameters and buffers of other ranks are
             stand-ins with shape, dtype and device and without memory; they never get a gradient.
-        stages: the stages this rank runs.
+        placement: the rank of every stage.
         holders: name of every parameter and buffer -> the ranks that hold it; the first is its owner.
         around: `around(function, *args)` runs a stage.
         plain: makes a value of a stage one that can be sent.
@@ -72,14 +72,18 @@ class PipelinePart:
     program: Program
     table: StageTable
     rank: int
-    ranks: int
-    stages: tuple[int, ...]
+    placement: tuple[int, ...]
     holders: dict[str, tuple[int, ...]]
     around: Callable[..., Any] = _call
     plain: Callable[[Any], Any] = _itself
     session: Session = field(default_factory=Session)
     _gates: dict[str, Gate] = field(default_factory=dict)
     _accepted: set[int] = field(default_factory=set)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages this rank runs."""
+        return tuple(stage for stage, rank in enumerate(self.placement) if rank == self.rank)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what this rank holds, tied ones once, with the user's names."""
@@ -153,7 +157,7 @@ class PipelinePart:
         cutting = self.program.cutting(inputs)
         if cutting.trace.asks_values or id(cutting) not in self._accepted:
             for name, stages in cutting.holders().items():
-                missing = sorted({rank_of(stage, self.ranks) for stage in stages} - set(self.holders[name]))
+                missing = sorted({self.placement[stage] for stage in stages} - set(self.holders[name]))
                 if missing:
                     raise PlanError(
                         f"with inputs of these shapes (or in this mode) pipeline rank {missing[0]} needs {name!r}, which it "
@@ -196,17 +200,20 @@ def split(
     return Split(program, describe(cutting, model, names), holders)
 
 
-def take_part(split: Split, model: nn.Module, rank: int, ranks: int) -> PipelinePart:
+def take_part(
+    split: Split, model: nn.Module, rank: int, ranks: int, placement: tuple[int, ...] | None = None
+) -> PipelinePart:
     """Keep this rank's part of the model: in place, everything else gives its memory back.
 
     Args:
         split: of this very model.
         rank: this rank's index in its pipeline.
-        ranks: number of ranks in the pipeline; stages go round robin.
+        ranks: number of ranks in the pipeline.
+        placement: the rank of every stage; round robin if left out.
     """
-    stages = tuple(stage for stage in range(split.stages) if rank_of(stage, ranks) == rank)
+    placed = placement_of("1f1b", ranks, split.stages) if placement is None else placement
     holders = {
-        name: tuple(sorted({rank_of(stage, ranks) for stage in found}, key=lambda r: (min(found) % ranks != r, r)))
+        name: tuple(sorted({placed[stage] for stage in found}, key=lambda r: (placed[min(found)] != r, r)))
         for name, found in split.holders.items()
     }
     held = {name for name, found in holders.items() if rank in found}
@@ -218,7 +225,7 @@ def take_part(split: Split, model: nn.Module, rank: int, ranks: int) -> Pipeline
                 setattr(module, name, split.program.fakes.like(tensor))
     split.program.fakes.forget()
     del originals
-    part = PipelinePart(model, split.program, split.table, rank, ranks, stages, holders)
+    part = PipelinePart(model, split.program, split.table, rank, placed, holders)
     for name, module in list(units(model, split.program.opened)):
         part._gates[name] = install(module, name, part.session)
     return part

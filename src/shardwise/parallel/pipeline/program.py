@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, final
 from torch import nn
 
 from shardwise.errors import PlanError
+from shardwise.nn.experts import declared_experts
 from shardwise.parallel.pipeline.cuts import StageShare, StageTable, check_named, choose, forbidden
 from shardwise.parallel.pipeline.gate import Session, install, units
 from shardwise.parallel.pipeline.skeleton import Fakes, skeleton_of
@@ -84,9 +85,12 @@ class Program:
         self._skeleton = skeleton_of(model, self.fakes)
         self.opened = frozenset(parent for cut in cuts for parent in _parents(cut))
         self._session = Session()
-        for name, module in list(units(self._skeleton, self.opened)):
-            install(module, name, self._session)
         self._modules = dict(self._skeleton.named_modules())
+        # Opened modules too, so that a trace says where they start: one cut may be at a module, another one inside it.
+        opened = [(name, self._modules[name]) for name in sorted(self.opened)]
+        opened = [(name, module) for name, module in opened if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+        for name, module in [*units(self._skeleton, self.opened), *opened]:
+            install(module, name, self._session)
         self._followed: list[tuple[nn.Module, nn.Module]] = []
         self._known: dict[tuple[Any, ...], Cutting] = {}
         self._forced: set[int] = set()
@@ -130,12 +134,15 @@ def find_cuts(
     """
     if cuts:
         check_named(cuts, [name for name, _ in model.named_modules() if name], stages)
+        _check_outside_experts(model, cuts)
         return tuple(cuts)
     fakes = Fakes()
     skeleton = skeleton_of(model, fakes)
     session = Session()
     modules = [(name, module) for name, module in skeleton.named_modules() if name]
-    opened = {name for name, module in modules if next(module.children(), None) is not None}
+    opened = {
+        name for name, module in modules if next(module.children(), None) is not None and not declared_experts(module)
+    }
     for name, module in modules:
         if not isinstance(module, nn.ModuleList | nn.ModuleDict):
             install(module, name, session)
@@ -149,6 +156,16 @@ def find_cuts(
             if error.module not in opened:
                 raise
             opened.remove(error.module)
+
+
+def _check_outside_experts(model: nn.Module, cuts: Sequence[str]) -> None:
+    for cut in cuts:
+        for parent in _parents(cut):
+            if declared_experts(model.get_submodule(parent)):
+                raise PlanError(
+                    f"plan cuts: {cut!r} lies inside {parent!r}, whose experts run as a whole on one stage; cut at "
+                    f"{parent!r} or elsewhere"
+                )
 
 
 def describe(cutting: Cutting, model: nn.Module, cuts: Sequence[str]) -> StageTable:

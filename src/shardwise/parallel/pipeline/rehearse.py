@@ -40,7 +40,7 @@ def rehearse(
     fakes: Fakes,
     samples: dict[int, Tensor],
 ) -> Rehearsal:
-    """Call `run(*args, **kwargs)`, which is the module's own code if there is a module, with zeros for all stand-ins.
+    """Call `run(*args, **kwargs)`, which calls the module if there is one, with zeros for all stand-ins.
 
     Args:
         samples: id of a stand-in that came out of a rehearsal -> the tensor it stands for, used in place of zeros; what
@@ -85,5 +85,19 @@ def rehearse(
         answer = run(*real_args, **real_kwargs)
     else:
         state = {name: real(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-        answer = torch.func.functional_call(module, state, real_args, real_kwargs)
+        named = {f"module.{name}": tensor for name, tensor in state.items()}
+        answer = torch.func.functional_call(_Calls(module, run), named, real_args, real_kwargs)
     return Rehearsal(pytree.tree_map_only(Tensor, fake, answer), originals)
+
+
+@final
+class _Calls(nn.Module):
+    """Runs what calls a module."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)

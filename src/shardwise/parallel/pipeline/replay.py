@@ -77,6 +77,7 @@ def run_stage(
     if cutting.trace.copy_inputs:
         inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
     replay = _Replay(model, cutting, stage, values)
+    session.forget()
     output = None
     try:
         with replay:
@@ -88,6 +89,7 @@ def run_stage(
         pass
     finally:
         session.handler = None
+        session.forget()
     following = cutting.carried[stage + 1] if stage + 1 < cutting.stages else ()
     return StageResult(leaves, {number: plain(replay.values[number]) for number in following}, output)
 

@@ -16,7 +16,7 @@ from shardwise.parallel.pipeline.message import Form, pack, unpack
 from shardwise.parallel.pipeline.part import PipelinePart
 from shardwise.parallel.pipeline.program import Cutting
 from shardwise.parallel.pipeline.replay import StageResult, run_stage
-from shardwise.parallel.pipeline.schedule import HALVED, Action, ScheduleTable, forward_table, rank_of, schedule_table
+from shardwise.parallel.pipeline.schedule import Action, ScheduleTable, forward_table, halved_passes, schedule_table
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.halves import Halves
@@ -28,16 +28,21 @@ _BEFORE = {"RECV_F": -1, "RECV_B": 1}
 _WHAT = {"F": "activations", "B": "gradients"}
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
 @final
 @dataclass
 class _Pass:
     """One walk through a table."""
 
-    table: ScheduleTable
+    halved: frozenset[tuple[int, int]]
     micro_batches: Sequence[Any]
     cuttings: list[Cutting]
     on_output: Callable[[Any, int], Tensor | None]
     on_last_backward: Callable[[], None]
+    on_micro_batch: Callable[[int], None]
     received: dict[tuple[str, int, int], Transfer] = field(default_factory=dict)
     sent: dict[tuple[str, int, int], Transfer] = field(default_factory=dict)
     here: dict[tuple[str, int, int], dict[int, Tensor | None]] = field(default_factory=dict)
@@ -65,7 +70,7 @@ class PipelineRunner:
         Args:
             part: what this rank keeps of the model.
             group: the ranks of this pipeline, in the order of their stages.
-            schedule: one of `READY_SCHEDULES`.
+            schedule: one of `shardwise.spec.plan.SCHEDULES`.
             device: where activations live.
             timeout_seconds: how long to wait for a neighbour; None as long as the process group allows.
         """
@@ -91,12 +96,13 @@ class PipelineRunner:
         name = "forward" if forward_only else self._schedule
         key = (name, micro_batches)
         if key not in self._tables:
-            ranks, stages = self._group.size, self._stages
+            ranks = self._group.size
             self._tables[key] = (
-                forward_table(ranks, stages, micro_batches)
+                forward_table(self._part.placement, ranks, micro_batches)
                 if forward_only
-                else schedule_table(name, ranks, stages, micro_batches)
+                else schedule_table(name, ranks, self._stages, micro_batches)
             )
+            assert self._tables[key].placement == self._part.placement
         return self._tables[key]
 
     def step(
@@ -104,7 +110,8 @@ class PipelineRunner:
         micro_batches: Sequence[Any],
         objective: Objective,
         *,
-        on_last_backward: Callable[[], None] = lambda: None,
+        on_last_backward: Callable[[], None] = _nothing,
+        on_micro_batch: Callable[[int], None] = _nothing,
     ) -> None:
         """All forward and backward passes of one global step; gradients are added to what `parameter.grad` holds.
 
@@ -114,24 +121,32 @@ class PipelineRunner:
             micro_batches: inputs of the model, of any sizes, on the device.
             objective: called on the rank of the last stage, once for every micro-batch, in order.
             on_last_backward: called before this rank's last backward pass; its gradients are complete after it.
+            on_micro_batch: called with the index of the micro-batch before every forward and backward pass of a stage.
 
         Raises:
             PlanError: a micro-batch cannot go through the stages.
             RunFailed: a neighbour did not answer, or the forward pass took another way than when it was traced.
         """
         table = self.table(len(micro_batches))
-        self._walk(table, micro_batches, objective, on_last_backward)
+        self._walk(table, micro_batches, objective, on_last_backward, on_micro_batch)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Any], on_output: Callable[[Any, int], None]) -> None:
+    def evaluate(
+        self,
+        micro_batches: Sequence[Any],
+        on_output: Callable[[Any, int], None],
+        *,
+        on_micro_batch: Callable[[int], None] = _nothing,
+    ) -> None:
         """Forward passes only. Collective over the group.
 
         Args:
             micro_batches: as for `step`.
             on_output: called with the output of every micro-batch, in order, on the rank of the last stage.
+            on_micro_batch: as for `step`.
         """
         table = self.table(len(micro_batches), forward_only=True)
-        self._walk(table, micro_batches, on_output, lambda: None)
+        self._walk(table, micro_batches, on_output, _nothing, on_micro_batch)
 
     def _walk(
         self,
@@ -139,10 +154,11 @@ class PipelineRunner:
         micro_batches: Sequence[Any],
         on_output: Callable[[Any, int], Tensor | None],
         on_last_backward: Callable[[], None],
+        on_micro_batch: Callable[[int], None],
     ) -> None:
         row = table.rows[self._part.rank]
         cuttings = [self._part.cutting(inputs) for inputs in micro_batches]
-        walk = _Pass(table, micro_batches, cuttings, on_output, on_last_backward)
+        walk = _Pass(halved_passes(row), micro_batches, cuttings, on_output, on_last_backward, on_micro_batch)
         walk.backward_left = sum(action.kind in ("B", "W") for action in row)
         if not walk.backward_left:
             on_last_backward()
@@ -163,6 +179,7 @@ class PipelineRunner:
 
     def _forward(self, walk: _Pass, action: Action) -> None:
         stage, index = action.stage, action.micro_batch
+        walk.on_micro_batch(index)
         cutting = walk.cuttings[index]
         arrived = {number: value for number, value in self._take(walk, "F", stage, index).items() if value is not None}
         part = self._part
@@ -180,6 +197,7 @@ class PipelineRunner:
 
     def _backward(self, walk: _Pass, action: Action) -> None:
         stage, index = action.stage, action.micro_batch
+        walk.on_micro_batch(index)
         result = walk.results.pop((stage, index))
         self._count_backward(walk)
         if stage == walk.cuttings[index].stages - 1:
@@ -211,9 +229,9 @@ class PipelineRunner:
     def _propagate(
         self, walk: _Pass, action: Action, result: StageResult, outputs: list[Tensor], gradients: list[Tensor] | None
     ) -> None:
-        """The backward pass of a stage, or, under a schedule with W, its first half."""
+        """The backward pass of a stage, or its first half where the schedule has a W for it."""
         leaves = [leaf for leaf in result.leaves.values() if leaf.requires_grad]
-        if walk.table.name not in HALVED or not leaves:  # the first stage has nobody who waits
+        if (action.stage, action.micro_batch) not in walk.halved or not leaves:  # nobody waits for the first stage
             torch.autograd.backward(outputs, gradients)
             return
         if self._halves is None:
@@ -236,7 +254,7 @@ class PipelineRunner:
 
     def _hand_on(self, walk: _Pass, kind: str, target: int, index: int, tensors: dict[int, Tensor | None]) -> None:
         """Keep what the target stage gets until it is sent or, if that stage is here, taken."""
-        if rank_of(target, self._group.size) != self._part.rank:
+        if self._part.placement[target] != self._part.rank:
             form = self._form(walk, kind, target, index)
             tensors = {0: pack(form, tensors, self._device)} if form.numbers else {}
         else:
@@ -260,7 +278,7 @@ class PipelineRunner:
         key = (kind, target, action.micro_batch)
         message = walk.here.pop(key).get(0)
         if message is not None:
-            walk.sent[key] = start_send(message, self._group, rank_of(target, self._group.size))
+            walk.sent[key] = start_send(message, self._group, self._part.placement[target])
         # Gradients sent as many micro-batches ago as there are stages have long been received: give their memory back.
         old = ("B", target, action.micro_batch - self._stages)
         if kind == "B" and old in walk.sent:
@@ -270,7 +288,7 @@ class PipelineRunner:
         key = ("F" if action.kind == "RECV_F" else "B", action.stage, action.micro_batch)
         form = self._form(walk, *key)
         if form.numbers:
-            source = rank_of(action.stage + _BEFORE[action.kind], self._group.size)
+            source = self._part.placement[action.stage + _BEFORE[action.kind]]
             walk.received[key] = start_receive(form.empty(self._device), self._group, source)
 
     def _wait(self, transfer: Transfer, key: tuple[str, int, int]) -> Tensor:
@@ -281,6 +299,6 @@ class PipelineRunner:
             source = stage - 1 if kind == "F" else stage + 1
             raise RunFailed(
                 f"pipeline rank {self._part.rank}: the {_WHAT[kind]} of micro-batch {index} did not get from stage {source} "
-                f"(rank {rank_of(source, self._group.size)}) to stage {stage} (rank {rank_of(stage, self._group.size)}): "
+                f"(rank {self._part.placement[source]}) to stage {stage} (rank {self._part.placement[stage]}): "
                 f"{error}. Usually the other rank has failed or is still busy; its own message says more"
             ) from error

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
 from shardwise.errors import PlanError
+from shardwise.spec.plan import SCHEDULES, V_SHAPED
 
 Kind = Literal["F", "B", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B"]
-READY_SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble")
-HALVED = ("zerobubble",)
-"""Schedules whose backward pass is in two halves."""
-"""Schedules this version runs."""
 CHUNKS = 2
 """Stages per rank of the interleaved schedule where no cuts say otherwise."""
 FORWARD_TIME, BACKWARD_TIME = 1, 2
@@ -38,36 +35,47 @@ class Action(NamedTuple):
 @final
 @dataclass(frozen=True)
 class ScheduleTable:
-    """The rows of all ranks; prints itself."""
+    """The rows of all ranks; prints itself.
+
+    Attributes:
+        placement: the rank of every stage.
+    """
 
     name: str
-    ranks: int
-    stages: int
+    placement: tuple[int, ...]
     micro_batches: int
     rows: tuple[tuple[Action, ...], ...]
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.rows)
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.placement)
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.stages} stages on {self.ranks} ranks, {self.micro_batches} micro-batches"
         return "\n".join([head, *(f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.rows))])
 
 
-def rank_of(stage: int, ranks: int) -> int:
-    """The rank that runs a stage: round robin."""
-    return stage % ranks
+def placement_of(schedule: str, ranks: int, stages: int) -> tuple[int, ...]:
+    """The rank of every stage: round robin, or from the first rank to the last and back for a V."""
+    if schedule in V_SHAPED:
+        return (*range(ranks), *reversed(range(ranks)))
+    return tuple(stage % ranks for stage in range(stages))
 
 
 def stages_for(schedule: str, ranks: int, cuts: Sequence[str] = ()) -> int:
     """How many stages a model is cut into.
 
     Raises:
-        PlanError: this version does not run the schedule, or the cuts do not fit the ranks.
+        PlanError: the cuts do not fit the ranks.
     """
-    if schedule not in READY_SCHEDULES:
-        raise PlanError(
-            f"plan schedule={schedule!r}: this version runs {', '.join(READY_SCHEDULES)}; {schedule} places the stages in a V, "
-            "the first and the last one on the same rank, which it does not do. Use schedule='zerobubble' or "
-            "'interleaved1f1b' for a smaller bubble"
-        )
+    if schedule in V_SHAPED:
+        return 2 * ranks
     if schedule != "interleaved1f1b":
         return ranks
     stages = len(cuts) + 1 if cuts else CHUNKS * ranks
@@ -83,32 +91,32 @@ def schedule_table(schedule: str, ranks: int, stages: int, micro_batches: int) -
     """The table for one optimizer step.
 
     gpipe: Huang et al. 2019. 1f1b: Narayanan et al. 2019 (PipeDream-flush). interleaved1f1b: Narayanan et al. 2021,
-    section 2.2; a number of micro-batches that the ranks do not divide leaves gaps. zerobubble: in the manner of
-    ZB-H1 of Qi et al. 2023, with the memory of 1f1b, but found greedily.
+    section 2.2; a number of micro-batches that the ranks do not divide leaves gaps. zerobubble and zbv: in the manner of
+    ZB-H1 and ZB-V of Qi et al. 2023, with the memory of 1f1b, but found greedily. dualpipev: DeepSeek-AI 2024 (DualPipe), on
+    one V instead of two ("cut in half").
     """
+    placement = placement_of(schedule, ranks, stages)
     if schedule == "gpipe":
         rows = [_all_forward_all_backward(rank, micro_batches) for rank in range(ranks)]
     elif schedule == "1f1b":
         rows = [_one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)]
-    elif schedule == "zerobubble":
-        rows = _zero_bubble(ranks, micro_batches)
+    elif schedule in ("zerobubble", "zbv"):
+        rows = _zero_bubble(placement, ranks, micro_batches)
+    elif schedule == "dualpipev":
+        rows = [_dual_pipe(rank, ranks, micro_batches) for rank in range(ranks)]
     elif schedule == "interleaved1f1b":
         rows = [_interleaved(rank, ranks, stages // ranks, micro_batches) for rank in range(ranks)]
     else:
-        raise PlanError(f"plan schedule={schedule!r}: known tables are {', '.join(READY_SCHEDULES)}")
-    return ScheduleTable(
-        schedule, ranks, stages, micro_batches, _with_messages(rows, ranks, stages, schedule in HALVED)
-    )
+        raise PlanError(f"plan schedule={schedule!r}: known tables are {', '.join(SCHEDULES)}")
+    return ScheduleTable(schedule, placement, micro_batches, _with_messages(rows, placement))
 
 
-def forward_table(ranks: int, stages: int, micro_batches: int) -> ScheduleTable:
+def forward_table(placement: tuple[int, ...], ranks: int, micro_batches: int) -> ScheduleTable:
     """The table for an evaluation: forward passes only."""
     groups = [range(start, min(start + ranks, micro_batches)) for start in range(0, micro_batches, ranks)]
-    rows = [
-        [Action("F", stage, index) for group in groups for stage in range(rank, stages, ranks) for index in group]
-        for rank in range(ranks)
-    ]
-    return ScheduleTable("forward", ranks, stages, micro_batches, _with_messages(rows, ranks, stages))
+    owned = [[stage for stage, at in enumerate(placement) if at == rank] for rank in range(ranks)]
+    rows = [[Action("F", stage, index) for group in groups for stage in mine for index in group] for mine in owned]
+    return ScheduleTable("forward", placement, micro_batches, _with_messages(rows, placement))
 
 
 def _all_forward_all_backward(rank: int, micro_batches: int) -> list[Action]:
@@ -145,58 +153,115 @@ def _interleaved(rank: int, ranks: int, chunks: int, micro_batches: int) -> list
     return [item for item in row if item.micro_batch < micro_batches]
 
 
-def _zero_bubble(ranks: int, micro_batches: int) -> list[list[Action]]:
+def _zero_bubble(placement: tuple[int, ...], ranks: int, micro_batches: int) -> list[list[Action]]:
     """Rows of F, B (gradients of activations) and W (of weights), found by letting time pass: a rank prefers B, for which
-    others wait, to F, and F to W, and holds no more micro-batches than under 1f1b."""
+    others wait, to F, and F to W, and its later stage to its earlier one; it holds no more than under 1f1b."""
     rows: list[list[Action]] = [[] for _ in range(ranks)]
-    done: dict[str, list[dict[int, int]]] = {kind: [{} for _ in range(ranks)] for kind in ("F", "B", "W")}
+    owned = [[stage for stage, at in enumerate(placement) if at == rank][::-1] for rank in range(ranks)]
+    ends: dict[tuple[str, int, int], int] = {}
+    count: dict[tuple[str, int], int] = {(kind, stage): 0 for kind in "FBW" for stage in range(len(placement))}
+    chunks = len(placement) // ranks
+
+    def ready(kind: Kind, stage: int, now: int) -> bool:
+        index = count[kind, stage]
+        needed = _needed(Action(kind, stage, index), len(placement))
+        return index < micro_batches and (needed is None or ends.get(needed, now) < now)
+
+    def room(rank: int, stage: int) -> bool:
+        held = sum(count["F", own] - count["W", own] for own in owned[rank])
+        if chunks == 1:
+            return held < ranks and count["F", stage] - count["B", stage] < ranks - rank
+        return held < chunks * ranks - (stage < ranks)  # the way up frees memory first: it always finds room
+
     now = 0
-    while any(len(done["W"][rank]) < micro_batches for rank in range(ranks)):
+    while any(count["W", stage] < micro_batches for stage in range(len(placement))):
         for rank in range(ranks):
-            f, b, w = (len(done[kind][rank]) for kind in ("F", "B", "W"))
-            arrived = rank == 0 or done["F"][rank - 1].get(f, now) < now
-            returned = done["B"][rank + 1].get(b, now) < now if rank + 1 < ranks else b < f
-            kind: Kind | None = None
-            if b < f and returned:
-                kind = "B"
-            elif f < micro_batches and arrived and f - b < ranks - rank and f - w < ranks:
-                kind = "F"
-            elif w < b:
-                kind = "W"
-            if kind is not None:
-                index = {"F": f, "B": b, "W": w}[kind]
-                rows[rank].append(Action(kind, rank, index))
-                done[kind][rank][index] = now
+            wanted: list[tuple[Kind, int]] = [("B", stage) for stage in owned[rank]]
+            wanted += [("F", stage) for stage in owned[rank] if room(rank, stage)]
+            wanted += [("W", stage) for stage in owned[rank]]
+            chosen = next((item for item in wanted if ready(*item, now)), None)
+            if chosen is not None:
+                action = Action(*chosen, count[chosen])
+                rows[rank].append(action)
+                ends[action.kind, action.stage, action.micro_batch] = now
+                count[chosen] += 1
         now += 1
     return rows
 
 
-def _with_messages(
-    rows: Sequence[Sequence[Action]], ranks: int, stages: int, halved: bool = False
-) -> tuple[tuple[Action, ...], ...]:
+def _dual_pipe(rank: int, ranks: int, micro_batches: int) -> list[Action]:
+    """Down and up again the V: F and B of different micro-batches take turns, and passes are halved where others wait.
+
+    Fewer micro-batches than twice the ranks leave their gaps empty.
+    """
+    count = max(micro_batches, 2 * ranks)
+    down, up = rank, 2 * ranks - 1 - rank
+    before, after = rank + 1, ranks - rank - 1
+    row: list[Action] = []
+    waiting: list[Action] = []
+    seen: dict[tuple[Kind, int], int] = {}
+
+    def add(kind: Kind, stage: int, *, halved: bool = False) -> None:
+        index = seen.get((kind, stage), 0)
+        seen[kind, stage] = index + 1
+        row.append(Action(kind, stage, index))
+        if halved:
+            waiting.append(Action("W", stage, index))
+
+    for _ in range(2 * after):
+        add("F", down)
+    for _ in range(before):
+        add("F", down)
+        add("F", up)
+    for _ in range(after):
+        add("B", up, halved=True)
+        row.append(waiting.pop())
+        add("F", up)
+    for step in range(count - 2 * ranks + before + after):
+        if step < count - 2 * ranks + before:
+            add("F", down)
+        add("B", up)
+        add("F", up)
+        add("B", down)
+    for step in range(before):
+        add("B", up, halved=step >= before // 2)
+        add("B", down, halved=step >= before // 2)
+    for _ in range(after):
+        row.append(waiting.pop(0))
+        add("B", down, halved=True)
+    return [action for action in row + waiting if action.micro_batch < micro_batches]
+
+
+def _with_messages(rows: Sequence[Sequence[Action]], placement: tuple[int, ...]) -> tuple[tuple[Action, ...], ...]:
     """The rows with the messages between them, at the times at which they can be sent."""
     # (time, messages before computations at that time, a fixed order among messages, the action)
-    timed: list[list[tuple[int, int, int, Action]]] = [[] for _ in range(ranks)]
+    timed: list[list[tuple[int, int, int, Action]]] = [[] for _ in rows]
     serial = 0
-    for begin, end, rank, action in _simulate(rows, stages, halved):
+    for begin, end, rank, action in _simulate(rows, len(placement)):
         timed[rank].append((begin, 1, serial, action))
         if action.kind == "W":
             continue
         ahead = action.kind == "F"
         target = action.stage + 1 if ahead else action.stage - 1
         serial += 1
-        if not 0 <= target < stages or rank_of(target, ranks) == rank:
+        if not 0 <= target < len(placement) or placement[target] == rank:
             continue
         sends, receives = ("SEND_F", "RECV_F") if ahead else ("SEND_B", "RECV_B")
         timed[rank].append((end, 0, serial, Action(sends, action.stage, action.micro_batch)))  # type: ignore[arg-type]
-        there = rank_of(target, ranks)
+        there = placement[target]
         timed[there].append((end, 0, serial, Action(receives, target, action.micro_batch)))  # type: ignore[arg-type]
     return tuple(tuple(action for *_, action in sorted(row)) for row in timed)
 
 
-def _simulate(rows: Sequence[Sequence[Action]], stages: int, halved: bool) -> list[tuple[int, int, int, Action]]:
+def halved_passes(row: Sequence[Action]) -> frozenset[tuple[int, int]]:
+    """(stage, micro-batch) of the backward passes in two halves: those that a W completes."""
+    return frozenset((action.stage, action.micro_batch) for action in row if action.kind == "W")
+
+
+def _simulate(rows: Sequence[Sequence[Action]], stages: int) -> list[tuple[int, int, int, Action]]:
     """(begin, end, rank, action) of every computation if messages took no time, ordered by end and rank."""
     done: dict[tuple[str, int, int], int] = {}
+    halved = [halved_passes(row) for row in rows]
     clock = [0] * len(rows)
     place = [0] * len(rows)
     found: list[tuple[int, int, int, Action]] = []
@@ -209,7 +274,8 @@ def _simulate(rows: Sequence[Sequence[Action]], stages: int, halved: bool) -> li
                 if needed is not None and needed not in done:
                     break
                 begin = max(clock[rank], done[needed] if needed is not None else 0)
-                clock[rank] = begin + (BACKWARD_TIME if action.kind == "B" and not halved else FORWARD_TIME)
+                whole = action.kind == "B" and action[1:] not in halved[rank]
+                clock[rank] = begin + (BACKWARD_TIME if whole else FORWARD_TIME)
                 done[(action.kind, action.stage, action.micro_batch)] = clock[rank]
                 found.append((begin, clock[rank], rank, action))
                 place[rank] += 1

@@ -15,7 +15,7 @@ from shardwise.parallel.data import GradientSum, GradientSums
 from shardwise.parallel.pipeline.part import PipelinePart, Split, call_model, split, take_part
 from shardwise.parallel.pipeline.program import Forward, Program
 from shardwise.parallel.pipeline.runner import PipelineRunner
-from shardwise.parallel.pipeline.schedule import stages_for
+from shardwise.parallel.pipeline.schedule import placement_of, stages_for
 from shardwise.parallel.pipeline.shared import SharedGradientSum
 from shardwise.spec.plan import Plan
 
@@ -86,20 +86,23 @@ def take_stages(
     group: Group,
     plan: Plan,
     device: torch.device,
-    on_pieces: Callable[..., Any] | None = None,
+    around: Callable[..., Any] | None = None,
 ) -> Stages:
     """Keep this rank's stages of the model, in place.
 
     Args:
         cut: of this very model.
         group: the ranks of this pipeline.
-        on_pieces: runs what calls the model, where the tensor axis splits its weights.
+        around: runs what calls the model, where other axes have split its weights or its inputs.
     """
-    part = take_part(cut.split, model, group.rank, group.size)
-    if on_pieces is not None:
+    placement = placement_of(plan.schedule, group.size, cut.split.stages)
+    part = take_part(cut.split, model, group.rank, group.size, placement)
+    if around is not None:
+        part.around = around
+    if plan.layout.tensor > 1:
         from shardwise.parallel.tensor.part import plain
 
-        part.around, part.plain = on_pieces, plain
+        part.plain = plain
     runner = PipelineRunner(part, group, schedule=plan.schedule, device=device)
     outputs = runner
     if cut.outputs is not None:

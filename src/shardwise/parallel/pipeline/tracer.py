@@ -83,6 +83,7 @@ def take_trace(
             # Drawing random numbers here must not shift those of the training.
             with torch.random.fork_rng(devices=[]), tracer.watch, tracer:
                 session.handler = tracer
+                session.forget()
                 output = program(skeleton, copied)
             return tracer.finish(copied, output)
         except _Again:
@@ -96,6 +97,7 @@ def take_trace(
             tracer.refuse_values(error)
         finally:
             session.handler = None
+            session.forget()
 
 
 @final
