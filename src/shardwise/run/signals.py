@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,10 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        if self._before and sys.version_info >= (3, 13):
+            # In a process forked by another thread than the main one, Python 3.13 notes a signal for a thread that is not
+            # there, and its handler does not run by itself. This sends nothing, and asks for signals that have come.
+            os.kill(os.getpid(), 0)
         return self.signal_number is not None
 
     def __enter__(self) -> StopRequest:
@@ -43,7 +49,7 @@ class StopRequest:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.signal_number is not None and number == signal.SIGINT:
             # Ctrl-C again: the step does not end, or the user does not want to wait for it. (A launcher passes the first
             # on and deals with the second itself.)
             raise KeyboardInterrupt
