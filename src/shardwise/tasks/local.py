@@ -193,6 +193,8 @@ class LocalBackend(Backend):
         idle = not self._workers
         for worker in list(self._workers.values()):
             self._forget(worker)
+        for worker in self._starting.values():
+            worker.close()
         if self._nursery is not None:
             assert self._line is not None
             self._line.close()
