@@ -115,6 +115,8 @@ class Sentinel:
             with suppress(OSError, RuntimeError):  # a full disk, a folder that went away: the training goes on
                 self._look(waited)
             self._end_stalled(now)
+        if self._assembly.step > seen[0] >= 0:  # the last step ended since the last look, and the run with it
+            self._recovered(time.monotonic() - since)
 
     def _look(self, waited: float) -> None:
         bound = self.bound_seconds()
