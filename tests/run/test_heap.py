@@ -34,7 +34,6 @@ def test_pages_are_asked_for_once_or_every_time() -> None:
     if not kept:
         pytest.skip("the allocator of this system is not glibc's")
     _, given_back = faults("back")
-    step_pages = 3 * 8 * 2**20 // 4096
-    # At most one step's pages in a hundred steps. With larger pages the system counts fewer of them.
-    assert with_it <= step_pages
-    assert given_back > 2 * with_it and given_back >= 100
+    # Pages of 4 KiB, or fewer and larger ones; a hundred steps touch 100 * 24 MiB.
+    assert with_it < 100
+    assert given_back > 1000

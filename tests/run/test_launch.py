@@ -218,7 +218,7 @@ def test_restarts_run_out(children: None) -> None:
         launch(functools.partial(kill_on_rank_1, kills=9), workers=2, threads=1, max_restarts=2, report=shown.append)
     # Where rank 0 had not failed of itself yet, the place it was in is a message of its own.
     assert ["Restarting" in text for text in shown[:2]] == [True, True]
-    assert all(text.lstrip().startswith("Meanwhile rank 0") for text in shown[2:])
+    assert len(shown) <= 3 and all(text.lstrip().startswith("Meanwhile rank 0") for text in shown[2:])
 
 
 def test_one_worker_can_be_restarted(children: None) -> None:
