@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 
 from shardwise.dist import collectives
 from shardwise.dist.collectives import Group
-from shardwise.dist.exchange import PIECE_BYTES, RING_BYTES
+from shardwise.dist.exchange import PIECE_BYTES, RING_BYTES, Exchange, create_memory, has_ended
 
 
 def _group(timeout_seconds: float = 30.0) -> Group:
@@ -122,3 +125,22 @@ def _refuse(place: str, ranks: int) -> Any:
 @pytest.mark.parametrize("name", ["identity", "open"])
 def test_ranks_that_share_no_memory_use_the_process_group(name: str, ranks: Callable[..., list[Any]]) -> None:
     assert ranks(2, _elsewhere, name) == [True, True]
+
+
+def test_a_peer_that_has_ended_is_not_waited_for() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    processes = [os.getpid(), child.pid]
+    _, memory = create_memory(2)
+    mine, theirs = (Exchange(memory, rank, processes, 30.0) for rank in range(2))
+    theirs.put(torch.ones(3))
+    (message,) = mine.put(tensor := torch.ones(3))
+    while not has_ended(child.pid):  # dead is enough: nobody has collected it yet
+        time.sleep(0.01)
+    message.sum_()  # what it sent before its end is there
+    assert tensor.tolist() == [2.0, 2.0, 2.0]
+    (message,) = mine.put(tensor)
+    with pytest.raises(RuntimeError, match="connection closed by peer: the process of rank 1 has ended"):
+        message.sum_()
+    child.wait()
+    assert has_ended(child.pid)
+    assert not has_ended(os.getpid())

@@ -132,7 +132,8 @@ class Group:
             os.close(descriptor)
         if not everyone or memory is None:
             return self
-        return replace(self, memory=Exchange(memory, self.rank, self.size, timeout_seconds))
+        processes = self.gather_objects(os.getpid())
+        return replace(self, memory=Exchange(memory, self.rank, processes, timeout_seconds))
 
     def twin(self) -> Group:
         """Another group of the same members. Collective over the members.

@@ -18,6 +18,7 @@ import os
 import platform
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -41,6 +42,7 @@ ORDERED_MACHINES = ("x86_64", "AMD64")
 _SPINS = 100
 _YIELD_SECONDS = 2e-3
 _NAP_SECONDS = 5e-5
+_LOOK_SECONDS = 0.5
 
 
 @final
@@ -73,10 +75,18 @@ class Message:
 
 @final
 class Exchange:
-    """This rank's end of the shared memory. Made by `open_exchange`."""
+    """This rank's end of the shared memory.
 
-    def __init__(self, memory: mmap.mmap, rank: int, ranks: int, timeout_seconds: float) -> None:
-        self._rank, self._ranks = rank, ranks
+    Args:
+        memory: made by `create_memory` on one rank and opened by the others.
+        rank: of this process.
+        processes: their numbers, one a rank.
+        timeout_seconds: how long to wait for a rank whose process lives.
+    """
+
+    def __init__(self, memory: mmap.mmap, rank: int, processes: Sequence[int], timeout_seconds: float) -> None:
+        ranks = len(processes)
+        self._rank, self._ranks, self._processes = rank, ranks, list(processes)
         self._timeout_seconds = timeout_seconds
         # Views of the mapping keep it alive; it ends with the process.
         words: NDArray[np.int64] = np.frombuffer(memory, dtype=np.int64, count=2 * ranks * LINE // 8)
@@ -148,15 +158,39 @@ class Exchange:
             if counters.min() >= number:
                 return
         began = time.monotonic()
+        look = _LOOK_SECONDS
         while counters.min() < number:
             waited = time.monotonic() - began
             if waited < _YIELD_SECONDS:
                 os.sched_yield()
             else:
                 time.sleep(_NAP_SECONDS)
+            if waited > look:
+                look = waited + _LOOK_SECONDS
+                self._check_peers(counters, number)
             if waited > self._timeout_seconds:
                 late = [rank for rank in range(self._ranks) if counters[rank] < number]
                 raise RuntimeError(f"timed out after {waited:.0f} s waiting for ranks {late} in shared memory")
+
+    def _check_peers(self, counters: NDArray[np.int64], number: int) -> None:
+        """Memory does not tell that a peer has ended, as a socket does."""
+        gone = [rank for rank, process in enumerate(self._processes) if has_ended(process)]
+        late = [rank for rank in gone if counters[rank] < number]  # looked at after: it may have ended with all it owed
+        if late:
+            raise RuntimeError(
+                f"connection closed by peer: the process of rank {late[0]} has ended, and this rank waits for it in shared memory"
+            )
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process of this machine is gone, or dead and not yet collected by its parent; field 3 of proc(5) stat."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[:1] in (["Z"], ["X"])
 
 
 def create_memory(ranks: int) -> tuple[int, mmap.mmap]:

@@ -21,6 +21,9 @@ _NEXT = {
 }
 """What a step does after each phase, to say what is under way. (`data` is named by `begin_step`.)"""
 
+BETWEEN_STEPS = "between steps"
+"""What is under way where the loop is the user's own: it takes as long as it takes."""
+
 
 @final
 class PhaseClock:

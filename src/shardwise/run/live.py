@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import nn
@@ -17,19 +18,26 @@ from shardwise.data.batch import Batch
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
-from shardwise.errors import JobError
+from shardwise.errors import FolderError, JobError
 from shardwise.run.assemble import Assembly, assemble, check_job
 from shardwise.run.balance import check_division
 from shardwise.run.choose import choose_device
+from shardwise.run.course import Position
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
+from shardwise.run.folder import RunFolder
+from shardwise.run.keeper import Keeper
 from shardwise.run.launch import current_rank
 from shardwise.run.loop import next_batch, open_epoch, total_steps
-from shardwise.run.options import TrainOptions, resolve_plan
+from shardwise.run.options import TrainOptions, make_options, parse_saving, resolve_plan
+from shardwise.run.progress import Remarks, tell
+from shardwise.run.session import Work, open_session
+from shardwise.run.signals import StopRequest
 from shardwise.run.step import take_step
+from shardwise.run.train import job_identity, job_settings
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
-from shardwise.spec.rank import SERIAL
+from shardwise.spec.rank import SERIAL, Rank
 
 
 @final
@@ -44,8 +52,11 @@ class LiveRun:
     plan: Plan
     splits: Splits
     assembly: Assembly
-    _stack: ExitStack
-    epoch: int = 0
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _keeper: Keeper | None = None
+    _state: dict[str, Any] = field(default_factory=dict)
+    _position: Position = field(default_factory=Position)
+    _under_way: Batch | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -59,8 +70,13 @@ class LiveRun:
 
     @property
     def steps_taken(self) -> int:
-        """Global steps so far."""
+        """Global steps so far, with those before a `resume`."""
         return self.assembly.step
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the training split that are complete."""
+        return self._position.epoch
 
     @property
     def rank(self) -> int:
@@ -72,29 +88,57 @@ class LiveRun:
         """Number of workers."""
         return self.assembly.world.size
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """Your own values, plain ones and small tensors, that go into checkpoints and come back with `resume`.
+
+        Rank 0's are kept, as they are when `step` or `save` is called.
+        """
+        return self._state
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run folder; None where no `out` was given."""
+        return None if self._keeper is None else self._keeper.session.folder
+
     def batches(self, *, epochs: int | None = None) -> Iterator[Batch]:
         """This rank's parts of the global batches, over all epochs or steps of the job.
 
+        After a `break`, the next call goes on with the batch that comes next, in the same epoch.
+
         Args:
-            epochs: passes over the training split; None for what the job says.
+            epochs: passes over the training split, of which one that is under way counts as one; None for what the job
+                says: in all where the run has a folder, so that a resumed run does the rest, else from here on.
         """
+        first_epoch = 0 if epochs is None and self._keeper is not None else self.epoch
         limit = epochs if epochs is not None else self.job.epochs
-        first_epoch = self.epoch
         while limit is None or self.epoch - first_epoch < limit:
-            yielded = False
+            if epochs is None and self._steps_done():
+                return
+            before = self._position.batch
             for batch in self._epoch():
-                yielded = True
                 yield batch
-                if epochs is None and self.job.steps is not None and self.assembly.step >= self.job.steps:
+                if epochs is None and self._steps_done():
                     return
-            if not yielded:
+            if before == self._position.batch == 0:
                 raise JobError("the training split gave no batch in a whole epoch: the data is empty")
-            self.epoch += 1
+            if self._keeper is not None:
+                self._keeper.end_epoch()
+            else:
+                self._position.epoch, self._position.batch = self.epoch + 1, 0
 
     def step(self, batch: Batch) -> float:
-        """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective."""
+        """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective.
+
+        Raises:
+            Stopped: the run has a folder, and a rank was sent SIGINT or SIGTERM: it is saved and ended.
+        """
         result = take_step(self.assembly, batch)
         total = self.assembly.reports.sum_(result.loss_sum.detach().clone())
+        if batch is self._under_way:
+            self._done()
+        if self._keeper is not None:
+            self._keeper.stepped(batch, result)
         return float(total / result.weight)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -103,10 +147,23 @@ class LiveRun:
         Raises:
             JobError: the job has no test split and no data was given.
         """
-        source = self.splits.test if data is None else as_splits(data).train
-        if source is None:
+        if data is not None:
+            return evaluate(self.assembly, as_splits(data).train)[0]
+        if self.splits.test is None:
             raise JobError("the job's data has no test split: give evaluate() the data")
-        return evaluate(self.assembly, source)[0]
+        if self._keeper is not None:
+            return self._keeper.evaluate()
+        return evaluate(self.assembly, self.splits.test)[0]
+
+    def save(self) -> Path:
+        """Write a checkpoint of model, optimizer, schedule, position and `state` now; returns its folder. Collective.
+
+        Raises:
+            FolderError: the run has no folder.
+        """
+        if self._keeper is None:
+            raise FolderError("this run has no folder to save in: give start(..., out=DIR)")
+        return self._keeper.save()
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as a safetensors file. Collective; rank 0 writes."""
@@ -114,8 +171,8 @@ class LiveRun:
         save_weights(self.assembly.model, Path(path))
 
     def close(self) -> None:
-        """Leave the process group."""
-        self._stack.close()
+        """End the run: where it has a folder, with a last checkpoint, its weights and summary. Collective."""
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> LiveRun:
         return self
@@ -123,13 +180,38 @@ class LiveRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            with self._stack:
+                if self._keeper is not None:
+                    self._keeper.finish()
+            return
+        if self._keeper is not None:
+            self._keeper.failed(error)
         self._stack.__exit__(kind, error, trace)
 
+    def _steps_done(self) -> bool:
+        return self.job.steps is not None and self.assembly.step >= self.job.steps
+
+    def _done(self) -> None:
+        """The batch that was given out last is trained on, or passed over."""
+        if self._under_way is not None:
+            self._position.batch += 1
+            self._under_way = None
+
     def _epoch(self) -> Iterator[Batch]:
-        a = self.assembly
-        with closing(open_epoch(a, self.splits, epoch=self.epoch, start=0)) as stream:
-            while (batch := next_batch(stream, a.samples, a.device)) is not None:
+        a, clock = self.assembly, self.assembly.clock
+        if self._keeper is not None:
+            self._keeper.begin_epoch()
+        with closing(open_epoch(a, self.splits, epoch=self.epoch, start=self._position.batch)) as stream:
+            while True:
+                clock.begin_step(a.step)
+                batch = next_batch(stream, a.samples, a.device)
+                clock.mark("data")
+                if batch is None:
+                    return
+                self._under_way = batch
                 yield batch
+                self._done()
 
 
 def start(
@@ -137,6 +219,10 @@ def start(
     *,
     plan: Plan | str | None = None,
     device: str = "auto",
+    out: str | Path | None = None,
+    resume: bool | Literal["auto"] = False,
+    checkpoint_every: str = "10m",
+    keep_last: int = 2,
     group_exists: bool = False,
     **fields_of_job: Any,
 ) -> LiveRun:
@@ -148,37 +234,93 @@ def start(
         job: what to train; or give its fields as keyword arguments. `epochs` may be left out there (1 is taken).
         plan: a plan or layout; the running number of workers as data parallelism by default.
         device: `auto`, `cpu`, or an accelerator.
+        out: the run folder, for checkpoints, events and the final weights; None keeps nothing.
+        resume: go on from the last checkpoint in `out`; `auto`: if there is a run. Workers that torchrun starts again
+            after a failure always do.
+        checkpoint_every: with `out`, `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
+        keep_last: number of checkpoints kept.
         group_exists: the script has started torch's process group itself, and will end it.
         fields_of_job: `model=..., optimizer=..., loss=..., data=..., batch_size=...`. `model` may be a module itself
             and `optimizer` must then be a function of its parameters.
 
     Raises:
-        UserError: the job, data or plan is wrong.
+        UserError: the job, data, plan or folder is wrong.
     """
+    began = time.time()
     if job is None:
         job = _job_of(fields_of_job)
     elif fields_of_job:
         raise JobError(f"start was given a job and its field {next(iter(fields_of_job))!r}: give one or the other")
     kind = choose_device(device)
     rank = current_rank() or SERIAL
-    options = TrainOptions(plan=plan, device=kind, threads=None)
+    if resume == "auto":
+        # All look before any of them has joined the others, and so before rank 0 makes the folder.
+        resume = out is not None and (Path(out) / "run.json").exists()
+    options = make_options(
+        TrainOptions(checkpoint_every=checkpoint_every, keep_last=keep_last, progress=False),
+        {"plan": plan, "device": kind, "out": out, "resume": resume},
+    )
     settled = resolve_plan(job, options, device=kind, world=rank.workers)
     check_job(job, settled)
-    stack = ExitStack()
-    try:
+    splits = as_splits(job.data)
+    check_division(splits, settled)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest()) if out is not None else StopRequest()
         if not group_exists:
             stack.enter_context(process_group(rank, kind, options.timeout_seconds))
         if rank.workers > 1 and settled.threads is not None:
             torch.set_num_threads(settled.threads)
-        splits = as_splits(job.data)
-        check_division(splits, settled)
-        where = torch.device(kind, rank.local_rank) if kind != "cpu" else torch.device("cpu")
-        total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
-        assembly = assemble(job, settled, Group.world(), where, total_steps=total)
-    except BaseException:
-        stack.close()
-        raise
-    return LiveRun(job, settled, splits, assembly, stack)
+        if options.out is None:
+            device_here = torch.device(kind, rank.local_rank) if kind != "cpu" else torch.device("cpu")
+            run = _without_folder(job, settled, splits, device_here)
+        else:
+            run = _with_folder(stack, stop, rank, job, settled, splits, options, began)
+        run._stack = stack.pop_all()
+        return run
+
+
+def _without_folder(job: Job, plan: Plan, splits: Splits, device: torch.device) -> LiveRun:
+    total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
+    assembly = assemble(job, plan, Group.world(), device, total_steps=total)
+    if assembly.world.rank == 0:
+        for remark in assembly.composed.remarks:
+            tell(f"warning: {remark}")
+    return LiveRun(job, plan, splits, assembly)
+
+
+def _with_folder(
+    stack: ExitStack,
+    stop: StopRequest,
+    rank: Rank,
+    job: Job,
+    plan: Plan,
+    splits: Splits,
+    options: TrainOptions,
+    began: float,
+) -> LiveRun:
+    work = Work(
+        job=job,
+        splits=splits,
+        reference=None,
+        plan=plan,
+        device=options.device,
+        saving=parse_saving(options.checkpoint_every, options.keep_last),
+        out=str(options.out),
+        folder_ready=False,
+        resume=options.resume,
+        progress=False,
+        timeout_seconds=options.timeout_seconds,
+        stall_seconds=options.stall_seconds,
+        settings=job_settings(job, plan, options),
+        identity=job_identity(job),
+        began=began,
+        evaluate_every=0,
+    )
+    session = stack.enter_context(open_session(rank, work, stop, shown=Remarks()))
+    course = session.course
+    return LiveRun(
+        job, plan, splits, session.assembly, _keeper=Keeper(session), _state=course.state, _position=course.position
+    )
 
 
 def _job_of(given: dict[str, Any]) -> Job:

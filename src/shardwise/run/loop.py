@@ -1,12 +1,11 @@
-"""The training loop of one rank: epochs, settlements, evaluations, checkpoints, and the orderly stop."""
+"""The training loop of one rank: epochs, their batches, and the orderly stop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import perf_counter
-from typing import Any, final
 
 import torch
 
@@ -14,98 +13,22 @@ from shardwise.data.batch import Batch
 from shardwise.data.loader import batches, steps_per_epoch
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
-from shardwise.errors import CheckpointError, DataError, RunFailed
-from shardwise.parallel.replicas import check_replicas
+from shardwise.errors import DataError
 from shardwise.run.assemble import Assembly
-from shardwise.run.balance import Balancer
-from shardwise.run.checkpoint import save
-from shardwise.run.evaluate import evaluate
-from shardwise.run.eventlog import EventLog
-from shardwise.run.folder import RunFolder
+from shardwise.run.course import (
+    Course,
+    end_epoch,
+    evaluate_test,
+    make_equal,
+    note_step,
+    open_books,
+    save_checkpoint,
+    settle,
+)
 from shardwise.run.ledger import Ledger
 from shardwise.run.observe import Observer
-from shardwise.run.progress import Display
 from shardwise.run.step import take_step
-from shardwise.run.trace import Tracer
-from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, WarningEvent
-from shardwise.spec.observations import BalanceEvent, RanksEvent
 from shardwise.units import format_seconds
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Saving:
-    """When checkpoints are written.
-
-    Attributes:
-        every_steps: after each so many optimizer steps; None for never by steps.
-        every_seconds: after each so many seconds of training; None for never by time.
-        keep_last: older checkpoints are removed.
-        at_end: one more after the last step.
-        pause_after: end after so many epochs (steps, where the job counts those) with a checkpoint to go on from; the
-            job's own length is what schedules see. None for the whole training.
-    """
-
-    every_steps: int | None = None
-    every_seconds: float | None = 600.0
-    keep_last: int = 2
-    at_end: bool = True
-    pause_after: int | None = None
-
-
-@final
-@dataclass
-class Position:
-    """Where in the training this rank stands; all ranks agree on it.
-
-    Attributes:
-        epoch: passes completed before this one.
-        batch: global batches of this epoch already trained on.
-        loss_sum: of the losses of this epoch times their samples.
-        samples: samples of this epoch already trained on.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    samples: int = 0
-
-
-@final
-@dataclass
-class Course:
-    """What `run_loop` needs beside the assembly; log and display do something on rank 0 only.
-
-    Attributes:
-        evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
-    """
-
-    splits: Splits
-    folder: RunFolder
-    saving: Saving
-    log: EventLog | None
-    display: Display
-    stop_requested: Callable[[], bool]
-    position: Position = field(default_factory=Position)
-    evaluate_every: int = 1
-    loss: float = float("nan")
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: int = 0
-    train_seconds: float = 0.0
-    stopped: bool = False
-    paused: bool = False
-    saved_step: int = -1
-    evaluated_step: int = -1
-    last_save: float = field(default_factory=perf_counter)
-    warned_loss: bool = False
-    one_clock: bool = True
-    tracer: Tracer | None = None
-    balancer: Balancer | None = None
-
-    def tell(self, event: Event) -> None:
-        """Write an event, on rank 0."""
-        if self.log is not None:
-            self.log.write(event)
 
 
 def total_steps(splits: Splits, batch_size: int, *, epochs: int | None, steps: int | None) -> int | None:
@@ -118,16 +41,8 @@ def total_steps(splits: Splits, batch_size: int, *, epochs: int | None, steps: i
 
 def run_loop(assembly: Assembly, course: Course) -> None:
     """Train until the job's epochs or steps are done or somebody asks to stop. Collective."""
-    a, job = assembly, assembly.job
-    ledger = Ledger(
-        group=a.world,
-        counts_loss=a.counts_loss,
-        device=a.device,
-        stop_requested=course.stop_requested,
-        save_due=lambda: _save_due_by_time(course),
-        one_clock=course.one_clock,
-    )
-    observer = Observer(a, course.tell, course.display.say, balances=course.balancer is not None)
+    a = assembly
+    ledger, observer = open_books(a, course)
     a.clock.restart()
     while not course.stopped and not _finished(a, course):
         began = perf_counter()
@@ -136,17 +51,17 @@ def run_loop(assembly: Assembly, course: Course) -> None:
         if ended:
             if a.step == steps_before and course.position.batch == 0:
                 raise DataError("the training split gave no batch in a whole epoch: the data is empty")
-            _end_epoch(a, course, perf_counter() - began, job.epochs)
+            seconds = perf_counter() - began
+            _look_back(a, course, end_epoch(a, course, seconds), seconds)
             ledger.skip_time()
     if course.tracer is not None:
         course.tracer.settled(a.world, a.step, ledger.offset_seconds, ended=True)
     if not course.stopped and course.evaluated_step != a.step:
-        _evaluate(a, course)
-    a.average()
-    check_replicas(a.model, a.mesh, a.step)
+        evaluate_test(a, course)
+    make_equal(a)
     course.paused = not course.stopped and not _reached(a, course, a.job.steps, a.job.epochs)
     if course.saved_step != a.step and (course.stopped or course.paused or course.saving.at_end):
-        _save(a, course)
+        save_checkpoint(a, course)
 
 
 def _finished(a: Assembly, course: Course) -> bool:
@@ -189,34 +104,13 @@ def _run_batches(a: Assembly, course: Course, ledger: Ledger, observer: Observer
         a.clock.mark("data")
         if batch is None:
             if ledger.settle_pending:
-                _settle(a, course, ledger, observer)
+                settle(a, course, ledger, observer)
             return not course.stopped
-        observer.gauge.samples += batch.count
         result = take_step(a, batch)
         position.batch += 1
-        ledger.add(result)
-        if a.step == 1:
-            # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
-            if a.composed.local is None:
-                check_replicas(a.model, a.mesh, a.step)
-            _tell_not_recomputed(a, course)
-        by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
-        last = end_step is not None and a.step >= end_step
-        if ledger.due or by_steps or last:
-            _settle(a, course, ledger, observer, save_now=by_steps)
-            if course.stopped:
-                return False
-        a.clock.mark("other")
-        a.clock.end_step()
-        if a.division != division:
+        note_step(a, course, ledger, observer, batch, result, last=end_step is not None and a.step >= end_step)
+        if course.stopped or a.division != division:
             return False
-
-
-def _tell_not_recomputed(a: Assembly, course: Course) -> None:
-    kept = a.composed.recomputed
-    if kept is not None and kept.names and not kept.calls:
-        warn(course, f"recompute saves nothing: {kept.names[0]} and the other modules of the plan were not called in the "
-                     "first step; name others with recompute_modules")  # fmt: skip
 
 
 def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Generator[Batch, None, None]:
@@ -250,120 +144,12 @@ def next_batch(stream: Iterator[Batch], samples: Group, device: torch.device) ->
     return replace(batch, global_count=int(total)) if total else None
 
 
-def _settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, save_now: bool = False) -> None:
-    settled = ledger.settle()
-    steps = len(settled.losses)
-    if steps:
-        seconds = sum(settled.seconds)
-        course.loss = settled.losses[-1]
-        samples = sum(settled.samples)
-        course.samples += samples
-        course.train_seconds += seconds
-        course.position.loss_sum += sum(
-            loss * count for loss, count in zip(settled.losses, settled.samples, strict=True)
-        )
-        course.position.samples += samples
-        _balance(a, course, observer.settled(settled))
-        if course.tracer is not None:
-            course.tracer.settled(a.world, a.step, ledger.offset_seconds)
-        if not course.warned_loss and any(not abs(loss) < float("inf") for loss in settled.losses):
-            course.warned_loss = True
-            warn(course, f"the loss became {settled.losses[-1]} by step {a.step}: the training goes on, but lower the "
-                         "learning rate or clip the gradients")  # fmt: skip
-        course.display.steps(
-            step=a.step,
-            epoch=course.position.epoch,
-            loss=course.loss,
-            samples_per_second=samples / seconds if seconds else 0.0,
-        )
-    if settled.stop:
-        course.stopped = True
-    elif settled.save or save_now:
-        a.average()
-        check_replicas(a.model, a.mesh, a.step)
-        _save(a, course)
-        ledger.skip_time()
-
-
-def _balance(a: Assembly, course: Course, event: RanksEvent) -> None:
-    sizes = course.balancer.update(event) if course.balancer is not None else None
-    if sizes is None:
-        return
-    a.division = tuple(float(size) for size in sizes)
-    course.tell(BalanceEvent(step=a.step, shares=[size / sum(sizes) for size in sizes], samples=sizes))
-    course.display.say("balance: the ranks take " + ", ".join(map(str, sizes)) + " samples of each batch from here")
-
-
-def _end_epoch(a: Assembly, course: Course, seconds: float, epochs: int | None) -> None:
-    position = course.position
-    mean = position.loss_sum / position.samples if position.samples else float("nan")
-    course.tell(EpochEvent(epoch=position.epoch, step=a.step, seconds=seconds, loss_mean=mean))
-    position.epoch += 1
-    position.batch, position.loss_sum, position.samples = 0, 0.0, 0
-    every = course.evaluate_every
-    metrics = _evaluate(a, course) if every and position.epoch % every == 0 else {}
+def _look_back(a: Assembly, course: Course, mean: float, seconds: float) -> None:
+    """Evaluate where the epoch that ended asks for it, and show how it went."""
+    epoch, epochs, every = course.position.epoch, a.job.epochs, course.evaluate_every
+    metrics = evaluate_test(a, course) if every and epoch % every == 0 else {}
     numbers = "  ".join(f"test {name} {value:.4f}" for name, value in metrics.items())
     of_epochs = f"/{epochs}" if epochs is not None else ""
     course.display.say(
-        f"epoch {position.epoch}{of_epochs}  train loss {mean:.4f}  {numbers}  ({format_seconds(seconds)})".rstrip()
+        f"epoch {epoch}{of_epochs}  train loss {mean:.4f}  {numbers}  ({format_seconds(seconds)})".rstrip()
     )
-
-
-def _evaluate(a: Assembly, course: Course) -> dict[str, float]:
-    if course.splits.test is None:
-        return {}
-    began = perf_counter()
-    a.clock.current = "evaluation"
-    metrics, samples = evaluate(a, course.splits.test)
-    course.metrics = metrics
-    course.evaluated_step = a.step
-    course.tell(
-        EvaluationEvent(step=a.step, split="test", metrics=metrics, samples=samples, seconds=perf_counter() - began)
-    )
-    a.clock.restart()
-    return metrics
-
-
-def _save(a: Assembly, course: Course) -> None:
-    began = perf_counter()
-    a.clock.current = "checkpoint"
-    progress: dict[str, Any] = {
-        "step": a.step,
-        "position": vars(course.position),
-        "metrics": dict(course.metrics),
-        "loss": course.loss,
-        "division": None if a.division is None else list(a.division),
-    }
-    if a.composed.compressed is not None:
-        progress["compression"] = a.composed.compressed.share_out()
-    try:
-        path = save(
-            course.folder,
-            step=a.step,
-            model=a.model,
-            optimizer=a.optimizer,
-            scheduler=a.scheduler,
-            progress=progress,
-            keep_last=course.saving.keep_last,
-        )
-    except CheckpointError as error:  # not wrong input: the training was under way
-        raise RunFailed(
-            f"{error}. The training ended after step {a.step}; --resume goes on from the last complete checkpoint"
-        ) from error
-    course.saved_step = a.step
-    course.last_save = perf_counter()
-    course.tell(
-        CheckpointEvent(step=a.step, path=str(path.relative_to(course.folder.path)), seconds=perf_counter() - began)
-    )
-    a.clock.restart()
-
-
-def _save_due_by_time(course: Course) -> bool:
-    every = course.saving.every_seconds
-    return every is not None and perf_counter() - course.last_save >= every
-
-
-def warn(course: Course, message: str) -> None:
-    """Say it and keep it with the run."""
-    course.tell(WarningEvent(message=message))
-    course.display.say(f"warning: {message}")

@@ -11,8 +11,8 @@ from typing import Any, final
 from shardwise.errors import FolderError, PlanError, UserError
 from shardwise.run.assemble import settle_plan
 from shardwise.run.choose import AUTO, Chooser, accelerators, choose_plan, usable_cores, with_threads
+from shardwise.run.course import Saving
 from shardwise.run.launch import Nodes
-from shardwise.run.loop import Saving
 from shardwise.run.record import Recording
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout

@@ -47,7 +47,6 @@ class Display(ABC):
         """The run ended."""
 
 
-@final
 class Silent(Display):
     """Shows nothing."""
 
@@ -59,6 +58,14 @@ class Silent(Display):
 
     def close(self) -> None:
         """Nothing."""
+
+
+@final
+class Remarks(Silent):
+    """Only what is to be known: for a loop whose user prints what it does."""
+
+    def say(self, message: str) -> None:
+        tell(message)
 
 
 @final

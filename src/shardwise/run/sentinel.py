@@ -21,6 +21,7 @@ import torch.distributed as c10d
 
 from shardwise.monitor.stall import diagnose, where
 from shardwise.run.assemble import Assembly
+from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.eventlog import EventLog
 from shardwise.run.failure import STALLED_EXIT
 from shardwise.run.folder import RunFolder
@@ -84,6 +85,10 @@ class Sentinel:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Watch no longer."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(TICK_SECONDS)
@@ -104,6 +109,8 @@ class Sentinel:
             if now - before > _GAP_SECONDS:
                 since += now - before  # this process was stopped, not the step
             before = now
+            if self._assembly.clock.current == BETWEEN_STEPS:
+                since = now
             at = (self._assembly.step, self._assembly.clock.current in PHASES)
             if at != seen:
                 if at[0] > seen[0] >= 0 and at[1] and seen[1]:

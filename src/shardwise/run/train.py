@@ -15,13 +15,15 @@ from shardwise.errors import FolderError, RunFailed, Stopped, UserError
 from shardwise.run.assemble import check_job, check_updates
 from shardwise.run.balance import check_division
 from shardwise.run.choose import Chooser, choose_device, choose_plan
+from shardwise.run.claim import claim_folder
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
 from shardwise.run.launch import current_rank, launch
 from shardwise.run.loop import total_steps
 from shardwise.run.options import TrainOptions, make_options, parse_saving, resolve_plan
 from shardwise.run.result import Run
-from shardwise.run.worker import Work, claim_folder, train_rank
+from shardwise.run.session import Work
+from shardwise.run.worker import train_rank
 from shardwise.spec.events import FailureEvent
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan

@@ -1,0 +1,264 @@
+"""Course: where a training stands, and what is noted of it: settlements, evaluations, checkpoints, the ends of epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, final
+
+from shardwise.data.batch import Batch
+from shardwise.data.source import Splits
+from shardwise.errors import CheckpointError, RunFailed
+from shardwise.parallel.replicas import check_replicas
+from shardwise.run.assemble import Assembly
+from shardwise.run.balance import Balancer
+from shardwise.run.checkpoint import save
+from shardwise.run.evaluate import evaluate
+from shardwise.run.eventlog import EventLog
+from shardwise.run.folder import RunFolder
+from shardwise.run.ledger import Ledger
+from shardwise.run.observe import Observer
+from shardwise.run.progress import Display
+from shardwise.run.step import StepResult
+from shardwise.run.trace import Tracer
+from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, WarningEvent
+from shardwise.spec.observations import BalanceEvent, RanksEvent
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When checkpoints are written.
+
+    Attributes:
+        every_steps: after each so many optimizer steps; None for never by steps.
+        every_seconds: after each so many seconds of training; None for never by time.
+        keep_last: older checkpoints are removed.
+        at_end: one more after the last step.
+        pause_after: end after so many epochs (steps, where the job counts those) with a checkpoint to go on from; the
+            job's own length is what schedules see. None for the whole training.
+    """
+
+    every_steps: int | None = None
+    every_seconds: float | None = 600.0
+    keep_last: int = 2
+    at_end: bool = True
+    pause_after: int | None = None
+
+
+@final
+@dataclass
+class Position:
+    """Where in the training this rank stands; all ranks agree on it.
+
+    Attributes:
+        epoch: passes completed before this one.
+        batch: global batches of this epoch already trained on.
+        loss_sum: of the losses of this epoch times their samples.
+        samples: samples of this epoch already trained on.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    samples: int = 0
+
+
+@final
+@dataclass
+class Course:
+    """What `run_loop` needs beside the assembly; log and display do something on rank 0 only.
+
+    Attributes:
+        evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
+        state: the user's own plain values that go into checkpoints.
+    """
+
+    splits: Splits
+    folder: RunFolder
+    saving: Saving
+    log: EventLog | None
+    display: Display
+    stop_requested: Callable[[], bool]
+    position: Position = field(default_factory=Position)
+    evaluate_every: int = 1
+    loss: float = float("nan")
+    metrics: dict[str, float] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    samples: int = 0
+    train_seconds: float = 0.0
+    stopped: bool = False
+    paused: bool = False
+    saved_step: int = -1
+    evaluated_step: int = -1
+    last_save: float = field(default_factory=perf_counter)
+    warned_loss: bool = False
+    one_clock: bool = True
+    tracer: Tracer | None = None
+    balancer: Balancer | None = None
+
+    def tell(self, event: Event) -> None:
+        """Write an event, on rank 0."""
+        if self.log is not None:
+            self.log.write(event)
+
+
+def open_books(a: Assembly, course: Course) -> tuple[Ledger, Observer]:
+    """What a loop notes its steps in."""
+    ledger = Ledger(
+        group=a.world,
+        counts_loss=a.counts_loss,
+        device=a.device,
+        stop_requested=course.stop_requested,
+        save_due=lambda: _save_due_by_time(course),
+        one_clock=course.one_clock,
+    )
+    return ledger, Observer(a, course.tell, course.display.say, balances=course.balancer is not None)
+
+
+def note_step(
+    a: Assembly, course: Course, ledger: Ledger, observer: Observer, batch: Batch, result: StepResult, *, last: bool
+) -> None:
+    """A step was taken: note it, and where it is time for that, settle and save. Collective."""
+    observer.gauge.samples += batch.count
+    ledger.add(result)
+    if a.step == 1:
+        # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
+        if a.composed.local is None:
+            check_replicas(a.model, a.mesh, a.step)
+        _tell_not_recomputed(a, course)
+    by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
+    if ledger.due or by_steps or last:
+        settle(a, course, ledger, observer, save_now=by_steps)
+        if course.stopped:
+            return
+    a.clock.mark("other")
+    a.clock.end_step()
+
+
+def _tell_not_recomputed(a: Assembly, course: Course) -> None:
+    kept = a.composed.recomputed
+    if kept is not None and kept.names and not kept.calls:
+        warn(course, f"recompute saves nothing: {kept.names[0]} and the other modules of the plan were not called in the "
+                     "first step; name others with recompute_modules")  # fmt: skip
+
+
+def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, save_now: bool = False) -> None:
+    settled = ledger.settle()
+    steps = len(settled.losses)
+    if steps:
+        seconds = sum(settled.seconds)
+        course.loss = settled.losses[-1]
+        samples = sum(settled.samples)
+        course.samples += samples
+        course.train_seconds += seconds
+        course.position.loss_sum += sum(
+            loss * count for loss, count in zip(settled.losses, settled.samples, strict=True)
+        )
+        course.position.samples += samples
+        _balance(a, course, observer.settled(settled))
+        if course.tracer is not None:
+            course.tracer.settled(a.world, a.step, ledger.offset_seconds)
+        if not course.warned_loss and any(not abs(loss) < float("inf") for loss in settled.losses):
+            course.warned_loss = True
+            warn(course, f"the loss became {settled.losses[-1]} by step {a.step}: the training goes on, but lower the "
+                         "learning rate or clip the gradients")  # fmt: skip
+        course.display.steps(
+            step=a.step,
+            epoch=course.position.epoch,
+            loss=course.loss,
+            samples_per_second=samples / seconds if seconds else 0.0,
+        )
+    if settled.stop:
+        course.stopped = True
+    elif settled.save or save_now:
+        make_equal(a)
+        save_checkpoint(a, course)
+        ledger.skip_time()
+
+
+def make_equal(a: Assembly) -> None:
+    """What is about to be kept must be the same on all replicas: average those that step by themselves, and check. Collective."""
+    a.average()
+    check_replicas(a.model, a.mesh, a.step)
+
+
+def _balance(a: Assembly, course: Course, event: RanksEvent) -> None:
+    sizes = course.balancer.update(event) if course.balancer is not None else None
+    if sizes is None:
+        return
+    a.division = tuple(float(size) for size in sizes)
+    course.tell(BalanceEvent(step=a.step, shares=[size / sum(sizes) for size in sizes], samples=sizes))
+    course.display.say("balance: the ranks take " + ", ".join(map(str, sizes)) + " samples of each batch from here")
+
+
+def end_epoch(a: Assembly, course: Course, seconds: float) -> float:
+    """Note that the epoch is over; returns its mean loss. The next begins here."""
+    position = course.position
+    mean = position.loss_sum / position.samples if position.samples else float("nan")
+    course.tell(EpochEvent(epoch=position.epoch, step=a.step, seconds=seconds, loss_mean=mean))
+    position.epoch += 1
+    position.batch, position.loss_sum, position.samples = 0, 0.0, 0
+    return mean
+
+
+def evaluate_test(a: Assembly, course: Course) -> dict[str, float]:
+    if course.splits.test is None:
+        return {}
+    began = perf_counter()
+    a.clock.current = "evaluation"
+    metrics, samples = evaluate(a, course.splits.test)
+    course.metrics = metrics
+    course.evaluated_step = a.step
+    course.tell(
+        EvaluationEvent(step=a.step, split="test", metrics=metrics, samples=samples, seconds=perf_counter() - began)
+    )
+    a.clock.restart()
+    return metrics
+
+
+def save_checkpoint(a: Assembly, course: Course) -> None:
+    began = perf_counter()
+    a.clock.current = "checkpoint"
+    progress: dict[str, Any] = {
+        "step": a.step,
+        "position": vars(course.position),
+        "metrics": dict(course.metrics),
+        "state": dict(course.state),
+        "loss": course.loss,
+        "division": None if a.division is None else list(a.division),
+    }
+    if a.composed.compressed is not None:
+        progress["compression"] = a.composed.compressed.share_out()
+    try:
+        path = save(
+            course.folder,
+            step=a.step,
+            model=a.model,
+            optimizer=a.optimizer,
+            scheduler=a.scheduler,
+            progress=progress,
+            keep_last=course.saving.keep_last,
+        )
+    except CheckpointError as error:  # not wrong input: the training was under way
+        raise RunFailed(
+            f"{error}. The training ended after step {a.step}; --resume goes on from the last complete checkpoint"
+        ) from error
+    course.saved_step = a.step
+    course.last_save = perf_counter()
+    course.tell(
+        CheckpointEvent(step=a.step, path=str(path.relative_to(course.folder.path)), seconds=perf_counter() - began)
+    )
+    a.clock.restart()
+
+
+def _save_due_by_time(course: Course) -> bool:
+    every = course.saving.every_seconds
+    return every is not None and perf_counter() - course.last_save >= every
+
+
+def warn(course: Course, message: str) -> None:
+    """Say it and keep it with the run."""
+    course.tell(WarningEvent(message=message))
+    course.display.say(f"warning: {message}")

@@ -1,0 +1,280 @@
+"""A loop of the user's own: folder, checkpoints, going on, stopping, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shardwise import errors, metrics
+from shardwise.run.clock import BETWEEN_STEPS
+from shardwise.run.live import LiveRun, start
+from shardwise.spec.events import (
+    CheckpointEvent,
+    EpochEvent,
+    EvaluationEvent,
+    FailureEvent,
+    RestartEvent,
+    StepsEvent,
+    read_events,
+)
+from shardwise.spec.job import Job
+
+SAMPLES, BATCH, EPOCHS = 22, 4, 3  # the last batch of an epoch is short
+PER_EPOCH = 6
+
+
+def make_job(**changes: Any) -> Job:
+    inputs = torch.randn(SAMPLES, 5, generator=torch.Generator().manual_seed(0))
+    targets = (inputs.sum(1) > 0).long()
+    values: dict[str, Any] = {
+        "model": lambda: nn.Linear(5, 2),
+        "data": {"train": (inputs, targets), "test": (inputs[:7], targets[:7])},
+        "loss": nn.functional.cross_entropy,
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.05),
+        "schedule": lambda optimizer, total: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total),
+        "batch_size": BATCH,
+        "epochs": EPOCHS,
+        "metrics": {"accuracy": metrics.accuracy},
+    }
+    return Job(**{**values, **changes})
+
+
+def weights(run: LiveRun) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in run.model.parameters()]
+
+
+def uninterrupted() -> tuple[list[float], list[torch.Tensor]]:
+    with start(make_job(), device="cpu") as run:
+        losses = [run.step(batch) for batch in run.batches()]
+        return losses, weights(run)
+
+
+@pytest.mark.parametrize("broken_off", [1, PER_EPOCH, 9, EPOCHS * PER_EPOCH])
+def test_a_loop_goes_on_where_its_last_checkpoint_stands_bit_for_bit(tmp_path: Path, broken_off: int) -> None:
+    expected, final = uninterrupted()
+    out = tmp_path / "run"
+    first: list[float] = []
+    with pytest.raises(ZeroDivisionError), start(make_job(), device="cpu", out=out) as run:
+        for batch in run.batches():
+            first.append(run.step(batch))
+            run.state["note"] = f"after {run.steps_taken}"
+            if run.steps_taken == broken_off:
+                run.save()
+            if run.steps_taken == min(broken_off + 2, len(expected)):
+                raise ZeroDivisionError
+    with start(make_job(), device="cpu", out=out, resume=True) as run:
+        assert run.steps_taken == broken_off
+        assert run.state == {"note": f"after {broken_off}"}
+        rest = [run.step(batch) for batch in run.batches()]
+        assert run.epoch == EPOCHS
+        assert all(torch.equal(one, other) for one, other in zip(weights(run), final, strict=True))
+    assert first[:broken_off] + rest == expected
+
+
+def test_an_epoch_loop_takes_up_the_epoch_that_was_under_way(tmp_path: Path) -> None:
+    expected, _ = uninterrupted()
+    losses: list[float] = []
+    for _ in range(3):
+        with start(make_job(), device="cpu", out=tmp_path / "run", resume="auto", checkpoint_every="never") as run:
+            for _ in range(run.epoch, EPOCHS):
+                for batch in run.batches(epochs=1):
+                    losses.append(run.step(batch))
+                    if len(losses) in (4, 11):
+                        break
+                if len(losses) in (4, 11):
+                    break
+    assert losses == expected
+
+
+def test_a_break_goes_on_with_the_next_batch_without_a_folder_too() -> None:
+    expected, _ = uninterrupted()
+    losses: list[float] = []
+    with start(make_job(), device="cpu") as run:
+        while run.epoch < EPOCHS:
+            for batch in run.batches(epochs=1):
+                losses.append(run.step(batch))
+                if len(losses) % 4 == 0:
+                    break
+    assert losses == expected
+
+
+def test_the_jobs_steps_are_counted_over_resumes(tmp_path: Path) -> None:
+    job = make_job(epochs=None, steps=8)
+    with start(job, device="cpu", out=tmp_path / "run") as run:
+        for batch in run.batches():
+            run.step(batch)
+            if run.steps_taken == 7:
+                break
+    for left in (1, 0):
+        with start(job, device="cpu", out=tmp_path / "run", resume=True) as run:
+            assert len([run.step(batch) for batch in run.batches()]) == left
+
+
+def test_what_the_folder_keeps(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    losses = []
+    with start(make_job(), device="cpu", out=out, checkpoint_every="5", keep_last=2) as run:
+        for _ in range(EPOCHS):
+            losses += [run.step(batch) for batch in run.batches(epochs=1)]
+            found = run.evaluate()
+        assert run.folder is not None
+        assert run.folder.path == out
+        final = weights(run)
+    events = list(read_events(out / "events.jsonl"))
+    noted = {
+        step: loss
+        for event in events
+        if isinstance(event, StepsEvent)
+        for step, loss in enumerate(event.losses, event.first_step)
+    }
+    assert list(noted) == list(range(EPOCHS * PER_EPOCH))
+    assert list(noted.values()) == pytest.approx(losses)
+    ends = [event for event in events if isinstance(event, EpochEvent)]
+    assert [event.step for event in ends] == [6, 12, 18]
+    sizes = torch.tensor([4.0, 4, 4, 4, 4, 2])
+    assert ends[1].loss_mean == pytest.approx(float((torch.tensor(losses[6:12]) * sizes).sum() / SAMPLES))
+    assert [event.step for event in events if isinstance(event, CheckpointEvent)] == [5, 10, 15, 18]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000015", "step-00000018"]
+    assert [event.metrics for event in events if isinstance(event, EvaluationEvent)][-1] == pytest.approx(found)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["epochs"], summary["metrics"]) == (18, 3, found)
+    from safetensors.torch import load_model
+
+    bare = nn.Linear(5, 2)
+    load_model(bare, out / "model.safetensors")
+    assert all(torch.equal(one, other) for one, other in zip(bare.parameters(), final, strict=True))
+
+
+def test_a_signal_saves_and_ends_the_loop(tmp_path: Path) -> None:
+    expected, _ = uninterrupted()
+    out = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGTERM)
+    first: list[float] = []
+    with pytest.raises(errors.Stopped, match=r"resume=True"), start(make_job(), device="cpu", out=out) as run:
+        for batch in run.batches():
+            first.append(run.step(batch))
+            if len(first) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert json.loads((out / "summary.json").read_text())["stopped"] is True
+    with start(make_job(), device="cpu", out=out, resume=True) as run:
+        assert run.steps_taken in (len(first), len(first) + 1)  # the step that noticed gives no loss back
+        rest = [run.step(batch) for batch in run.batches()]
+    assert rest == expected[len(expected) - len(rest) :]
+    assert len(first) + len(rest) in (len(expected), len(expected) - 1)
+
+
+def test_an_error_in_the_loop_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), start(make_job(), device="cpu", out=tmp_path / "run") as run:
+        run.step(next(run.batches()))
+        _ = 1 // 0
+    events = list(read_events(tmp_path / "run" / "events.jsonl"))
+    assert isinstance(events[-1], FailureEvent)
+    assert "1 // 0" in (events[-1].details or "")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_time_between_steps_is_the_users(tmp_path: Path) -> None:
+    with start(make_job(), device="cpu", out=tmp_path / "run") as run:
+        for batch in run.batches(epochs=1):
+            assert run.assembly.clock.current != BETWEEN_STEPS
+            run.step(batch)
+            assert run.assembly.clock.current == BETWEEN_STEPS
+        run.close()
+        run.close()  # no harm
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda out: start(make_job(), device="cpu", resume=True), "resume needs the run folder"),
+        (lambda out: start(make_job(), device="cpu", out=out, resume=True), "does not exist"),
+        (lambda out: start(make_job(), device="cpu", out=out, checkpoint_every="0"), "at least 1 step"),
+        (lambda out: start(make_job(), device="cpu", out=out, keep_last=0), "at least 1 checkpoint"),
+        (lambda out: start(make_job(), device="cpu").save(), r"give start\(\.\.\., out=DIR\)"),
+    ],
+)
+def test_refusals(tmp_path: Path, call: Callable[[Path], Any], message: str) -> None:
+    with pytest.raises(errors.UserError, match=message):
+        call(tmp_path / "run")
+
+
+def test_a_folder_keeps_one_run_and_only_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with start(make_job(), device="cpu", out=out) as run:
+        run.step(next(run.batches()))
+        with pytest.raises(errors.FolderError, match="in use by process"):
+            start(make_job(), device="cpu", out=out, resume=True)
+    with pytest.raises(errors.FolderError, match="already holds a run"):
+        start(make_job(), device="cpu", out=out)
+    with pytest.raises(errors.FolderError, match="batch_size was 4 and is now 5"):
+        start(make_job(batch_size=5), device="cpu", out=out, resume=True)
+
+
+SCRIPT = """
+import os, sys
+import shardwise
+sys.path.insert(0, {here!r})
+from test_live import make_job
+
+with shardwise.start(make_job(), device="cpu", out={out!r}, checkpoint_every="4") as run:
+    for batch in run.batches():
+        run.step(batch)
+        if run.rank == 1 and run.steps_taken == 10 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(7)
+"""
+
+
+def test_workers_that_torchrun_starts_again_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    expected, final = uninterrupted()
+    out = tmp_path / "run"
+    (tmp_path / "loop.py").write_text(SCRIPT.format(here=str(Path(__file__).parent), out=str(out)))
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*command, "--max-restarts", "1", "loop.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    events = list(read_events(out / "events.jsonl"))
+    (restart,) = [event for event in events if isinstance(event, RestartEvent)]
+    assert restart.step == 8
+    noted = {
+        step: loss
+        for event in events
+        if isinstance(event, StepsEvent)
+        for step, loss in enumerate(event.losses, event.first_step)
+    }
+    assert [noted[step] for step in range(len(expected))] == pytest.approx(expected, abs=1e-5)
+    from safetensors.torch import load_file
+
+    stored = load_file(out / "model.safetensors")
+    assert torch.allclose(stored["weight"], final[0], atol=1e-5)
+
+
+def test_the_loop_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    code = text.split("`my_kept_loop.py`:\n\n```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [f"epoch {n}" for n in range(5)]
+    exec(code, {})
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "runs" / "kept" / "model.safetensors").exists()
