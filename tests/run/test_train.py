@@ -321,7 +321,7 @@ def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
         ({}, {"plan": shardwise.Plan(cuts=("2",))}, PlanError, "schedule and cuts belong to a pipeline"),
         ({"micro_batch": 2}, {}, PlanError, "BatchNorm layer '1' needs statistics of the whole global batch"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {}, JobError, "LBFGS"),
-        ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, {}, ValueError, "Invalid learning rate"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, {}, JobError, r"(?s)Job\.optimizer failed.*Invalid learning rate"),
         ({"schedule": lambda o, steps: steps}, {}, JobError, "must return a torch LRScheduler"),
         ({"schedule": lambda o, steps: ReduceLROnPlateau(o)}, {}, JobError, "ReduceLROnPlateau needs a metric"),
         ({"optimizer": lambda p: "sgd"}, {"plan": "serial"}, JobError, "must return a torch.optim.Optimizer"),

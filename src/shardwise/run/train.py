@@ -67,7 +67,7 @@ def train(
             "give one with --out (out=)"
         )
     plan = resolve_plan(job, chosen, device=device, world=rank.workers if rank is not None else None, chooser=chooser)
-    check_job(job, plan)
+    check_job(job, plan, rehearsal=device == "cpu")
     splits = as_splits(job.data)
     _check_shares(job, plan, splits, balance=chosen.balance)
     if rank is None and chosen.nodes.count == 1:

@@ -73,10 +73,19 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("model", "optimizer"):
+            given = type(getattr(self, name)).__name__
             if not callable(getattr(self, name)):
-                raise JobError(
-                    f"Job.{name} is {getattr(self, name)!r}: give a function, so that every worker can build its own"
-                )
+                raise JobError(f"Job.{name} is a {given}: give a function, so that every worker can build its own")
+        if isinstance(self.loss, type):
+            raise JobError(
+                f"Job.loss is the class {self.loss.__name__}: make one of it, {self.loss.__name__}(), or give a function "
+                "(output, target) -> mean"
+            )
+        if not isinstance(self.metrics, Mapping) or not all(callable(metric) for metric in self.metrics.values()):
+            raise JobError(
+                f"Job.metrics is a {type(self.metrics).__name__}: give a dict of names and functions, such as "
+                '{"accuracy": shardwise.metrics.accuracy}'
+            )
         if (self.loss is None) == (self.objective is None):
             given = "neither" if self.loss is None else "both"
             raise JobError(
