@@ -80,10 +80,17 @@ class JobFunction:
         if not isinstance(job, Job):
             raise JobError(f"job {self.origin} returned {_shown(job)}: a job function returns a shardwise.Job")
         if job.name == _UNNAMED:
-            job = replace(job, name=self.function.__name__)
+            job = replace(job, name=self._name())
         folders = () if self.place.startswith(_BUILT_IN) or _is_file(self.place) else (str(Path.cwd()),)
         reference = Reference(self.place, self.function.__name__, tuple(settings.items()), folders)
         return LoadedJob(job=job, origin=self.origin, hyper_parameters=chosen, reference=reference)
+
+    def _name(self) -> str:
+        """The function's, or that of its file or module where the function is just called `job`."""
+        name = self.function.__name__
+        if name != "job":
+            return name
+        return Path(self.place).stem if _is_file(self.place) else self.place.rpartition(".")[2]
 
 
 @final

@@ -302,11 +302,10 @@ def _end_epoch(a: Assembly, course: Course, seconds: float, epochs: int | None) 
     position.batch, position.loss_sum, position.samples = 0, 0.0, 0
     every = course.evaluate_every
     metrics = _evaluate(a, course) if every and position.epoch % every == 0 else {}
-    numbers = "  ".join(f"test {name} {value:.4f}" for name, value in metrics.items())
     of_epochs = f"/{epochs}" if epochs is not None else ""
-    course.display.say(
-        f"epoch {position.epoch}{of_epochs}  train loss {mean:.4f}  {numbers}  ({format_seconds(seconds)})".rstrip()
-    )
+    parts = [f"epoch {position.epoch}{of_epochs}", f"train loss {mean:.4f}"]
+    parts += [f"test {name} {value:.4f}" for name, value in metrics.items()]
+    course.display.say("  ".join([*parts, f"({format_seconds(seconds)})"]))
 
 
 def _evaluate(a: Assembly, course: Course) -> dict[str, float]:

@@ -65,9 +65,9 @@ class Silent(Display):
 class Lines(Display):
     """Plain lines, at most one every few seconds, for logs and pipes."""
 
-    def __init__(self, total_steps: int | None, epochs: int | None, first_step: int) -> None:
-        self._total, self._epochs, self._first = total_steps, epochs, first_step
-        self._began = perf_counter()
+    def __init__(self, total_steps: int | None, epochs: int | None) -> None:
+        self._total, self._epochs = total_steps, epochs
+        self._began: tuple[int, float] | None = None  # after the first step, which takes longer than those to come
         self._last = -math.inf
 
     def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
@@ -75,9 +75,13 @@ class Lines(Display):
         if now - self._last < LINE_SECONDS and step != self._total:
             return
         self._last = now
-        per_step = (now - self._began) / max(1, step - self._first)
         to_go = self._total - step if self._total is not None else 0
-        left = f", {format_seconds(per_step * to_go)} left" if to_go else ""
+        left = ""
+        if self._began is None:
+            self._began = (step, now)
+        elif to_go and step > self._began[0]:
+            per_step = (now - self._began[1]) / (step - self._began[0])
+            left = f", {format_seconds(per_step * to_go)} left"
         of_steps = f"/{self._total}" if self._total is not None else ""
         of_epochs = f"/{self._epochs}" if self._epochs is not None else ""
         self.say(
@@ -138,4 +142,4 @@ def make_display(*, show: bool, total_steps: int | None, epochs: int | None, fir
         return Silent()
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown"):
         return Bar(total_steps, epochs, first_step)
-    return Lines(total_steps, epochs, first_step)
+    return Lines(total_steps, epochs)

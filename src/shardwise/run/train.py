@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -173,4 +174,4 @@ def _start_workers(work: Work, options: TrainOptions, *, is_rank: bool) -> dict[
 
 
 def _how_to_resume(folder: str) -> str:
-    return f"stopped; everything up to the last step is saved in {folder}: continue with --resume --out {folder}"
+    return f"stopped; everything up to the last step is saved in {folder}: continue with --resume --out {shlex.quote(folder)}"
