@@ -197,7 +197,8 @@ def opening_lines(job: Job, plan: Plan, device: str, settings: Settings) -> list
     by_source: dict[str, list[str]] = {}
     for name, item in settings.entries.items():
         same = name.removeprefix("set.")
-        repeated = same != name and same in settings.entries and settings.entries[same].value == item.value
+        known = settings.entries.get(same) if same != name and item.source == DEFAULT else None
+        repeated = known is not None and known.value == item.value
         if item.value is not None and not repeated:
             by_source.setdefault(item.source, []).append(f"{name}={item.value}")
     for source, texts in by_source.items():
