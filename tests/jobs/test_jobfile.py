@@ -88,6 +88,9 @@ def test_a_job_without_a_name_gets_its_functions(tmp_path: Path) -> None:
     text = write(tmp_path, body)
     assert load_job(text + ":first", {}).job.name == "first"
     assert load_job(text + ":second", {}).job.name == "own"
+    assert load_job(write(tmp_path, "def job() -> Job: return make()\n", "own.py"), {}).job.name == "own", (
+        "a file's, where it says nothing"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from shardwise.run import progress
 from shardwise.run.progress import Bar, Lines, Silent, make_display
 
 
@@ -30,11 +31,16 @@ def test_nothing_is_shown_when_not_wanted() -> None:
     assert type(make_display(show=False, total_steps=10, epochs=None, first_step=0)) is Silent
 
 
-def test_lines_name_what_they_show(capfd: pytest.CaptureFixture[str]) -> None:
-    lines = Lines(total_steps=10, epochs=2, first_step=0)
-    lines.steps(step=1, epoch=0, loss=0.5, samples_per_second=1234.0)
-    lines.steps(step=2, epoch=0, loss=0.4, samples_per_second=1234.0)  # too soon for another line
-    lines.steps(step=10, epoch=1, loss=float("nan"), samples_per_second=1234.0)
-    first, last = capfd.readouterr().err.splitlines()
-    assert first.startswith("epoch 1/2  step 1/10  loss 0.5000  1,234 samples/s, ") and first.endswith(" left")
+def test_lines_name_what_they_show(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Lines(total_steps=10, epochs=2)
+    lines.steps(step=1, epoch=0, loss=0.5, samples=617, seconds=0.5)
+    lines.steps(step=2, epoch=0, loss=0.4, samples=800, seconds=0.5)  # too soon for another line
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    lines.steps(step=3, epoch=0, loss=0.4, samples=200, seconds=0.5)
+    lines.steps(step=10, epoch=1, loss=float("nan"), samples=1234, seconds=1.0)
+    first, second, last = capfd.readouterr().err.splitlines()
+    assert first == "epoch 1/2  step 1/10  loss 0.5000  1,234 samples/s", (
+        "the first step tells nothing of those to come"
+    )
+    assert second.startswith("epoch 1/2  step 3/10  loss 0.4000  1,000 samples/s, ") and second.endswith(" left")
     assert last == "epoch 2/2  step 10/10  loss nan  1,234 samples/s"

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import shardwise
+from shardwise.cli.main import main
 from shardwise.data.gather import Arrays
 from shardwise.data.source import Splits
 from shardwise.data.stream import Stream
 from shardwise.errors import CheckpointError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
+from shardwise.jobs.digits import digits
 from shardwise.run import checkpoint
 from shardwise.run.folder import write_aside
 from shardwise.run.record import Recording, record_path
@@ -159,10 +161,27 @@ def test_predict_gives_outputs_in_order(tmp_path: Path) -> None:
     outputs = shardwise.predict(run, inputs, batch_size=8)
     with torch.no_grad():
         torch.testing.assert_close(outputs, run.model(inputs))
+    again = shardwise.Run.open(tmp_path / "run", _job())
+    assert torch.equal(shardwise.predict(again, inputs, batch_size=8), outputs) and again.metrics == run.metrics
+    assert repr(again) == repr(run) and "tensor" not in repr(run.job)
     from_source = shardwise.predict(run, _rows(37, 2))
     assert from_source.shape == (37, 4)
     with pytest.raises(JobError, match="no samples"):
         shardwise.predict(run, torch.zeros(0, 9))
+
+
+def test_a_run_is_opened_with_its_hyper_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "digits", "--set", "width=3", "--steps", "2", "--out", "run", "--plan", "serial", "--quiet"]
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    run = shardwise.Run.open("run", digits)
+    assert shardwise.predict(run, torch.zeros(2, 1, 8, 8)).shape == (2, 10) and run.summary["steps"] == 2
+    with pytest.raises(CheckpointError, match="build the model as it was trained"):
+        _ = shardwise.Run.open("run", digits(width=4)).model
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(FolderError, match=r"has no summary\.json: the training is not finished"):
+        shardwise.Run.open("run", digits)
 
 
 def _in_child(action: Callable[[], Any]) -> int:
@@ -321,7 +340,12 @@ def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
         ({}, {"plan": shardwise.Plan(cuts=("2",))}, PlanError, "schedule and cuts belong to a pipeline"),
         ({"micro_batch": 2}, {}, PlanError, "BatchNorm layer '1' needs statistics of the whole global batch"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {}, JobError, "LBFGS"),
-        ({"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, {}, ValueError, "Invalid learning rate"),
+        (
+            {"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)},
+            {},
+            JobError,
+            r"(?s)Job\.optimizer failed.*Invalid learning rate",
+        ),
         ({"schedule": lambda o, steps: steps}, {}, JobError, "must return a torch LRScheduler"),
         ({"schedule": lambda o, steps: ReduceLROnPlateau(o)}, {}, JobError, "ReduceLROnPlateau needs a metric"),
         ({"optimizer": lambda p: "sgd"}, {"plan": "serial"}, JobError, "must return a torch.optim.Optimizer"),

@@ -29,15 +29,15 @@ def signature(job: Job, *, workers: int | None, threads: int | None, place: Mapp
 
     None where the model cannot be looked at without memory: then nothing is kept.
     """
+    parts: list[Any] = [VERSION, job.batch_size, job.micro_batch, job.precision, job.batch_norm, job.epochs, job.steps]
+    parts += [workers, threads, sorted(place.items()), job.name, job.clip_norm is None]
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_model(job, None)
+        parts += [(name, type(module).__name__) for name, module in model.named_modules()]
+        parts += [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     except Exception:  # noqa: BLE001  # a model may do anything in its constructor; check_job says what is wrong
         return None
-    parts: list[Any] = [VERSION, job.batch_size, job.micro_batch, job.precision, job.batch_norm, job.epochs, job.steps]
-    parts += [workers, threads, sorted(place.items()), job.name, job.clip_norm is None]
-    parts += [(name, type(module).__name__) for name, module in model.named_modules()]
-    parts += [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

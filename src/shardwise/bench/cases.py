@@ -136,7 +136,7 @@ def _settled(job: Job, plan: Plan, device: str) -> Wanted:
     settled = replace(settled, reasons=())
     try:
         with torch.random.fork_rng(devices=[]):
-            check_job(job, settled)
+            check_job(job, settled, rehearsal=device == "cpu")
     except UserError as error:
         return Wanted(name=str(settled), plan=settled, batch_size=job.batch_size, refused=str(error))
     return Wanted(name=str(settled), plan=settled, batch_size=job.batch_size)

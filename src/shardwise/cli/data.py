@@ -29,25 +29,29 @@ def _list(text: str | None) -> tuple[str, ...]:
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-_WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Processes; by default one a core.")
+_WORKERS = click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes; by default one a core.")
 
 
 @data.command()
 @click.argument("source")
 @click.argument("out", type=_FOLDER)
 @click.option("--kind", type=click.Choice(["images", "table", "text"]), help="By default, by the names of the files.")
-@click.option("--test", help="Where the test split of a table or of tar files is.")
-@click.option("--size", default=224, show_default=True, type=click.IntRange(min=1), help="Pixels of an image's side.")
+@click.option("--test", metavar="SOURCE", help="Where the test split of a table or of tar files is.")
+@click.option(
+    "--size", default=224, show_default=True, type=click.IntRange(min=1), metavar="N", help="Pixels of an image's side."
+)
 @click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and say which.")
-@click.option("--target", default="", help="Column of a table to predict.")
-@click.option("--names", help="Columns of a CSV file without a header line: id,age,answer.")
-@click.option("--categorical", help="Columns of numbers that are categories, or classes: zip,answer.")
-@click.option("--drop", help="Columns to leave out.")
+@click.option("--target", default="", metavar="COLUMN", help="Column of a table to predict.")
+@click.option("--names", metavar="COLUMNS", help="Columns of a CSV file without a header line: id,age,answer.")
+@click.option(
+    "--categorical", metavar="COLUMNS", help="Columns of numbers that are categories, or classes: zip,answer."
+)
+@click.option("--drop", metavar="COLUMNS", help="Columns to leave out.")
 @click.option("--onehot", is_flag=True, help="One number for each category instead of a code.")
-@click.option("--strip-target", default="", help="Characters to take off the end of a target.")
-@click.option("--delimiter", default=",", show_default=True, help="Between the values of a CSV file.")
+@click.option("--strip-target", default="", metavar="TEXT", help="Characters to take off the end of a target.")
+@click.option("--delimiter", default=",", show_default=True, metavar="TEXT", help="Between the values of a CSV file.")
 @click.option("--unit", default="char", show_default=True, type=click.Choice(["char", "byte"]), help="Token of a text.")
-@click.option("--shard-bytes", default="64MiB", show_default=True, help="Size of a shard to aim at.")
+@click.option("--shard-bytes", default="64MiB", show_default=True, metavar="SIZE", help="Size of a shard to aim at.")
 @_WORKERS
 @_JSON
 def pack(

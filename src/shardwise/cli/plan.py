@@ -18,24 +18,39 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("job", required=False)
-@click.option("--model", help="Instead of JOB: gpt:layers=96,hidden=12288,heads=96,seq=2048,vocab=51200 or llama:...")
+@click.option(
+    "--model",
+    metavar="SPEC",
+    help="Instead of JOB: gpt:layers=24,hidden=2048,heads=16, also seq= and vocab=, or llama:...",
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the job; repeatable."
 )
 @click.option(
-    "--machine", help="Catalogue name, such as a100-80gb-sxm, or a machine file. JOB: this machine if left out."
+    "--machine",
+    metavar="NAME|FILE",
+    help="Catalogue name, such as a100-80gb-sxm, or a machine file. JOB: this machine if left out.",
 )
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Number of nodes.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Workers that share the fast link; default as usual.")
-@click.option("--network", type=click.FloatRange(min=0, min_open=True), help="Gbit/s between nodes of one worker.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), metavar="N", help="Number of nodes.")
+@click.option(
+    "--gpus-per-node",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Workers that share the fast link; default as usual.",
+)
+@click.option(
+    "--network", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Gbit/s between nodes of one worker."
+)
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="At most so many workers for JOB.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads per worker of JOB.")
-@click.option("--memory", help="Memory of one device (of one worker on a CPU), such as 80GiB.")
-@click.option("--batch", "--batch-size", type=click.IntRange(min=1), help="Samples per step, in all. --model: 512.")
+@click.option("--memory", metavar="SIZE", help="Memory of one device (of one worker on a CPU), such as 80GiB.")
+@click.option(
+    "--batch", "--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples per step, in all. --model: 512."
+)
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8"]), help="--model: bf16 if left out.")
 @click.option("--attention", type=click.Choice(["flash", "math"]), help="Of --model; flash if left out.")
-@click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), help="Plans to show.")
-@click.option("--why-not", "why_not_text", help="Explain one layout, such as tensor=4.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), metavar="N", help="Plans to show.")
+@click.option("--why-not", "why_not_text", metavar="LAYOUT", help="Explain one layout, such as tensor=4.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the best plan (.toml).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def plan(

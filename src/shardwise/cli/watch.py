@@ -26,7 +26,7 @@ _ENDED = ("finished", "stopped", "failed")
 
 
 @click.command()
-@click.argument("place", required=False, type=click.Path(path_type=Path), metavar="[RUN|FOLDER OF RUNS]")
+@click.argument("place", required=False, type=click.Path(path_type=Path), metavar="[PLACE]")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="P", help="Of the page; 0 takes a free one.")
 @click.option("--token", default="", metavar="TEXT", help="Of the page's address, to keep it; random if left out.")
 @click.option(

@@ -5,7 +5,7 @@ from typing import Any, final
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from shardwise.data.gather import Arrays
 from shardwise.data.reading import Source
@@ -94,6 +94,12 @@ def _as_source(data: Any) -> Source:
         return Samples(data)
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, _ARRAYS) for part in data):
         return Arrays(tuple(data))
+    if isinstance(data, DataLoader):
+        raise JobError(
+            "data is a DataLoader: give its data set, data=loader.dataset, and batch_size= beside it; shardwise deals out the "
+            "samples itself, so that all workers together take the batches that one would. loader_workers and collate= belong to "
+            "shardwise.data.Samples(dataset, ...), and an order of your own is a Subset of the data set with shuffle=False"
+        )
     given = f"{type(data).__name__} of {len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
     raise JobError(f"data is a {given}: {_ACCEPTED}")
 

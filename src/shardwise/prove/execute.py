@@ -98,7 +98,7 @@ def refuse(job: Job, plan: Plan) -> None:
         UserError: what was given, the rule, and what to do.
     """
     with torch.random.fork_rng(devices=[]):
-        check_job(job, plan)
+        check_job(job, plan, rehearsal=True)
     check_division(as_splits(job.data), plan)
 
 

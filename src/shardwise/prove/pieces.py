@@ -129,4 +129,5 @@ def _coupling(a: Assembly, batch: Batch, bounds: list[tuple[int, int]]) -> tuple
     for module in a.model.modules():
         if isinstance(module, _BatchNorm) and a.job.objective is not None:
             module.eval()
-    return coupling(a.job, a.model, batch, bounds, tolerance=1e-9)
+    found = coupling(a.job, a.model, batch, bounds, tolerance=1e-9)
+    return None if found is None else (found.whole, found.mean)

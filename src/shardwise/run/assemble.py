@@ -19,12 +19,14 @@ from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
+from shardwise.run.blame import readable_failure
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back
 from shardwise.run.clock import PhaseClock
-from shardwise.run.coupled import check_loss, wants_trial
+from shardwise.run.coupled import check_loss, divides_batches, is_cheap
 from shardwise.run.heap import keep_freed_memory
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.run.record import Recorder
+from shardwise.run.rehearse import rehearse
 from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, first_samples
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
@@ -175,27 +177,45 @@ def check_updates(job: Job, total_steps: int | None) -> None:
     """Make the job's optimizer and schedule once before any worker starts, and throw them away.
 
     Raises:
-        JobError: one of them cannot be used. What the job's own functions raise comes through as it is.
+        JobError: one of them cannot be used, or its function fails.
     """
     with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                optimizer = build_optimizer(job, build_model(job, None))
-        except JobError:
-            raise
-        except Exception:  # noqa: BLE001  # some (fused=True) take no parameters without memory
-            optimizer = build_optimizer(job, build_model(job, CPU))
-        build_scheduler(job, optimizer, total_steps)
+        optimizer = _optimizer_to_look_at(job)
+        with readable_failure("Job.schedule failed"):
+            build_scheduler(job, optimizer, total_steps)
 
 
-def check_job(job: Job, plan: Plan) -> None:
-    """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts."""
+def _optimizer_to_look_at(job: Job) -> Optimizer:
+    try:
+        with torch.device("meta"):
+            return build_optimizer(job, build_model(job, None))
+    except JobError:
+        raise
+    except Exception:  # noqa: BLE001  # some (fused=True) take no parameters without memory
+        pass
+    with readable_failure("Job.optimizer failed"):
+        return build_optimizer(job, build_model(job, CPU))
+
+
+def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
+    """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts.
+
+    Args:
+        rehearsal: call the job's functions on its first samples too, where that costs little.
+
+    Raises:
+        UserError: what was given, the rule, and what to do. What a function of the job raises is shown with its lines.
+    """
     check_layout(plan)
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are none of our business
         model = build_to_look_at(job, plan)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     layout = plan.layout
-    loss_in_parts = wants_trial(job, plan, model)
+    cheap = is_cheap(job, model)
+    loss_in_parts = cheap and divides_batches(job, plan)
+    if cheap and rehearsal:
+        with torch.random.fork_rng(devices=[]):
+            rehearse(job, plan, build_model(job, CPU))  # a model of its own, because it may count its calls
     if layout.context * layout.tensor * layout.pipeline > 1 or loss_in_parts:
         with torch.random.fork_rng(devices=[]):
             model = build_model(job, CPU)

@@ -11,6 +11,7 @@ from torch import nn
 from shardwise.dist.collectives import Group
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.compose import defers_weights
+from shardwise.run.blame import readable_failure
 from shardwise.run.heap import memory_given_back
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
@@ -80,6 +81,7 @@ def build_to_look_at(job: Job, plan: Plan) -> nn.Module:
     """The job's module before any worker starts: names, shapes and types, without memory where that is possible.
 
     Raises:
+        JobError: the job's function fails, or returns no module with parameters.
         PlanError: the plan says that weights are to be made in parts, and for this model that cannot be done.
     """
     if defers_weights(plan) and plan.build == "deferred":
@@ -92,6 +94,8 @@ def build_to_look_at(job: Job, plan: Plan) -> nn.Module:
     except (JobError, PlanError):
         raise
     except Exception:  # noqa: BLE001  # a model may do anything in its constructor, such as looking at values
+        pass
+    with readable_failure("Job.model failed"):
         deferred = build_in_parts(job)[0] if defers_weights(plan) else None
         return deferred.model if deferred is not None else build_model(job, None)
 
@@ -117,6 +121,11 @@ def giving_back(plan: Plan) -> AbstractContextManager[None]:
 
 
 def _call(job: Job) -> Any:
+    if isinstance(job.model, nn.Module):
+        raise JobError(
+            f"Job.model is a {type(job.model).__name__}: give a function that builds it, such as model=lambda: Net(), so that "
+            "every worker starts from the same seed"
+        )
     torch.manual_seed(job.seed)
     return job.model()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, final
@@ -31,6 +33,9 @@ _RUN_OPTIONS = (
     *("device", "balance"),
 )
 """Options of a run that are kept with its settings."""
+
+_WIDEST = 110
+"""Columns of the longest line of settings that is easily read."""
 
 
 @final
@@ -185,16 +190,25 @@ def resolve_settings(
 
 
 def opening_lines(job: Job, plan: Plan, device: str, settings: Settings) -> list[str]:
-    """What will be run and why, and the settings by source; the run folder keeps them one by one."""
+    """What will be run and why, and the settings by source, each once; the run folder keeps them one by one."""
     lines = [f"{job.name}: plan {plan} on {device}", *(f"  because {reason}" for reason in plan.reasons)]
     if plan.prediction is not None:
         lines.append(f"  expected: {expectation(job, plan.prediction)}")
     by_source: dict[str, list[str]] = {}
     for name, item in settings.entries.items():
-        if item.value is not None:
+        same = name.removeprefix("set.")
+        known = settings.entries.get(same) if same != name and item.source == DEFAULT else None
+        repeated = known is not None and known.value == item.value
+        if item.value is not None and not repeated:
             by_source.setdefault(item.source, []).append(f"{name}={item.value}")
     for source, texts in by_source.items():
-        lines.append(f"  {source}: {', '.join(texts)}")
+        lines += textwrap.wrap(
+            f"  {source}: {', '.join(texts)}",
+            width=min(shutil.get_terminal_size().columns, _WIDEST),
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return lines
 
 

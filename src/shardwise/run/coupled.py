@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,17 @@ MOST_BYTES = 1 << 28
 """Larger models are not tried out: the trial builds and runs the whole model on the CPU before the workers start. Chosen."""
 
 
-def wants_trial(job: Job, plan: Plan, model: nn.Module) -> bool:
-    """Whether losses are computed over parts of a global batch, and a trial of that costs little.
-
-    Of data without a length, nothing is read before it must be.
-    """
-    share = -(-job.batch_size // plan.layout.replicas)
-    pieces = plan.layout.replicas > 1 or (plan.micro_batch is not None and plan.micro_batch < share)
+def is_cheap(job: Job, model: nn.Module) -> bool:
+    """Whether a model can be tried out on a few samples at little cost. Of data without a length, nothing is read before it
+    must be."""
     small = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) <= MOST_BYTES
-    return pieces and small and as_splits(job.data).train.length is not None
+    return small and as_splits(job.data).train.length is not None
+
+
+def divides_batches(job: Job, plan: Plan) -> bool:
+    """Whether losses are computed over parts of a global batch."""
+    share = -(-job.batch_size // plan.layout.replicas)
+    return plan.layout.replicas > 1 or (plan.micro_batch is not None and plan.micro_batch < share)
 
 
 def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
@@ -63,6 +65,12 @@ def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
             return  # no coupling, or an objective that draws random numbers
     except Exception:  # noqa: BLE001  # anything can go wrong in it, and will again where it is told better
         return
+    if found.is_sum:
+        raise PlanError(
+            f"the loss is a sum over the samples and not their mean: for the first {batch.count} samples of the data it is "
+            f"{found.whole:.6g}, which is what its parts add up to. Give the mean (reduction='mean'), Job.weight, which counts "
+            "what a mean is over, or an objective that returns (sum, count)"
+        )
     split = (
         "samples between workers"
         if plan.layout.replicas > 1
@@ -70,15 +78,29 @@ def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
     )
     raise PlanError(
         f"plan {plan.layout} splits {split}, but the loss couples samples: for the first {batch.count} samples of the data it is "
-        f"{found[0]:.6g}, the mean over parts of them is {found[1]:.6g}. A loss that compares samples needs the whole batch at "
-        "once: use --plan serial, or tensor= or pipeline=, without micro_batch. A mean over tokens, unignored targets or class "
-        "weights needs Job.weight, which counts them, or an objective that returns (sum, count)"
+        f"{found.whole:.6g}, the mean over parts of them is {found.mean:.6g}. A loss that compares samples needs the whole batch "
+        "at once: use --plan serial, or tensor= or pipeline=, without micro_batch. A mean over tokens, unignored targets or "
+        "class weights needs Job.weight, which counts them, or an objective that returns (sum, count)"
     )
+
+
+class Coupling(NamedTuple):
+    """A loss whose parts do not add up to the whole.
+
+    Attributes:
+        whole: the loss of the whole batch.
+        mean: the weighted mean over its parts.
+        is_sum: the whole is the sum of the parts: the loss is a sum over samples.
+    """
+
+    whole: float
+    mean: float
+    is_sum: bool
 
 
 def coupling(
     job: Job, model: nn.Module, batch: Batch, bounds: list[tuple[int, int]], *, tolerance: float
-) -> tuple[float, float] | None:
+) -> Coupling | None:
     """Loss of the whole batch and weighted mean over parts of it, from the same outputs; None where they agree.
 
     Args:
@@ -87,7 +109,7 @@ def coupling(
         tolerance: relative difference that counts as agreement.
     """
     with torch.no_grad(), state_kept(model):
-        loss_sum = weights = 0.0
+        loss_sum = weights = plain_sum = 0.0
         if job.objective is None:
             output = call_model(model, batch.inputs)
             assert job.loss is not None
@@ -96,19 +118,21 @@ def coupling(
                 part = rows_of(batch, start, stop)
                 own = weight_of(job, part) if start < stop else 0.0
                 if own:
-                    loss_sum += float(job.loss(_tree_rows(output, start, stop, batch.count), part.targets)) * own
-                    weights += own
+                    value = float(job.loss(_tree_rows(output, start, stop, batch.count), part.targets))
+                    loss_sum, weights, plain_sum = loss_sum + value * own, weights + own, plain_sum + value
         else:
-            value, weight = loss_sum_of(job, model, batch)
-            whole = float(value) / weight
+            batch_sum, weight = loss_sum_of(job, model, batch)
+            whole = float(batch_sum) / weight
             for start, stop in bounds:
                 if start < stop:
-                    value, own = loss_sum_of(job, model, rows_of(batch, start, stop))
-                    loss_sum, weights = loss_sum + float(value), weights + own
+                    part_sum, own = loss_sum_of(job, model, rows_of(batch, start, stop))
+                    loss_sum, weights = loss_sum + float(part_sum), weights + own
     mean = loss_sum / weights if weights else float("nan")
     if not isfinite(whole) or not isfinite(mean):
         return None
-    return None if abs(mean - whole) <= tolerance * max(abs(whole), abs(mean)) else (whole, mean)
+    if abs(mean - whole) <= tolerance * max(abs(whole), abs(mean)):
+        return None
+    return Coupling(whole, mean, is_sum=abs(plain_sum - whole) <= tolerance * abs(whole))
 
 
 def loss_sum_of(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:

@@ -168,7 +168,8 @@ def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, s
             step=a.step,
             epoch=course.position.epoch,
             loss=course.loss,
-            samples_per_second=samples / seconds if seconds else 0.0,
+            samples=samples,
+            seconds=seconds,
         )
     if settled.stop:
         course.stopped = True

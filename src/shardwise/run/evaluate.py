@@ -12,8 +12,8 @@ from torch import Tensor
 from shardwise.data.batch import Batch
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
-from shardwise.errors import JobError
 from shardwise.run.assemble import Assembly
+from shardwise.run.pair import as_pair
 from shardwise.run.step import autocast, own_tokens
 from shardwise.run.tryout import call_model
 
@@ -84,7 +84,7 @@ def _on_whole_model(a: Assembly, batches: Iterator[Batch], totals: Tensor) -> No
         with autocast(a):
             if a.job.objective is not None:
                 value = a.job.objective(a.model, (mine.inputs, mine.targets))
-                totals[0] += _pair(value, batch.count * a.token_share, LOSS).to(a.device)
+                totals[0] += as_pair(value, batch.count * a.token_share, LOSS).to(a.device)
                 output = call_model(a.model, mine.inputs) if a.job.metrics else None
             else:
                 output = whole_output(a, call_model(a.model, mine.inputs))
@@ -114,7 +114,7 @@ def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor)
 
     def add_value(value: Any, index: int) -> None:
         if few[index].count:
-            totals[0] += _pair(value, few[index].count * a.token_share, LOSS).to(a.device)
+            totals[0] += as_pair(value, few[index].count * a.token_share, LOSS).to(a.device)
 
     def add_output(output: Any, index: int) -> None:
         batch, output = few[index], whole_output(a, output)
@@ -138,7 +138,7 @@ def _add_loss(a: Assembly, totals: Tensor, output: Any, batch: Batch) -> None:
     assert a.job.loss is not None
     weight = batch.count if a.job.weight is None else float(a.job.weight(batch.targets))
     if weight:
-        totals[0] += _pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
+        totals[0] += as_pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
 
 
 def whole_output(a: Assembly, output: Any) -> Any:
@@ -154,22 +154,4 @@ def _add_metrics(
     totals: Tensor, metrics: Mapping[str, Callable[[Any, Any], Any]], output: Any, targets: Any, count: int
 ) -> None:
     for row, (name, metric) in enumerate(metrics.items(), start=1):
-        totals[row] += _pair(metric(output, targets), count, name).to(totals.device)
-
-
-def _pair(value: Any, count: float, name: str) -> Tensor:
-    """(sum, count) of a metric's answer: a pair as it is, a scalar as the mean over `count` items."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return torch.stack([_number(part, name) for part in value])
-    return torch.stack([_number(value, name) * count, torch.tensor(float(count), dtype=torch.float64)])
-
-
-def _number(value: Any, name: str) -> Tensor:
-    given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    try:
-        number = torch.as_tensor(value, dtype=torch.float64)
-        if number.numel() == 1:
-            return number.reshape(()).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise JobError(f"metric {name!r} returned {given}: return a scalar mean over the samples, or a (sum, count) pair")
+        totals[row] += as_pair(metric(output, targets), count, name).to(totals.device)

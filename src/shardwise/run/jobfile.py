@@ -12,15 +12,14 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, final
 
-from shardwise.errors import JobError, UserError
+from shardwise.errors import JobError
+from shardwise.run.blame import readable_failure
 from shardwise.run.hyperparameters import HyperParameter, choose_values, hyper_parameters
 from shardwise.spec.job import Job
 
@@ -76,15 +75,22 @@ class JobFunction:
             JobError: the function fails or does not return a Job.
         """
         chosen = choose_values(self.parameters, settings, self.origin)
-        with _readable_failure(self.place, f"job {self.origin} failed"):
+        with readable_failure(f"job {self.origin} failed"):
             job = self.function(**{name: value for name, (value, _) in chosen.items()})
         if not isinstance(job, Job):
             raise JobError(f"job {self.origin} returned {_shown(job)}: a job function returns a shardwise.Job")
         if job.name == _UNNAMED:
-            job = replace(job, name=self.function.__name__)
+            job = replace(job, name=self._name())
         folders = () if self.place.startswith(_BUILT_IN) or _is_file(self.place) else (str(Path.cwd()),)
         reference = Reference(self.place, self.function.__name__, tuple(settings.items()), folders)
         return LoadedJob(job=job, origin=self.origin, hyper_parameters=chosen, reference=reference)
+
+    def _name(self) -> str:
+        """The function's, or that of its file or module where the function is just called `job`."""
+        name = self.function.__name__
+        if name != "job":
+            return name
+        return Path(self.place).stem if _is_file(self.place) else self.place.rpartition(".")[2]
 
 
 @final
@@ -185,7 +191,7 @@ def _import_file(path: Path) -> ModuleType:
     module.__dict__[_MARK] = str(path)
     sys.modules[name] = module  # so that what it defines can be pickled by name
     try:
-        with _readable_failure(str(path), f"job file {path} failed while it was imported"):
+        with readable_failure(f"job file {path} failed while it was imported"):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
@@ -212,7 +218,7 @@ def _import_module(name: str) -> ModuleType:
     if not name.startswith(_BUILT_IN + "."):
         _make_importable(str(Path.cwd()))
     try:
-        with _readable_failure(name, f"module {name} failed while it was imported"):
+        with readable_failure(f"module {name} failed while it was imported"):
             return importlib.import_module(name)
     except JobError as error:
         cause = error.__cause__
@@ -263,51 +269,3 @@ def _returns_job(function: Callable[..., Any]) -> bool:
 def _shown(value: object) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"
-
-
-@contextmanager
-def _readable_failure(place: str, what: str) -> Iterator[None]:
-    """Turns what the user's code raises into a JobError with the user's part of the traceback."""
-    try:
-        yield
-    except UserError as error:
-        line = _user_lines(error, place)
-        kind = type(error) if type(error).__module__ == UserError.__module__ else JobError
-        raise kind(f"{error}" + (f"\n  in {line[-1]}" if line else "")) from error
-    except SystemExit as error:
-        raise JobError(
-            f'{what}: it ended the program (exit {error.code}); put what a script does under if __name__ == "__main__"'
-        ) from error
-    except Exception as error:
-        raise JobError(f"{what}:\n\n{_user_traceback(error, place)}{_advice(error)}") from error
-
-
-def _is_users(filename: str, place: str) -> bool:
-    """Neither import machinery, nor generated code, nor this package; of a built-in job its own frames."""
-    here = str(Path(__file__).parent.parent)
-    if filename.startswith("<"):
-        return False
-    return not filename.startswith(here) or (place.startswith(_BUILT_IN) and filename.startswith(here + "/jobs/"))
-
-
-def _user_lines(error: BaseException, place: str) -> list[str]:
-    frames = traceback.extract_tb(error.__traceback__)
-    return [f"{frame.filename}, line {frame.lineno}" for frame in frames if _is_users(frame.filename, place)]
-
-
-def _user_traceback(error: BaseException, place: str) -> str:
-    report = traceback.TracebackException.from_exception(error)
-    todo: list[traceback.TracebackException | None] = [report]
-    while todo:
-        one = todo.pop()
-        if one is not None:
-            kept = [frame for frame in one.stack if _is_users(frame.filename, place)]
-            one.stack = traceback.StackSummary.from_list(kept)
-            todo += [one.__cause__, one.__context__]
-    return "".join(report.format()).rstrip()
-
-
-def _advice(error: Exception) -> str:
-    if isinstance(error, ImportError) and "relative import" in str(error):
-        return "\n\nThe file is part of a package: give it as package.module:function, from the folder of the package."
-    return ""

@@ -148,8 +148,7 @@ def _look_back(a: Assembly, course: Course, mean: float, seconds: float) -> None
     """Evaluate where the epoch that ended asks for it, and show how it went."""
     epoch, epochs, every = course.position.epoch, a.job.epochs, course.evaluate_every
     metrics = evaluate_test(a, course) if every and epoch % every == 0 else {}
-    numbers = "  ".join(f"test {name} {value:.4f}" for name, value in metrics.items())
     of_epochs = f"/{epochs}" if epochs is not None else ""
-    course.display.say(
-        f"epoch {epoch}{of_epochs}  train loss {mean:.4f}  {numbers}  ({format_seconds(seconds)})".rstrip()
-    )
+    parts = [f"epoch {epoch}{of_epochs}", f"train loss {mean:.4f}"]
+    parts += [f"test {name} {value:.4f}" for name, value in metrics.items()]
+    course.display.say("  ".join([*parts, f"({format_seconds(seconds)})"]))

@@ -35,8 +35,8 @@ class Display(ABC):
     """Shows a run. Only rank 0 has one that shows something."""
 
     @abstractmethod
-    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
-        """Some steps were taken; `loss` is that of the last one, over its global batch."""
+    def steps(self, *, step: int, epoch: int, loss: float, samples: int, seconds: float) -> None:
+        """Steps were taken, over so many samples in so many seconds; `loss` is that of the last one, over its global batch."""
 
     @abstractmethod
     def say(self, message: str) -> None:
@@ -50,7 +50,7 @@ class Display(ABC):
 class Silent(Display):
     """Shows nothing."""
 
-    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+    def steps(self, *, step: int, epoch: int, loss: float, samples: int, seconds: float) -> None:
         """Nothing."""
 
     def say(self, message: str) -> None:
@@ -72,24 +72,30 @@ class Remarks(Silent):
 class Lines(Display):
     """Plain lines, at most one every few seconds, for logs and pipes."""
 
-    def __init__(self, total_steps: int | None, epochs: int | None, first_step: int) -> None:
-        self._total, self._epochs, self._first = total_steps, epochs, first_step
-        self._began = perf_counter()
+    def __init__(self, total_steps: int | None, epochs: int | None) -> None:
+        self._total, self._epochs = total_steps, epochs
+        self._began: tuple[int, float] | None = None  # after the first step, which takes longer than those to come
         self._last = -math.inf
+        self._samples, self._seconds = 0, 0.0  # since the last line
 
-    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+    def steps(self, *, step: int, epoch: int, loss: float, samples: int, seconds: float) -> None:
         now = perf_counter()
+        self._samples, self._seconds = self._samples + samples, self._seconds + seconds
         if now - self._last < LINE_SECONDS and step != self._total:
             return
         self._last = now
-        per_step = (now - self._began) / max(1, step - self._first)
         to_go = self._total - step if self._total is not None else 0
-        left = f", {format_seconds(per_step * to_go)} left" if to_go else ""
+        left = ""
+        if self._began is None:
+            self._began = (step, now)
+        elif to_go and step > self._began[0]:
+            per_step = (now - self._began[1]) / (step - self._began[0])
+            left = f", {format_seconds(per_step * to_go)} left"
         of_steps = f"/{self._total}" if self._total is not None else ""
         of_epochs = f"/{self._epochs}" if self._epochs is not None else ""
-        self.say(
-            f"epoch {epoch + 1}{of_epochs}  step {step}{of_steps}  loss {loss:.4f}  {samples_per_second:,.0f} samples/s{left}"
-        )
+        rate = _rate(self._samples, self._seconds)
+        self._samples, self._seconds = 0, 0.0
+        self.say(f"epoch {epoch + 1}{of_epochs}  step {step}{of_steps}  loss {loss:.4f}  {rate}{left}")
 
     def say(self, message: str) -> None:
         tell(message)
@@ -120,13 +126,13 @@ class Bar(Display):
         self._task: TaskID = self._bar.add_task("training", total=total_steps, completed=first_step, numbers="")
         self._bar.start()
 
-    def steps(self, *, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+    def steps(self, *, step: int, epoch: int, loss: float, samples: int, seconds: float) -> None:
         of_epochs = f"/{self._epochs}" if self._epochs is not None else ""
         self._bar.update(
             self._task,
             completed=step,
             description=f"epoch {epoch + 1}{of_epochs}",
-            numbers=f"loss {loss:.4f}  {samples_per_second:,.0f} samples/s",
+            numbers=f"loss {loss:.4f}  {_rate(samples, seconds)}",
         )
 
     def say(self, message: str) -> None:
@@ -145,4 +151,8 @@ def make_display(*, show: bool, total_steps: int | None, epochs: int | None, fir
         return Silent()
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown"):
         return Bar(total_steps, epochs, first_step)
-    return Lines(total_steps, epochs, first_step)
+    return Lines(total_steps, epochs)
+
+
+def _rate(samples: int, seconds: float) -> str:
+    return f"{samples / seconds if seconds else 0.0:,.0f} samples/s"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from shardwise.data.batch import tree_leaves, tree_map
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
-from shardwise.errors import JobError
+from shardwise.errors import FolderError, JobError
 from shardwise.run.build import build_model
 from shardwise.run.export import load_weights
 from shardwise.run.folder import RunFolder
@@ -25,7 +27,7 @@ from shardwise.spec.plan import Plan
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished training.
 
@@ -40,6 +42,35 @@ class Run:
     folder: RunFolder
     plan: Plan
     summary: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str, job: Job | Callable[..., Job]) -> Run:
+        """A finished training from its folder, also one of the command line.
+
+        Args:
+            path: the run folder.
+            job: what was trained, as it was; or its job function, which is called with the hyper-parameters of the run.
+
+        Raises:
+            FolderError: there is no run, or it is not finished.
+        """
+        folder = RunFolder.open(path)
+        try:
+            summary = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+            plan = Plan.from_dict(json.loads(folder.plan_path.read_text(encoding="utf-8")))
+            settings = json.loads(folder.settings_path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FolderError(
+                f"run folder {folder.path} has no {Path(error.filename).name}: the training is not finished; go on with --resume"
+            ) from None
+        if not isinstance(job, Job):
+            job = job(**{name[4:]: item["value"] for name, item in settings.items() if name.startswith("set.")})
+        return cls(job=job, folder=folder, plan=plan, summary={**summary, "run": str(folder.path)})
+
+    def __repr__(self) -> str:
+        numbers = "".join(f", test {name} {value:.4f}" for name, value in self.summary["metrics"].items())
+        done = f"{self.summary['steps']} steps, last loss {self.summary['loss']:.4f}"
+        return f"Run({self.folder.path}: {self.plan}, {done}{numbers})"
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -69,7 +70,7 @@ def train(
             "give one with --out (out=)"
         )
     plan = resolve_plan(job, chosen, device=device, world=rank.workers if rank is not None else None, chooser=chooser)
-    check_job(job, plan)
+    check_job(job, plan, rehearsal=device == "cpu")
     splits = as_splits(job.data)
     _check_shares(job, plan, splits, balance=chosen.balance)
     if rank is None and chosen.nodes.count == 1:
@@ -175,4 +176,4 @@ def _start_workers(work: Work, options: TrainOptions, *, is_rank: bool) -> dict[
 
 
 def _how_to_resume(folder: str) -> str:
-    return f"stopped; everything up to the last step is saved in {folder}: continue with --resume --out {folder}"
+    return f"stopped; everything up to the last step is saved in {folder}: continue with --resume --out {shlex.quote(folder)}"

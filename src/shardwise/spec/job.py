@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardwise.errors import JobError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Objective = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Job:
     """What to train: the result of a plain function whose keyword arguments are the hyper-parameters.
 
@@ -71,12 +71,31 @@ class Job:
     eval_batch_size: int | None = None
     name: str = "job"
 
+    def __repr__(self) -> str:
+        """Its values and the names of its functions: the data may be gigabytes."""
+        texts = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is None or (item.default is not MISSING and value == item.default):
+                continue
+            texts.append(f"{item.name}={_in_short(value, item.name)}")
+        return f"Job({', '.join(texts)})"
+
     def __post_init__(self) -> None:
         for name in ("model", "optimizer"):
+            given = type(getattr(self, name)).__name__
             if not callable(getattr(self, name)):
-                raise JobError(
-                    f"Job.{name} is {getattr(self, name)!r}: give a function, so that every worker can build its own"
-                )
+                raise JobError(f"Job.{name} is a {given}: give a function, so that every worker can build its own")
+        if isinstance(self.loss, type):
+            raise JobError(
+                f"Job.loss is the class {self.loss.__name__}: make one of it, {self.loss.__name__}(), or give a function "
+                "(output, target) -> mean"
+            )
+        if not isinstance(self.metrics, Mapping) or not all(callable(metric) for metric in self.metrics.values()):
+            raise JobError(
+                f"Job.metrics is a {type(self.metrics).__name__}: give a dict of names and functions, such as "
+                '{"accuracy": shardwise.metrics.accuracy}'
+            )
         if (self.loss is None) == (self.objective is None):
             given = "neither" if self.loss is None else "both"
             raise JobError(
@@ -98,6 +117,14 @@ class Job:
             raise JobError(f"Job.clip_norm is {self.clip_norm!r}: give a number above 0, or None for no clipping")
         _check_choice("precision", self.precision, ("fp32", "bf16"))
         _check_choice("batch_norm", self.batch_norm, ("global", "local"))
+
+
+def _in_short(value: object, name: str) -> str:
+    if isinstance(value, int | float | str):
+        return repr(value)
+    if name == "metrics":
+        return repr([*value]) if isinstance(value, Mapping) else "?"
+    return getattr(value, "__qualname__", None) or type(value).__name__
 
 
 def _check_count(name: str, value: object, *, required: bool) -> None:
