@@ -34,8 +34,6 @@ WITH_TWO_AXES = (
     "recommender, sparse gradients",
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
-
 
 @pytest.fixture(scope="module")
 def matrix() -> Any:

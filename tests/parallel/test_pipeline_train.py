@@ -145,7 +145,6 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
 def test_training_is_the_serial_one(plan: Plan, serial: Run, tmp_path: Path) -> None:
     run = _train(_job(), tmp_path / "run", plan)
     _same(run, serial)
@@ -162,7 +161,6 @@ def test_resume_is_exact_on_the_same_layout(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
 def test_resume_under_other_layouts(tmp_path: Path) -> None:
     """Optimizer state goes from stages to whole models to shards of stages and back."""
     job = _job(epochs=4, schedule=None)

@@ -7,7 +7,6 @@ gradients are then summed over the replicas.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils import _pytree as pytree
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
@@ -125,7 +125,11 @@ def shard_model(
     ignored = ignored or set()
     modules = dict(model.named_modules())
     names = unit_names(model, no_units) if stage is None else _stage_units(model, stage)
-    split = functools.partial(fully_shard, mesh=device_mesh, shard_placement_fn=_other_dim, ignored_params=ignored)
+
+    def split(module: nn.Module, **options: Any) -> None:
+        module.register_forward_hook(_owned)  # before FSDP2's own hook, which looks at what is returned
+        fully_shard(module, mesh=device_mesh, shard_placement_fn=_other_dim, ignored_params=ignored, **options)
+
     with garbage_found_soon() if deferred is not None else nullcontext(_nothing) as collect:
         for name in names:
             if deferred is not None:
@@ -146,6 +150,19 @@ def shard_model(
             meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data)
     held = dict.fromkeys(parameter for name in names for parameter in model.get_submodule(name).parameters())
     return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored)
+
+
+def _owned(module: nn.Module, args: Any, output: Any) -> Any:
+    """What a unit returns, with copies in place of views.
+
+    FSDP2 hangs the gathering for the backward pass on the tensors that are returned. A change in place (`x += y`) of a
+    view drops that without an error, and gradients may come out wrong; of a tensor of its own it does not.
+    """
+    return pytree.tree_map_only(torch.Tensor, _copied_view, output)
+
+
+def _copied_view(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor
 
 
 def _nothing() -> None:

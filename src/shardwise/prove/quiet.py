@@ -6,7 +6,8 @@ cannot be switched off is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast, final
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
+
+from shardwise.parallel.grouped import GROUPED, in_parts
 
 _DROPOUTS = frozenset(
     {
@@ -92,6 +95,9 @@ class Quiet(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named: dict[str, Any] = dict(kwargs or {})
+        if func in (Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+            with self._in_engine():
+                return func(*args, **named)
         if func in _DROPOUTS:
             args, named = self._without_dropout(func, args, named)
         elif func is F.scaled_dot_product_attention:
@@ -105,9 +111,31 @@ class Quiet(TorchFunctionMode):
         if self._double:
             if func in _NARROW_CALLS:
                 return Tensor.double(*args, **named)
+            if func is GROUPED:
+                return in_parts(*args, **named)
             args = tuple(_widened(item) for item in args)
             named = {key: _widened(item) for key, item in named.items()}
         return func(*args, **named)
+
+    @contextmanager
+    def _in_engine(self) -> Iterator[None]:
+        """Activations that are computed again in a backward pass (`torch.utils.checkpoint`) are computed as they were.
+
+        Torch takes a mode away while the mode answers a call, and a backward pass is one; so it comes back where the
+        autograd engine is entered.
+        """
+        torch_autograd: Any = torch.autograd
+        engine = torch_autograd._engine_run_backward
+
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return engine(*args, **kwargs)
+
+        torch_autograd._engine_run_backward = enter
+        try:
+            yield
+        finally:
+            torch_autograd._engine_run_backward = engine
 
     def _without_dropout(
         self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]

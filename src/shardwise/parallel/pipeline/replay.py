@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from shardwise.dist.split import is_stand_in
 from shardwise.errors import RunFailed
+from shardwise.parallel.pipeline.again import without_reentrance
 from shardwise.parallel.pipeline.gate import Session
 from shardwise.parallel.pipeline.program import Cutting, Forward
 from shardwise.parallel.pipeline.trace import Own
@@ -80,7 +81,7 @@ def run_stage(
     session.forget()
     output = None
     try:
-        with replay:
+        with without_reentrance(), replay:
             session.handler = replay
             output = forward(model, inputs)
         replay.check_end()

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from shardwise.dist.split import is_stand_in
 from shardwise.errors import PlanError
+from shardwise.parallel.grouped import GROUPED, in_shape
+from shardwise.parallel.pipeline.again import without_reentrance
 from shardwise.parallel.pipeline.gate import Session
 from shardwise.parallel.pipeline.rehearse import rehearse
 from shardwise.parallel.pipeline.skeleton import Fakes
@@ -81,7 +83,7 @@ def take_trace(
         tracer.searching = searching
         try:
             # Drawing random numbers here must not shift those of the training.
-            with torch.random.fork_rng(devices=[]), tracer.watch, tracer:
+            with torch.random.fork_rng(devices=[]), without_reentrance(), tracer.watch, tracer:
                 session.handler = tracer
                 session.forget()
                 output = program(skeleton, copied)
@@ -139,9 +141,10 @@ class _Tracer(TorchFunctionMode):
         self, func, types, args=(), kwargs=None
     ):
         kwargs = kwargs or {}
+        run = in_shape if func is GROUPED else func
         if self._inside:
-            return func(*args, **kwargs)
-        return self._record(_name(func), None, func, args, kwargs)
+            return run(*args, **kwargs)
+        return self._record(_name(func), None, run, args, kwargs)
 
     def module_call(self, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A gated module was called."""

@@ -324,10 +324,11 @@ def getitem(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def cat(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`cat`, `stack`."""
-    tensors = list(args[0])
+    stacks = func.__name__ == "stack"
+    # torch passes over an empty list of numbers whatever the shapes of the others; caches of keys and values begin with one.
+    tensors = [tensor for tensor in args[0] if stacks or shape_of(tensor) != (0,)]
     part = next(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
     dims = len(shape_of(part))
-    stacks = func.__name__ == "stack"
     dim = wrapped(_option(args, kwargs, 1, "dim", kwargs.get("axis", 0)), dims + stacks)
     cut = part.cut
     if not stacks and dim == cut.dim:

@@ -1,0 +1,190 @@
+"""Patterns of models that libraries ship, in a few lines of plain torch: a cache of keys and values that starts empty,
+activations computed again with and without reentrance, casts to float32 inside, padding masks made from positions, tied
+embeddings, a loss of their own that shifts its labels, products of experts, blocks that return views, outputs in a dataclass.
+
+`docs/zoo.md` tells which real models were tried; here are the reasons why they run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import shardwise.parallel.pipeline.stages
+import shardwise.parallel.shard
+import shardwise.run.dcp  # noqa: F401  # once, before ranks are forked
+from shardwise.parallel.grouped import GROUPED, in_parts, in_shape
+from shardwise.spec.job import Job
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY, TOKENS, WIDTH, HEADS, SAMPLES = 23, 12, 16, 4, 31
+IGNORED = -100
+
+
+@dataclass
+class Output:
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Norm(nn.Module):
+    """Computes in float32, whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.float32)
+        z: Tensor = self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return z
+
+
+class Mixture(nn.Module):
+    """Experts whose products are one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 2, bias=False)
+        self.matrices = nn.Parameter(torch.randn(2, WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, WIDTH)
+        weights = self.gate(rows).softmax(-1)
+        chosen = torch.arange(len(rows)) % 2
+        order = chosen.argsort(stable=True)
+        ends = torch.bincount(chosen, minlength=2).cumsum(0).to(torch.int32)
+        found = F.grouped_mm(rows[order], self.matrices, offs=ends)
+        answers = torch.zeros_like(found).index_copy(0, order, found)
+        mixed: Tensor = (answers * weights.gather(1, chosen[:, None])).view(x.shape)
+        return mixed
+
+
+class Block(nn.Module):
+    def __init__(self, mixture: bool) -> None:
+        super().__init__()
+        self.norm, self.norm2 = Norm(), Norm()
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH, WIDTH // 2)
+        self.inner = Mixture() if mixture else nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (part(y).view(*x.shape[:2], -1, WIDTH // HEADS).transpose(1, 2) for part in (self.q, self.k, self.v))
+        cached = torch.tensor([], dtype=k.dtype)
+        k, v = torch.cat([cached, k], -2), torch.cat([cached, v], -2)
+        answer = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        x = x + self.o(answer.transpose(1, 2).reshape(x.shape))
+        x = x + self.inner(self.norm2(x))
+        return x.view(x.shape)
+
+
+class Decoder(nn.Module):
+    """A language model as libraries have it."""
+
+    def __init__(self, reentrant: bool | None, mixture: bool = False) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.places = nn.Embedding(TOKENS + 4, WIDTH)
+        self.blocks = nn.ModuleList([Block(mixture) for _ in range(2)])
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Output:
+        tokens = input_ids.shape[1]
+        place = torch.arange(tokens)
+        sample = torch.arange(len(input_ids))[:, None, None, None]
+        real = attention_mask.to(torch.bool)
+        mask = (place[None, :] <= place[:, None])[None, None] & real[sample, place[None, None, None, :]]
+        x = self.embed(input_ids) + self.places(attention_mask.cumsum(-1) - 1 + 2)
+        for block in self.blocks:
+            x = block(x, mask) if self.reentrant is None else checkpoint(block, x, mask, use_reentrant=self.reentrant)
+        logits = self.head(x)
+        shifted = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        loss = F.cross_entropy(
+            logits.float().view(-1, VOCABULARY), shifted.reshape(-1), ignore_index=IGNORED, reduction="sum"
+        )
+        return Output(loss, logits)
+
+
+def objective(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    inputs, _ = batch
+    return model(**inputs).loss, (inputs["labels"][:, 1:] != IGNORED).sum()
+
+
+def decoder_job(name: str, settings: Any = ()) -> Job:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (SAMPLES, TOKENS), generator=generator)
+    lengths = torch.randint(TOKENS // 2, TOKENS + 1, (SAMPLES,), generator=generator)
+    real = torch.arange(TOKENS) < lengths[:, None]
+    columns = {"input_ids": ids * real, "attention_mask": real.long(), "labels": torch.where(real, ids, IGNORED)}
+    reentrant = {"reentrant": True, "again": False}.get(name)
+    return Job(
+        model=lambda: Decoder(reentrant, mixture=name == "mixture"),
+        data=_splits(columns),
+        objective=objective,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        batch_size=13,
+        steps=3,
+        clip_norm=0.5,
+    )
+
+
+def _splits(columns: dict[str, Tensor]) -> Any:
+    from shardwise.data.source import Samples, as_splits
+
+    samples: Any = [{key: value[row] for key, value in columns.items()} for row in range(SAMPLES)]
+    return as_splits(Samples(samples))
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Iterator[Any]:
+    """The script that proves models under layouts, with the models of this file."""
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "benchmarks" / "matrix.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matrix", module)  # dataclasses look themselves up
+        patch.syspath_prepend(ROOT / "benchmarks")
+        spec.loader.exec_module(module)
+        patch.setattr(module, "make_job", decoder_job)
+        yield module
+
+
+LAYOUTS = {
+    "plain": ("shard=2", "tensor=2", "pipeline=2"),
+    "again": ("tensor=2", "pipeline=2"),
+    "reentrant": ("shard=2", "pipeline=2"),
+    "mixture": ("data=2", "pipeline=2"),
+}
+
+
+def test_a_model_as_libraries_have_it(matrix: Any) -> None:
+    cells = [matrix.Cell(name, layout, ("clipping",)) for name, layouts in LAYOUTS.items() for layout in layouts]
+    assert [matrix.refusal(cell) for cell in cells] == [None] * len(cells)
+    results = list(matrix.prove_cells(cells))
+    assert [result for result in results if result.outcome != "proved"] == []
+    assert len(results) == sum(map(len, LAYOUTS.values()))
+
+
+def test_grouped_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 16, generator=generator), torch.randn(3, 16, 24, generator=generator)
+    offs = torch.tensor([3, 3, 8], dtype=torch.int32)
+    expected = GROUPED(a, b, offs=offs)
+    torch.testing.assert_close(in_parts(a, b, offs), expected)
+    assert in_parts(a.double(), b.double(), offs).dtype == torch.float64
+    assert in_shape(a, b, offs).shape == expected.shape
+    batched = torch.randn(3, 8, 16, generator=generator)
+    torch.testing.assert_close(in_parts(batched, b), GROUPED(batched, b))
