@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardwise.planner.closedform import Timeline, rank_of
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import MESSAGE_SECONDS, message_seconds
 from shardwise.planner.memory import CONTEXT_BYTES, SLACK
 from shardwise.planner.operations import PhaseSeconds, Sharing, correction, divided_norms, phase_seconds, turns
-from shardwise.planner.schedule import Timeline, rank_of, simulate, stages_per_rank
+from shardwise.planner.schedule import simulate, stages_per_rank
 from shardwise.planner.step import UNCERTAIN
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
@@ -116,8 +117,6 @@ def estimate_job(
     layout = plan.layout
     samples = math.ceil(facts.batch_size / layout.replicas)
     micro = min(samples, plan.micro_batch or samples)
-    if layout.pipeline > 1 and plan.micro_batch is None:
-        micro = max(1, math.ceil(samples / (2 * layout.pipeline)))
     passes = math.ceil(samples / micro)
     local = min(layout.workers, machine.gpus_per_node) if machine.measured is None else layout.workers // nodes
     sharing = Sharing(workers=local * copies, threads=plan.threads or 1)
@@ -261,9 +260,14 @@ def _pipeline(
     schedule, ranks = _placed(plan, len(stages))
     forward, backward = ([getattr(one, name) for one in works] for name in ("forward", "backward"))
     whole = sum(one.optimizer for one in works) / ranks
-    crossing = max(facts.model.blocks[blocks[-1]].output_bytes for blocks in stages[:-1])
-    hop = links.seconds("send", micro * crossing, ("pipeline",)) + 2 * MESSAGE_SECONDS
-    timeline = simulate(schedule, passes, tuple(forward), tuple(backward), hop, ranks)
+    wires = []
+    for stage, blocks in enumerate(stages[:-1]):
+        size = micro * facts.model.blocks[blocks[-1]].output_bytes / layout.context
+        places = (rank_of(number, ranks, schedule) for number in (stage, stage + 1))
+        wire = links.wire(size, size, *places)
+        wires.append(wire._replace(latency=wire.latency + 2 * MESSAGE_SECONDS))
+    meeting = machine.measured is not None
+    timeline = simulate(schedule, passes, tuple(forward), tuple(backward), tuple(wires), ranks, meeting)
     return timeline, PhaseSeconds(max(_by_rank(plan, forward)), max(_by_rank(plan, backward)), whole)
 
 
