@@ -12,6 +12,7 @@ import pytest
 from shardwise.planner import catalogue
 from shardwise.planner.jobexplain import losers_of_job, nothing_runs, what_helps_job, why_best_job, why_not_job
 from shardwise.planner.joblinks import Links
+from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
 from shardwise.planner.jobstep import TIME_WITHIN, estimate_job, stage_blocks, stages_of
 from shardwise.planner.operations import Sharing, correction, phase_seconds
@@ -20,7 +21,7 @@ from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Accelerator, Figure, Link, Machine
 from shardwise.spec.measured import KernelRate, Measured, MessageTime
 from shardwise.spec.plan import Plan
-from shardwise.spec.work import JobFacts, OperationFacts, StepSeen
+from shardwise.spec.work import GradientFacts, JobFacts, OperationFacts, StepSeen
 
 GIGA = 1e9
 PLACE = {"processor": "test"}
@@ -515,3 +516,39 @@ def test_measured_messages_between_machines_are_split_into_latency_and_what_fill
     # all ranks of both machines at once: as it was measured
     shared = Links(both, Layout(data=2, pipeline=2), nodes=2).wire(1e6, 1e3, 0, 1)
     assert (shared.latency, shared.forward) == pytest.approx((0.003, 0.3))
+
+
+# Savers
+
+
+def test_powersgd_is_priced_by_its_factors() -> None:
+    """A million numbers as 1000 x 1000, and 1000 biases, over a network of 1 Mbit/s a rank: 500 kB/s for a machine's four."""
+    shapes = (GradientFacts(rows=1000, columns=1000, value_bytes=4), GradientFacts(rows=1, columns=1000, value_bytes=4))
+    counted = replace(facts(), gradients=shapes)
+    assert low_rank_bytes(counted, 4) == (4000.0, 16004.0, 16000.0)
+    place, port = cluster(1e-3), 4 * 1e-3 * 0.125e9
+    exact, four, eight = (
+        estimate_job(counted, place, plan("data=2", **how), nodes=2).seconds["gradients"]
+        for how in ({}, {"compression": "powersgd"}, {"compression": "powersgd", "compression_rank": 8})
+    )
+    assert exact == pytest.approx(4e6 / port, rel=0.01)
+    # three messages of 1 ms inside and twice 1 ms across, and some 48 MB through memory
+    assert four == pytest.approx(36004 / port + 9e-3, abs=0.015)
+    assert eight - four == pytest.approx(32000 / port, rel=0.1)
+    assert low_rank_bytes(counted, 600) == (4004000.0, 0.0, 0.0)  # factors would be larger
+
+
+def test_powersgd_computes_where_links_cost_nothing() -> None:
+    shapes = (GradientFacts(rows=1000, columns=1000, value_bytes=4, count=5),)
+    counted, place = replace(facts(), gradients=shapes), machine(message_seconds=0.0)
+    found = estimate_job(counted, place, plan("data=2", compression="powersgd")).seconds["gradients"]
+    # twelve passes over 4 MB at 7 to 10 GB/s for each of five
+    assert 5 * 12 * 4e6 / 10e9 < found < 1.5 * 5 * 12 * 4e6 / 7e9
+
+
+def test_compression_takes_memory() -> None:
+    held = {
+        how: estimate_job(facts(), machine(), plan("data=2", compression=how)).memory["buckets"]
+        for how in ("none", "powersgd")
+    }
+    assert held["powersgd"] == 2 * held["none"]

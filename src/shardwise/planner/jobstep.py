@@ -32,6 +32,9 @@ INLINE_BYTES = 25 * 2**20
 RING_BYTES = 8 * 2**20
 """Shared memory of one rank, of which a message touches what it needs (dist/exchange.py)."""
 
+BUCKET_COPIES = {"fp16": 1.5, "bf16": 1.5, "powersgd": 2.0}
+"""Copies of the gradients that summing them takes, by compression: buckets and their 16 bits; sums and what was left out."""
+
 TIME_WITHIN = {"one worker": 0.10, "replicas": 0.45, "crowded": 0.50, "other": 0.45}
 """Kind of plan -> what 4 of 5 predictions for it stay within of the measured step, over eleven models on two cores
 (benchmarks/regret.py tells them as `step_error_by_kind`; a test holds these to benchmarks/results/regret.json)."""
@@ -132,7 +135,7 @@ def estimate_job(
     crowd = 1 if machine.measured is None else turns(sharing, machine.measured.cores)
     seconds["data"] = crowd * samples * facts.data_seconds
     seconds["loop"] = crowd * STEP_SECONDS if machine.measured is not None else constants.step_seconds
-    seconds |= message_seconds(facts, machine, plan, links, micro, passes, work.backward, constants)
+    seconds |= message_seconds(facts, machine, plan, links, micro, passes, work.backward, sharing, constants)
     memory = _memory(facts, machine, plan, micro, passes, split, stages, timeline)
     return JobEstimate(seconds, memory, room_bytes(machine, plan, nodes) / copies, known != 1.0, _kind(plan, crowd))
 
@@ -314,7 +317,7 @@ def _memory(
         unit = facts.gradient_bytes * held / (facts.shard_units + 1)
         found["gathered"] = 3.0 * unit
     elif summed > 1:
-        found["buckets"] = gradients
+        found["buckets"] = BUCKET_COPIES.get(plan.compression, 1.0) * gradients
     if machine.measured is not None:
         found["process"] = facts.base_bytes or machine.measured.worker_bytes
         loaded = [size for axis, size in LIBRARY_BYTES.items() if layout.degrees[axis] > 1]
