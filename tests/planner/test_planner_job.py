@@ -11,6 +11,8 @@ import pytest
 
 from shardwise.planner import catalogue
 from shardwise.planner.jobexplain import losers_of_job, nothing_runs, what_helps_job, why_best_job, why_not_job
+from shardwise.planner.joblinks import Links
+from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
 from shardwise.planner.jobstep import TIME_WITHIN, estimate_job, stage_blocks, stages_of
 from shardwise.planner.operations import Sharing, correction, phase_seconds
@@ -19,7 +21,7 @@ from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Accelerator, Figure, Link, Machine
 from shardwise.spec.measured import KernelRate, Measured, MessageTime
 from shardwise.spec.plan import Plan
-from shardwise.spec.work import JobFacts, OperationFacts, StepSeen
+from shardwise.spec.work import GradientFacts, JobFacts, OperationFacts, StepSeen
 
 GIGA = 1e9
 PLACE = {"processor": "test"}
@@ -441,3 +443,112 @@ def test_operations_of_an_unknown_kind_are_priced_by_what_they_move() -> None:
     assert found.forward == pytest.approx(0.1)
     view = replace(strange, kind="view")
     assert phase_seconds([view], 1, machine(), Sharing()).forward < 1e-6
+
+
+# Messages of pipelines
+
+MEGABYTE_SECONDS = 1e6 / (4 * 0.01 * 0.125e9)
+"""Of a network of four workers' shares of 10 Mbit/s."""
+
+
+def wide() -> JobFacts:
+    """Four blocks of little work that hand on a megabyte for each of 8 samples."""
+    thin = facts(flops=1e4)
+    blocks = tuple(replace(block, output_bytes=1e6) for block in thin.model.blocks)
+    return replace(thin, model=ModelFacts(name="wide", blocks=blocks))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev"])
+def test_messages_of_a_pipeline_fill_the_link_between_machines(schedule: str) -> None:
+    planned = replace(plan("pipeline=2", micro_batch=1), schedule=schedule)
+    found = estimate_job(wide(), cluster(0.01), planned, nodes=2)
+    each_way = 8 * (1 if schedule in ("gpipe", "1f1b", "zerobubble") else 2)
+    assert found.step_seconds > each_way * MEGABYTE_SECONDS
+
+
+def test_without_micro_batches_the_stages_work_one_after_the_other() -> None:
+    alone, given = (
+        estimate_job(wide(), cluster(0.01), plan("pipeline=2", **more), nodes=2) for more in ({}, {"micro_batch": 8})
+    )
+    assert alone.seconds == given.seconds
+    # all 8 samples there, their gradients back, and nothing meanwhile; what one message costs besides is small
+    assert alone.step_seconds == pytest.approx(2 * 8 * MEGABYTE_SECONDS, rel=0.02)
+
+
+def test_an_open_micro_batch_is_planned_with_a_pipeline() -> None:
+    found = search_job(problem(machine=machine(), workers=2, axes=("pipeline",), exactly=True), accept)
+    assert {item.plan.micro_batch for item in found.plans} == {None, 2}
+    assert found.best is not None and found.best.plan.micro_batch == 2
+    normed = replace(facts(), norm_layers=1)  # statistics of the whole batch allow no smaller ones
+    kept = search_job(problem(facts=normed, machine=machine(), workers=2, axes=("pipeline",), exactly=True), accept)
+    assert {item.plan.micro_batch for item in kept.plans} == {None}
+
+
+def test_ranks_of_one_machine_share_its_network() -> None:
+    alone = Links(cluster(1.0), Layout(pipeline=2), nodes=2).wire(1e6, 1e6, 0, 1)
+    shared = Links(cluster(1.0), Layout(data=2, pipeline=2), nodes=2).wire(1e6, 1e6, 0, 1)
+    port = 4 * 0.125e9
+    assert shared.forward - alone.forward == pytest.approx(1e6 / port, rel=1e-3)
+    # of four stages on two machines only the second sends to the other machine, and has the network for itself
+    spread = Links(cluster(1.0), Layout(pipeline=4), nodes=2)
+    inside, across = spread.wire(1e6, 1e6, 0, 1), spread.wire(1e6, 1e6, 1, 2)
+    assert across.forward == pytest.approx(alone.forward)
+    assert inside.forward == pytest.approx(1e6 / 1e9, rel=1e-3)
+
+
+def test_measured_messages_between_machines_are_split_into_latency_and_what_fills_the_link() -> None:
+    place = machine()
+    assert place.measured is not None
+    across = tuple(
+        MessageTime(
+            collective="send", way="gloo", ranks=2, placement=placement, message_bytes=size, seconds=seconds, nodes=2
+        )
+        for placement, size, seconds in (
+            ("all", 1e3, 0.002),
+            ("all", 1e6, 0.102),
+            ("strided", 1e3, 0.003),
+            ("strided", 1e6, 0.303),
+        )
+    )
+    both = replace(place, measured=replace(place.measured, messages=(*place.measured.messages, *across), nodes=2))
+    alone = Links(both, Layout(pipeline=2), nodes=2).wire(1e6, 1e3, 0, 1)
+    assert (alone.latency, alone.forward, alone.backward) == pytest.approx((0.002, 0.1, 0.0))
+    # all ranks of both machines at once: as it was measured
+    shared = Links(both, Layout(data=2, pipeline=2), nodes=2).wire(1e6, 1e3, 0, 1)
+    assert (shared.latency, shared.forward) == pytest.approx((0.003, 0.3))
+
+
+# Savers
+
+
+def test_powersgd_is_priced_by_its_factors() -> None:
+    """A million numbers as 1000 x 1000, and 1000 biases, over a network of 1 Mbit/s a rank: 500 kB/s for a machine's four."""
+    shapes = (GradientFacts(rows=1000, columns=1000, value_bytes=4), GradientFacts(rows=1, columns=1000, value_bytes=4))
+    counted = replace(facts(), gradients=shapes)
+    assert low_rank_bytes(counted, 4) == (4000.0, 16004.0, 16000.0)
+    place, port = cluster(1e-3), 4 * 1e-3 * 0.125e9
+    exact, four, eight = (
+        estimate_job(counted, place, plan("data=2", **how), nodes=2).seconds["gradients"]
+        for how in ({}, {"compression": "powersgd"}, {"compression": "powersgd", "compression_rank": 8})
+    )
+    assert exact == pytest.approx(4e6 / port, rel=0.01)
+    # three messages of 1 ms inside and twice 1 ms across, and some 48 MB through memory
+    assert four == pytest.approx(36004 / port + 9e-3, abs=0.015)
+    assert eight - four == pytest.approx(32000 / port, rel=0.1)
+    assert low_rank_bytes(counted, 600) == (4004000.0, 0.0, 0.0)  # factors would be larger
+
+
+def test_powersgd_computes_where_links_cost_nothing() -> None:
+    shapes = (GradientFacts(rows=1000, columns=1000, value_bytes=4, count=5),)
+    counted, place = replace(facts(), gradients=shapes), machine(message_seconds=0.0)
+    found = estimate_job(counted, place, plan("data=2", compression="powersgd")).seconds["gradients"]
+    # twelve passes over 4 MB at 7 to 10 GB/s for each of five
+    assert 5 * 12 * 4e6 / 10e9 < found < 1.5 * 5 * 12 * 4e6 / 7e9
+
+
+def test_compression_takes_memory() -> None:
+    held = {
+        how: estimate_job(facts(), machine(), plan("data=2", compression=how)).memory["buckets"]
+        for how in ("none", "powersgd")
+    }
+    assert held["powersgd"] == 2 * held["none"]

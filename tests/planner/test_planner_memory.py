@@ -6,6 +6,7 @@ import pytest
 
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case
+from shardwise.planner.closedform import even
 from shardwise.planner.memory import (
     kept_bytes,
     layer_activation_bytes,
@@ -97,7 +98,7 @@ def test_the_first_rank_of_an_interleaved_pipeline_is_the_fullest() -> None:
     # Korthikanti section 4.2.3: activations of L (1 + (p - 1) / (p v)) layers
     model = replace(GPT, layers=16)
     layout = case(model=model, pipeline=4, virtual_stages=2, schedule="interleaved1f1b", micro_batch=1)
-    timeline = simulate("interleaved1f1b", layout.micro_batches, (1.0,) * 8, (2.0,) * 8, 0.0, 4)
+    timeline = simulate("interleaved1f1b", layout.micro_batches, (1.0,) * 8, (2.0,) * 8, even(8, 0.0), 4)
     found = rank_memory(layout, timeline.in_flight, rank_shares(layout))
     layers = 16 * (1 + 3 / (4 * 2))
     assert found.activations == pytest.approx(layers * layer_activation_bytes(layout))

@@ -3,14 +3,15 @@
 import pytest
 
 from shardwise.errors import PlanError
-from shardwise.planner.schedule import Timeline, closed_form, rank_of, simulate, table
+from shardwise.planner.closedform import Timeline, Wire, closed_form, even, rank_of
+from shardwise.planner.schedule import simulate, table
 
 F, B = 1.0, 2.0
 
 
 def run(schedule: str, ranks: int, micro_batches: int, chunks: int = 1, send: float = 0.0) -> Timeline:
     stages = ranks * chunks
-    return simulate(schedule, micro_batches, (F / chunks,) * stages, (B / chunks,) * stages, send, ranks)
+    return simulate(schedule, micro_batches, (F / chunks,) * stages, (B / chunks,) * stages, even(stages, send), ranks)
 
 
 def test_one_forward_one_backward_can_be_read_as_a_table() -> None:
@@ -53,7 +54,7 @@ def test_chunks_in_flight() -> None:
 
 def test_a_slow_stage_sets_the_pace() -> None:
     # every stage once, then the slowest stage for the other micro-batches
-    found = simulate("1f1b", 10, (1.0, 1.0, 3.0), (2.0, 2.0, 5.0), 0.0, 3)
+    found = simulate("1f1b", 10, (1.0, 1.0, 3.0), (2.0, 2.0, 5.0), even(3, 0.0), 3)
     assert found.seconds == pytest.approx(3.0 + 3.0 + 8.0 + 9 * 8.0)
     assert found.busiest_seconds == pytest.approx(80.0)
 
@@ -82,7 +83,7 @@ def test_v_schedules_place_the_first_and_last_stage_on_the_first_rank() -> None:
 @pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("gpipe", 1), ("interleaved1f1b", 2)])
 def test_closed_form_is_the_simulation_for_equal_stages(schedule: str, chunks: int) -> None:
     stages = 4 * chunks
-    arguments = (schedule, 12, (F,) * stages, (B,) * stages, 0.0, 4)
+    arguments = (schedule, 12, (F,) * stages, (B,) * stages, even(stages, 0.0), 4)
     assert closed_form(*arguments).seconds == pytest.approx(simulate(*arguments).seconds)
     assert closed_form(*arguments).in_flight == simulate(*arguments).in_flight
 
@@ -91,7 +92,7 @@ def test_long_runs_are_extended_by_their_period() -> None:
     # 200 micro-batches are far beyond what is simulated action by action; the formula knows the answer
     assert run("1f1b", 4, 203).seconds == pytest.approx((203 + 3) * (F + B))
     assert run("gpipe", 4, 203).in_flight == (203,) * 4
-    uneven = simulate("1f1b", 203, (1.0, 1.5, 1.0), (2.0, 2.0, 2.5), 0.0, 3)
+    uneven = simulate("1f1b", 203, (1.0, 1.5, 1.0), (2.0, 2.0, 2.5), even(3, 0.0), 3)
     assert uneven.seconds == pytest.approx(3.0 + 3.5 + 3.5 + 202 * 3.5)
 
 
@@ -102,8 +103,8 @@ def test_no_schedule_beats_its_busiest_rank(schedule: str, micro_batches: int) -
     forward = tuple(1.0 + 0.3 * (stage % 3) for stage in range(3 * chunks))
     backward = tuple(2.0 * time for time in forward)
     for found in (
-        simulate(schedule, micro_batches, forward, backward, 0.01, 3),
-        closed_form(schedule, micro_batches, forward, backward, 0.01, 3),
+        simulate(schedule, micro_batches, forward, backward, even(3 * chunks, 0.005, 0.005), 3),
+        closed_form(schedule, micro_batches, forward, backward, even(3 * chunks, 0.005, 0.005), 3),
     ):
         assert found.seconds >= found.busiest_seconds > 0
         assert 0 <= found.bubble < 1
@@ -113,3 +114,94 @@ def test_no_schedule_beats_its_busiest_rank(schedule: str, micro_batches: int) -
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(PlanError, match="zigzag"):
         table("zigzag", 2, 2)
+
+
+# F and B of 1 and 2 against a link that takes 8 for every message: the link sets the pace.
+SLOW = 8.0
+
+
+def test_messages_of_many_micro_batches_wait_for_each_other_on_a_slow_link() -> None:
+    # gpipe over two ranks is a row of three machines there and three back: the slowest one's time for each micro-batch
+    found = simulate("gpipe", 6, (F, F), (B, B), even(2, 0.0, SLOW), 2)
+    assert found.seconds == pytest.approx(2 * F + SLOW + 5 * SLOW + 2 * B + SLOW + 5 * SLOW)
+    # as a delay alone they travel at the same time
+    assert simulate("gpipe", 6, (F, F), (B, B), even(2, SLOW), 2).seconds == pytest.approx(7 * (F + B) + 2 * SLOW)
+
+
+def test_both_directions_of_a_link_are_used_at_once() -> None:
+    # two chunks a rank: three messages of every micro-batch go each way, and no fewer
+    links = even(4, 0.0, SLOW)
+    long, short = (simulate("interleaved1f1b", count, (F,) * 4, (B,) * 4, links, 2).seconds for count in (24, 16))
+    assert long - short == pytest.approx(8 * 3 * SLOW, rel=0.15)
+    faster_back = tuple(Wire(0.0, SLOW, 0.0) for _ in range(3))
+    assert simulate("gpipe", 6, (F, F), (B, B), faster_back[:1], 2).seconds == pytest.approx(
+        2 * F + 6 * SLOW + 2 * B + 5 * B
+    )
+
+
+def test_one_forward_one_backward_waits_for_the_way_there_and_back() -> None:
+    # with two micro-batches in flight the first rank gets two gradients for each trip of 2 (F + B) + 2 messages
+    links = even(2, 0.25, 0.25)
+    long, short = (simulate("1f1b", count, (F, F), (B, B), links, 2).seconds for count in (14, 4))
+    assert long - short == pytest.approx(5 * (2 * (F + B) + 2 * 0.5))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b", "zerobubble"])
+def test_a_message_that_is_asked_for_late_comes_late(schedule: str) -> None:
+    chunks = 2 if schedule == "interleaved1f1b" else 1
+    arguments = (schedule, 8, (F,) * 2 * chunks, (B,) * 2 * chunks, even(2 * chunks, 0.0, 1.0), 2)
+    assert simulate(*arguments, True).seconds > simulate(*arguments).seconds
+    # where messages take no time, none is asked for late
+    free = (*arguments[:4], even(2 * chunks, 0.0), 2)
+    assert simulate(*free, True).seconds == pytest.approx(simulate(*free).seconds)
+
+
+def test_a_receive_is_asked_for_when_the_table_that_runs_asks_for_it() -> None:
+    # gpipe's second rank asks for the next activation when it has dealt with the one before, so that the link and the rank
+    # take turns; the first rank does so with gradients
+    found = simulate("gpipe", 6, (F, F), (B, B), even(2, 0.0, SLOW), 2, True)
+    assert found.seconds == pytest.approx(F + 6 * (SLOW + F) + B + 6 * (SLOW + B))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("wire", [(0.5, 0.0), (0.0, 0.5), (0.1, 2.0), (0.0, SLOW)])
+def test_closed_forms_count_messages_exactly(schedule: str, ranks: int, wire: tuple[float, float]) -> None:
+    for micro_batches in (1, 2, ranks, 3 * ranks + 1, 10 * ranks):
+        arguments = (schedule, micro_batches, (F,) * ranks, (B,) * ranks, even(ranks, *wire), ranks)
+        assert closed_form(*arguments).seconds == pytest.approx(simulate(*arguments).seconds)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved1f1b", "zerobubble", "zbv", "dualpipev"])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("wire", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.1, 2.0), (0.0, SLOW)])
+def test_the_other_closed_forms_are_near(schedule: str, ranks: int, wire: tuple[float, float]) -> None:
+    chunks = 1 if schedule == "zerobubble" else 2
+    stages = ranks * chunks
+    for micro_batches in (1, 2, ranks, 4 * ranks, 10 * ranks):
+        arguments = (
+            schedule,
+            micro_batches,
+            (F / chunks,) * stages,
+            (B / chunks,) * stages,
+            even(stages, *wire),
+            ranks,
+        )
+        assert closed_form(*arguments).seconds == pytest.approx(simulate(*arguments).seconds, rel=0.13)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev"])
+def test_no_run_is_faster_than_its_link(schedule: str) -> None:
+    chunks = 2 if schedule in ("interleaved1f1b", "zbv", "dualpipev") else 1
+    stages = 2 * chunks
+    for count in (1, 7, 40):
+        for price in (simulate, closed_form):
+            found = price(schedule, count, (F,) * stages, (B,) * stages, even(stages, 0.0, SLOW), 2)
+            # each way: one message of every micro-batch, and with two chunks at least one more
+            assert found.seconds >= chunks * count * SLOW
+
+
+def test_long_runs_over_slow_links_are_extended_by_their_period() -> None:
+    links = even(2, 0.1, SLOW)
+    whole = closed_form("1f1b", 203, (F, F), (B, B), links, 2)
+    assert simulate("1f1b", 203, (F, F), (B, B), links, 2).seconds == pytest.approx(whole.seconds)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwise.data.source import as_splits
+from shardwise.dist.collectives import Group
 from shardwise.errors import ShardwiseError
 from shardwise.nn.moe import MoE
+from shardwise.parallel.compress import LowRankSum
+from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.probe.facts import facts_apart
 from shardwise.spec.job import Job
 from shardwise.spec.work import JobFacts
@@ -230,3 +233,12 @@ def test_a_step_that_never_ends_is_ended() -> None:
     splits = as_splits(job.data)
     with pytest.raises(ShardwiseError, match="within 1 s"):
         facts_apart(job, splits, timeout_seconds=1)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_what_powersgd_sends_is_counted_as_it_is_sent(rank: int) -> None:
+    job = job_of(Residual, torch.randn(12, 3, 10, 10), classes(12))
+    sent = LowRankSum(job.model().named_parameters(), Group(), rank=rank).bytes_per_step
+    counted = facts(job, fake=False)
+    assert sum(low_rank_bytes(counted, rank)) == pytest.approx(sent, abs=128)  # buckets are padded
+    assert sum(item.count * item.bytes for item in counted.gradients) == counted.gradient_bytes

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from shardwise.planner import collectives
+from shardwise.planner.closedform import Wire
 from shardwise.planner.collectives import Group, Network, network
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.spec.layout import AXES, Layout
@@ -38,6 +39,43 @@ class Links:
         if touched == 1:
             return self._inside(collective, size_bytes, ranks, axes)
         return self._across(collective, size_bytes, ranks, touched, axes)
+
+    def wire(self, forward_bytes: float, backward_bytes: float, source: int, target: int) -> Wire:
+        """A message of each size between two neighbours along the pipeline, given by their places in it.
+
+        A message takes latency and, for the rest, fills its direction of the link. Ranks that share their machine's network send
+        at the same time, as replicas and tensor ranks do, and have a part of its bandwidth each.
+        """
+        least = self._message(1.0, source, target)
+        ahead, back = (self._message(size, source, target) for size in (forward_bytes, backward_bytes))
+        return Wire(least, max(0.0, ahead - least), max(0.0, back - least))
+
+    def _message(self, size_bytes: float, source: int, target: int) -> float:
+        if size_bytes <= 0:
+            return 0.0
+        measured = self.machine.measured
+        if measured is None:
+            return self._formula("send", size_bytes, self.layout.pipeline, ("pipeline",))
+        stride, local = self._stride(("pipeline",)), self.layout.workers // self.nodes
+        starts = [rank for rank in range(self.layout.workers) if rank // stride % self.layout.pipeline == source]
+        away = [start for start in starts if start // local != (start + (target - source) * stride) // local]
+        if not away:
+            return self._inside("send", size_bytes, self.layout.pipeline, ("pipeline",))
+        crossing = max(sum(start // local == node for start in away) for node in range(self.nodes))
+        # One rank of each machine has the network for itself; all of them at once share it.
+        placement = "strided" if crossing == local > 1 else "all"
+        found = measured.message_seconds(
+            "send", size_bytes, ranks=self.nodes, way="gloo", placement=placement, nodes=self.nodes
+        )
+        start = measured.message_seconds(
+            "send", 1.0, ranks=self.nodes, way="gloo", placement=placement, nodes=self.nodes
+        )
+        if found is not None and start is not None:
+            return found if placement == "strided" else start + crossing * (found - start)
+        inter = self.machine.inter
+        port = inter.bytes_per_second.value * self.machine.gpus_per_node
+        inside = self._inside("send", size_bytes, self.layout.pipeline, ("pipeline",))
+        return inside + inter.latency_seconds.value + crossing * size_bytes / port
 
     def _inside(self, collective: str, size_bytes: float, ranks: int, axes: tuple[str, ...]) -> float:
         """On one machine."""

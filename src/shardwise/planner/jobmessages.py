@@ -1,13 +1,14 @@
 """Messages of one optimizer step of a job: what each axis of the layout sends, how often, and what it costs to prepare."""
 
 import math
+from dataclasses import replace
 
 from shardwise.planner.constants import Constants
 from shardwise.planner.joblinks import Links
-from shardwise.planner.operations import copy_seconds
+from shardwise.planner.operations import Sharing, copy_seconds, phase_seconds
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
-from shardwise.spec.work import JobFacts
+from shardwise.spec.work import JobFacts, OperationFacts
 
 SUM_AXES = ("data", "shard", "context", "expert")
 """Axes over which gradients are summed."""
@@ -37,6 +38,7 @@ def message_seconds(
     micro: int,
     passes: int,
     backward_seconds: float,
+    sharing: Sharing,
     constants: Constants,
 ) -> dict[str, float]:
     """Seconds that messages take beside everything else, by the part of the step they belong to.
@@ -44,6 +46,7 @@ def message_seconds(
     Args:
         micro: samples of one forward pass; `passes`: how many there are.
         backward_seconds: of one pass; on devices gradients hide behind the last one.
+        sharing: how a worker shares its machine.
     """
     layout = plan.layout
     found: dict[str, float] = {}
@@ -59,6 +62,9 @@ def message_seconds(
         axes = ("data", "shard", "context", "expert")
     if plan.local_steps > 1:  # what is averaged instead of summed, and how often (parallel/local.py)
         dense = facts.parameter_bytes + facts.optimizer_bytes
+    if plan.compression == "powersgd" and facts.gradients:
+        found["gradients"] = _low_rank_seconds(facts, machine, plan, links, sharing, constants)
+        return found | _norm_seconds(facts, links, passes)
     sums = _sum_seconds(links, dense * _sent_share(plan), axes) / plan.local_steps
     sums += _sum_seconds(links, gradients * experts / layout.expert, ("data", "shard", "context"))
     if machine.measured is None:
@@ -85,10 +91,15 @@ def message_seconds(
         size = micro * facts.expert_token_bytes / facts.expert_layers
         each = links.seconds("all_to_all", size, ("expert",)) + MESSAGE_SECONDS
         found["expert"] = 4.0 * passes * facts.expert_layers * each
-    if facts.norm_layers and layout.replicas * layout.context > 1:
-        each = links.seconds("all_reduce", 1024, SUM_AXES) + MESSAGE_SECONDS
-        found["norms"] = 2.0 * passes * facts.norm_layers * each
-    return found
+    return found | _norm_seconds(facts, links, passes)
+
+
+def _norm_seconds(facts: JobFacts, links: Links, passes: int) -> dict[str, float]:
+    """Statistics of the global batch: a message for each layer and direction."""
+    if not facts.norm_layers or links.layout.replicas * links.layout.context == 1:
+        return {}
+    each = links.seconds("all_reduce", 1024, SUM_AXES) + MESSAGE_SECONDS
+    return {"norms": 2.0 * passes * facts.norm_layers * each}
 
 
 def _sum_seconds(links: Links, size_bytes: float, axes: tuple[str, ...]) -> float:
@@ -100,7 +111,7 @@ def _sum_seconds(links: Links, size_bytes: float, axes: tuple[str, ...]) -> floa
 
 
 def _sent_share(plan: Plan) -> float:
-    """Bytes sent over bytes of gradients; PowerSGD's depend on shapes that are not counted, and are left as they are."""
+    """Bytes sent over bytes of gradients."""
     return 0.5 if plan.compression in ("fp16", "bf16") else 1.0
 
 
@@ -140,3 +151,50 @@ def _tensor_calls(facts: JobFacts, index: int) -> float:
     """All-reduces of one block over both passes: one for each product with a weight, at most two (Megatron-LM, section 3)."""
     products = sum(i.calls for i in facts.operations if i.block == index and i.phase == "forward" and i.weighted)
     return float(min(2, max(1, products)))
+
+
+def low_rank_bytes(facts: JobFacts, rank: int) -> tuple[float, float, float]:
+    """What PowerSGD sends in a step: exact gradients, left factors with a flag each, and right factors."""
+    ranks = [(item, item.factor_rank(rank)) for item in facts.gradients]
+    exact = sum(item.count * item.bytes for item, least in ranks if not least)
+    left = sum(item.count * (item.rows * least + 1) * item.value_bytes for item, least in ranks if least)
+    right = sum(item.count * item.columns * least * item.value_bytes for item, least in ranks if least)
+    return float(exact), float(left), float(right)
+
+
+def _low_rank_seconds(
+    facts: JobFacts, machine: Machine, plan: Plan, links: Links, sharing: Sharing, constants: Constants
+) -> float:
+    """PowerSGD: what factors would not make smaller is summed as it is, the rest in two rounds, of all left and all right factors
+    (parallel/compress.py), and arithmetic on every matrix before, between and after them."""
+    exact, left, right = low_rank_bytes(facts, plan.compression_rank)
+    seconds = _sum_seconds(links, exact, ("data",))
+    seconds += links.seconds("all_reduce", left, ("data",)) + links.seconds("all_reduce", right, ("data",))
+    if machine.measured is not None and exact:
+        seconds += _bucket_seconds(facts, machine, replace(plan, compression="none"), exact)
+
+    def takes(kind: str, calls: int, size_bytes: float, flops: float = 0.0) -> float:
+        one = OperationFacts(
+            block=0,
+            phase="backward",
+            kind=kind,
+            precision="fp32",
+            calls=calls,
+            fixed_flops=flops,
+            sample_flops=0.0,
+            fixed_bytes=size_bytes,
+            sample_bytes=0.0,
+        )
+        return phase_seconds((one,), 1, machine, sharing, constants=constants).backward
+
+    for item in facts.gradients:
+        rank = item.factor_rank(plan.compression_rank)
+        if rank:
+            flops, factors = 2.0 * item.rows * item.columns * rank, (item.rows + item.columns) * rank * item.value_bytes
+            # M Q, M^T P, P Q^T twice: thin products, which wait for memory as often as for the multiplier
+            product = max(takes("matmul", 1, item.bytes, flops), takes("copy", 1, item.bytes))
+            # scaled, added to what was left out before, and what is left out now taken from it
+            whole = takes("copy", 1, 2.0 * item.bytes) + 2.0 * takes("copy", 1, 3.0 * item.bytes)
+            small = takes("matmul", 1, 0.0, 4.0 * item.rows * rank * rank) + takes("copy", 5, factors)
+            seconds += item.count * (4.0 * product + whole + small)
+    return seconds

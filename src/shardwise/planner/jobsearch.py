@@ -154,11 +154,21 @@ def placed_plans(problem: JobProblem) -> Iterator[tuple[Plan, int]]:
             if layout.expert > 1 and not facts.expert_bytes:
                 continue
             for nodes in _node_counts(problem, workers):
-                for threads in _threads(problem, workers // nodes):
+                for threads, micro in product(_threads(problem, workers // nodes), _micro_batches(problem, layout)):
                     count += 1
                     if count > MOST_LAYOUTS:
                         return
-                    yield replace(problem.base, layout=layout, threads=threads), nodes
+                    yield replace(problem.base, layout=layout, threads=threads, micro_batch=micro), nodes
+
+
+def _micro_batches(problem: JobProblem, layout: Layout) -> list[int | None]:
+    """What may go through a pipeline at a time, where the job leaves it open: the whole share of a replica, so that stages work
+    one after the other, or half of a stage's part of it."""
+    given = problem.base.micro_batch
+    share = math.ceil(problem.facts.batch_size / layout.replicas)
+    if given is not None or layout.pipeline == 1 or problem.facts.norm_layers or share == 1:
+        return [given]
+    return [None, math.ceil(share / (2 * layout.pipeline))]
 
 
 def _node_counts(problem: JobProblem, workers: int) -> list[int]:

@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardwise.planner.closedform import Timeline, rank_of
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import MESSAGE_SECONDS, message_seconds
 from shardwise.planner.memory import CONTEXT_BYTES, SLACK
 from shardwise.planner.operations import PhaseSeconds, Sharing, correction, divided_norms, phase_seconds, turns
-from shardwise.planner.schedule import Timeline, rank_of, simulate, stages_per_rank
+from shardwise.planner.schedule import simulate, stages_per_rank
 from shardwise.planner.step import UNCERTAIN
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
@@ -30,6 +31,9 @@ INLINE_BYTES = 25 * 2**20
 
 RING_BYTES = 8 * 2**20
 """Shared memory of one rank, of which a message touches what it needs (dist/exchange.py)."""
+
+BUCKET_COPIES = {"fp16": 1.5, "bf16": 1.5, "powersgd": 2.0}
+"""Copies of the gradients that summing them takes, by compression: buckets and their 16 bits; sums and what was left out."""
 
 TIME_WITHIN = {"one worker": 0.10, "replicas": 0.45, "crowded": 0.50, "other": 0.45}
 """Kind of plan -> what 4 of 5 predictions for it stay within of the measured step, over eleven models on two cores
@@ -116,8 +120,6 @@ def estimate_job(
     layout = plan.layout
     samples = math.ceil(facts.batch_size / layout.replicas)
     micro = min(samples, plan.micro_batch or samples)
-    if layout.pipeline > 1 and plan.micro_batch is None:
-        micro = max(1, math.ceil(samples / (2 * layout.pipeline)))
     passes = math.ceil(samples / micro)
     local = min(layout.workers, machine.gpus_per_node) if machine.measured is None else layout.workers // nodes
     sharing = Sharing(workers=local * copies, threads=plan.threads or 1)
@@ -133,7 +135,7 @@ def estimate_job(
     crowd = 1 if machine.measured is None else turns(sharing, machine.measured.cores)
     seconds["data"] = crowd * samples * facts.data_seconds
     seconds["loop"] = crowd * STEP_SECONDS if machine.measured is not None else constants.step_seconds
-    seconds |= message_seconds(facts, machine, plan, links, micro, passes, work.backward, constants)
+    seconds |= message_seconds(facts, machine, plan, links, micro, passes, work.backward, sharing, constants)
     memory = _memory(facts, machine, plan, micro, passes, split, stages, timeline)
     return JobEstimate(seconds, memory, room_bytes(machine, plan, nodes) / copies, known != 1.0, _kind(plan, crowd))
 
@@ -261,9 +263,14 @@ def _pipeline(
     schedule, ranks = _placed(plan, len(stages))
     forward, backward = ([getattr(one, name) for one in works] for name in ("forward", "backward"))
     whole = sum(one.optimizer for one in works) / ranks
-    crossing = max(facts.model.blocks[blocks[-1]].output_bytes for blocks in stages[:-1])
-    hop = links.seconds("send", micro * crossing, ("pipeline",)) + 2 * MESSAGE_SECONDS
-    timeline = simulate(schedule, passes, tuple(forward), tuple(backward), hop, ranks)
+    wires = []
+    for stage, blocks in enumerate(stages[:-1]):
+        size = micro * facts.model.blocks[blocks[-1]].output_bytes / layout.context
+        places = (rank_of(number, ranks, schedule) for number in (stage, stage + 1))
+        wire = links.wire(size, size, *places)
+        wires.append(wire._replace(latency=wire.latency + 2 * MESSAGE_SECONDS))
+    meeting = machine.measured is not None
+    timeline = simulate(schedule, passes, tuple(forward), tuple(backward), tuple(wires), ranks, meeting)
     return timeline, PhaseSeconds(max(_by_rank(plan, forward)), max(_by_rank(plan, backward)), whole)
 
 
@@ -310,7 +317,7 @@ def _memory(
         unit = facts.gradient_bytes * held / (facts.shard_units + 1)
         found["gathered"] = 3.0 * unit
     elif summed > 1:
-        found["buckets"] = gradients
+        found["buckets"] = BUCKET_COPIES.get(plan.compression, 1.0) * gradients
     if machine.measured is not None:
         found["process"] = facts.base_bytes or machine.measured.worker_bytes
         loaded = [size for axis, size in LIBRARY_BYTES.items() if layout.degrees[axis] > 1]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.planner.case import Case
-from shardwise.planner.schedule import rank_of
+from shardwise.planner.closedform import rank_of
 from shardwise.spec.plan import V_SHAPED
 
 CONTEXT_BYTES = 1.6 * 2**30

@@ -4,52 +4,22 @@ A table has one row per pipeline rank: the order in which that rank runs its act
 (with `zerobubble` and the V schedules only the gradient of the input), W gradient of the weights.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from shardwise.errors import PlanError
+from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, rank_of
 from shardwise.spec.plan import HALVED, V_SHAPED
 
 Action = tuple[str, int, int]
 """(kind, stage, micro-batch)."""
-
-WEIGHT_SHARE = 0.5
-"""Share of the backward pass that computes weight gradients; a linear layer has one product for each."""
-
 
 MAX_GREEDY = 256
 """Largest ranks x micro-batches for which a V schedule is placed action by action."""
 
 MAX_ACTIONS = 150_000
 """Largest table that is simulated, about half a second; a larger one takes the closed form."""
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Result of a simulation.
-
-    Attributes:
-        seconds: until the last rank is done.
-        busiest_seconds: work of the busiest rank.
-        in_flight: largest number of chunks in flight, one entry a rank.
-    """
-
-    seconds: float
-    busiest_seconds: float
-    in_flight: tuple[int, ...]
-
-    @property
-    def bubble(self) -> float:
-        """Idle share of the busiest rank."""
-        return 1.0 - self.busiest_seconds / self.seconds if self.seconds else 0.0
-
-
-def rank_of(stage: int, ranks: int, schedule: str) -> int:
-    """Pipeline rank that holds `stage`: round robin, or down and up again for the V schedules."""
-    if schedule in V_SHAPED:
-        return stage if stage < ranks else 2 * ranks - 1 - stage
-    return stage % ranks
 
 
 def stages_per_rank(schedule: str, virtual_stages: int) -> int:
@@ -108,63 +78,25 @@ def _interleaved(rank: int, ranks: int, micro_batches: int, chunks: int) -> list
     return [action for action in row if action[2] < micro_batches]
 
 
-def closed_form(
-    schedule: str,
-    micro_batches: int,
-    forward_seconds: tuple[float, ...],
-    backward_seconds: tuple[float, ...],
-    send_seconds: float,
-    ranks: int,
-) -> Timeline:
-    """What `simulate` finds, by the formula for stages of equal time: exact for those, close for others, and fast.
-
-    1f1b and gpipe: every stage once and the slowest stage for the other micro-batches. Interleaved with v chunks: the
-    ramp is v times shorter (Narayanan et al. 2021, section 2.2). zerobubble: the ramp holds forward + backward - 2 x
-    weight gradient (Qi et al. 2023, table 2); V schedules: for equal times only the last rank's later start.
-    """
-    stages = len(forward_seconds)
-    chunks = stages // ranks
-    pairs = [ahead + back for ahead, back in zip(forward_seconds, backward_seconds, strict=True)]
-    owned: list[float] = [0.0] * ranks
-    for stage, pair in enumerate(pairs):
-        owned[rank_of(stage, ranks, schedule)] += pair
-    busiest = max(owned)
-    if schedule in V_SHAPED:
-        ramp = sum(forward_seconds) / stages * (ranks - 1)
-    elif schedule == "zerobubble":
-        ramp = (sum(pairs) - 2.0 * WEIGHT_SHARE * sum(backward_seconds)) * (ranks - 1) / ranks
-    elif chunks > 1:
-        ramp = sum(pairs) / chunks * (ranks - 1) / ranks
-    else:
-        ramp = sum(pairs) - busiest
-    sends = 2.0 * (ranks - 1) * send_seconds
-    if schedule == "gpipe":
-        flight = [micro_batches] * ranks
-    elif schedule in V_SHAPED:
-        flight = [min(2 * micro_batches, 2 * ranks)] * ranks
-    elif chunks > 1:
-        flight = [
-            min(micro_batches * chunks, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1) for rank in range(ranks)
-        ]
-    else:
-        flight = [min(micro_batches, ranks - rank) for rank in range(ranks)]
-    return Timeline(micro_batches * busiest + ramp + sends, micro_batches * busiest, tuple(flight))
-
-
 @lru_cache(maxsize=4096)
 def simulate(
     schedule: str,
     micro_batches: int,
     forward_seconds: tuple[float, ...],
     backward_seconds: tuple[float, ...],
-    send_seconds: float,
+    wires: tuple[Wire, ...],
     ranks: int,
+    meeting: bool = False,
 ) -> Timeline:
     """Run the table: an action starts when its rank is free and what it needs has arrived.
 
+    A message starts when it was made and its direction of the link between the two ranks is free; the sender goes on computing.
+
     Args:
         forward_seconds, backward_seconds: per stage, in model order; `ranks * stages_per_rank` entries.
-        send_seconds: time of an activation or a gradient between two ranks; the sender goes on computing.
+        wires: of the cuts between the stages, in the same order.
+        meeting: a message also waits until the other rank asks for it, in the order of the table that runs (gloo sends
+            nothing before); with the V schedules, which are placed here while time passes, it does not.
 
     Long runs repeat themselves: beyond four groups of `ranks` micro-batches (three on more than 16 ranks) the rest is
     extended by the period of the last simulated group, which is at least the work of the busiest rank. One rank, and
@@ -175,12 +107,17 @@ def simulate(
         actions > MAX_GREEDY if schedule in V_SHAPED else 2 * actions * len(forward_seconds) > MAX_ACTIONS * ranks
     )
     if ranks == 1 or too_long:
-        return closed_form(schedule, micro_batches, forward_seconds, backward_seconds, send_seconds, ranks)
+        return closed_form(schedule, micro_batches, forward_seconds, backward_seconds, wires, ranks)
+
+    def run(count: int) -> Timeline:
+        if schedule in V_SHAPED:
+            return _greedy(schedule, count, forward_seconds, backward_seconds, wires, ranks)
+        return _run(schedule, count, forward_seconds, backward_seconds, wires, ranks, meeting)
+
     settle = (4 if ranks <= 16 else 3) * ranks
     if micro_batches >= settle + ranks:
         extra = (micro_batches - settle) % ranks
-        short = _run(schedule, settle + extra, forward_seconds, backward_seconds, send_seconds, ranks)
-        shorter = _run(schedule, settle + extra - ranks, forward_seconds, backward_seconds, send_seconds, ranks)
+        short, shorter = run(settle + extra), run(settle + extra - ranks)
         groups = (micro_batches - settle - extra) // ranks
         pace = short.busiest_seconds * ranks / (settle + extra)
         return Timeline(
@@ -188,31 +125,54 @@ def simulate(
             short.busiest_seconds * micro_batches / (settle + extra),
             short.in_flight if schedule != "gpipe" else tuple(micro_batches for _ in range(ranks)),
         )
-    return _run(schedule, micro_batches, forward_seconds, backward_seconds, send_seconds, ranks)
+    return run(micro_batches)
 
 
 def _run(
-    schedule: str, micro_batches: int, forward: Sequence[float], backward: Sequence[float], send: float, ranks: int
+    schedule: str,
+    micro_batches: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    wires: Sequence[Wire],
+    ranks: int,
+    meeting: bool,
 ) -> Timeline:
-    if schedule in V_SHAPED:
-        return _greedy(schedule, micro_batches, forward, backward, send, ranks)
     stages = len(forward)
     rows = table(schedule, ranks, micro_batches, stages // ranks)
+    asked = _asked(schedule, ranks, micro_batches, stages // ranks) if meeting else None
     split = schedule in HALVED
     weights = [time * WEIGHT_SHARE if split else 0.0 for time in backward]
     done_f = [[-1.0] * micro_batches for _ in range(stages)]
     done_b = [[-1.0] * micro_batches for _ in range(stages)]
     clock, place, pending = [0.0] * ranks, [0] * ranks, [0] * ranks
+    ends: list[list[float]] = [[0.0] for _ in range(ranks)]
+    began, free = ([[0.0] * ranks for _ in range(ranks)] for _ in range(2))
     waiting = list(range(ranks))
-    hop = send if ranks > 1 else 0.0
     while waiting:
         rank = waiting.pop()
         row, now = rows[rank], clock[rank]
         while place[rank] < len(row):
             kind, stage, index = row[place[rank]]
-            ready = _ready(kind, stage, index, stages, done_f, done_b, hop)
-            if ready < 0.0:
+            if kind == "F":
+                made = done_f[stage - 1][index] if stage else 0.0
+                source = stage - 1
+            else:
+                made = done_b[stage + 1][index] if stage < stages - 1 else done_f[stage][index]
+                source = stage + 1
+            if made < 0.0:
                 break
+            ready = made
+            if 0 <= source < stages:
+                wire, sender = wires[min(stage, source)], source % ranks
+                begin = made if made > free[sender][rank] else free[sender][rank]
+                if asked is not None:
+                    wished = ends[rank][asked[rank][place[rank]]]
+                    if began[rank][sender] < wished < free[rank][sender]:
+                        wished = free[rank][sender]  # the wish travels behind what is under way to the sender
+                    begin = max(begin, wished + wire.latency)
+                began[sender][rank] = begin
+                free[sender][rank] = begin + (wire.forward if kind == "F" else wire.backward)
+                ready = free[sender][rank] + wire.latency
             if split and ready > now and pending[rank]:
                 filled = min(pending[rank], int((ready - now) / weights[stage]) if weights[stage] else 0)
                 now, pending[rank] = now + filled * weights[stage], pending[rank] - filled
@@ -227,6 +187,7 @@ def _run(
                 pending[rank] += split
                 wakes = (stage - 1) % ranks if stage else rank
             place[rank] += 1
+            ends[rank].append(now)
             if wakes != rank and wakes not in waiting:
                 waiting.append(wakes)
         clock[rank] = now
@@ -236,21 +197,35 @@ def _run(
     return Timeline(max(clock), max(busy), tuple(_peak(row) for row in rows))
 
 
-def _ready(
-    kind: str, stage: int, index: int, stages: int, done_f: list[list[float]], done_b: list[list[float]], hop: float
-) -> float:
-    """When the input of an action has arrived; negative while it has not been produced."""
-    if kind == "F":
-        if stage == 0:
-            return 0.0
-        before = done_f[stage - 1][index]
-        return before + hop if before >= 0.0 else -1.0
-    if done_f[stage][index] < 0.0:
-        return -1.0
-    if stage == stages - 1:
-        return done_f[stage][index]
-    before = done_b[stage + 1][index]
-    return before + hop if before >= 0.0 else -1.0
+@lru_cache(maxsize=256)
+def _asked(schedule: str, ranks: int, micro_batches: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+    """For every action of every rank how many actions of that rank end before it asks for what this one needs.
+
+    The table that runs (parallel/pipeline/schedule.py) lists a receive at the time at which its message would be made if
+    messages took no time, a forward pass 1 and a backward pass 2 (or 1, where it is halved).
+    """
+    rows = table(schedule, ranks, micro_batches, chunks)
+    stages = ranks * chunks
+    back = 1 if schedule in HALVED else 2
+    ends: dict[Action, int] = {}
+    begins: list[list[int]] = [[] for _ in rows]
+    made: list[list[int]] = [[] for _ in rows]
+    clock = [0] * ranks
+    while any(len(begun) < len(row) for begun, row in zip(begins, rows, strict=True)):
+        for rank, row in enumerate(rows):
+            while len(begins[rank]) < len(row):
+                kind, stage, index = row[len(begins[rank])]
+                if kind == "F":
+                    needed = ends.get(("F", stage - 1, index)) if stage else 0
+                else:
+                    needed = ends.get(("B", stage + 1, index) if stage < stages - 1 else ("F", stage, index))
+                if needed is None:
+                    break
+                begin = max(clock[rank], needed)
+                clock[rank] = ends[kind, stage, index] = begin + (1 if kind == "F" else back)
+                begins[rank].append(begin)
+                made[rank].append(needed)
+    return tuple(tuple(bisect_left(begun, time) for time in times) for begun, times in zip(begins, made, strict=True))
 
 
 def _peak(row: Sequence[Action]) -> int:
@@ -263,13 +238,19 @@ def _peak(row: Sequence[Action]) -> int:
 
 
 def _greedy(
-    schedule: str, micro_batches: int, forward: Sequence[float], backward: Sequence[float], send: float, ranks: int
+    schedule: str,
+    micro_batches: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    wires: Sequence[Wire],
+    ranks: int,
 ) -> Timeline:
     """V-shaped stages without a fixed order: backward first, then forward within 2 x ranks chunks in flight, weights in gaps."""
     stages = len(forward)
     weights = [time * WEIGHT_SHARE for time in backward]
     clock, pending = [0.0] * ranks, [[0.0] * 0 for _ in range(ranks)]
     level, peak = [0] * ranks, [0] * ranks
+    free = [[0.0] * ranks for _ in range(ranks)]
     ready: list[list[tuple[float, str, int, int]]] = [[] for _ in range(ranks)]
     for index in range(micro_batches):
         ready[0].append((0.0, "F", 0, index))
@@ -295,7 +276,7 @@ def _greedy(
         peak[rank] = max(peak[rank], level[rank])
         if kind == "B":
             pending[rank].append(weights[stage])
-        _release(ready, kind, stage, index, stages, clock[rank], send, ranks, schedule)
+        _release(ready, free, (kind, stage, index), clock[rank], wires, ranks, schedule)
         left -= 1
     ends = [clock[rank] + sum(pending[rank]) for rank in range(ranks)]
     owned = [[stage for stage in range(stages) if rank_of(stage, ranks, schedule) == rank] for rank in range(ranks)]
@@ -305,21 +286,25 @@ def _greedy(
 
 def _release(
     ready: list[list[tuple[float, str, int, int]]],
-    kind: str,
-    stage: int,
-    index: int,
-    stages: int,
+    free: list[list[float]],
+    action: Action,
     end: float,
-    send: float,
+    wires: Sequence[Wire],
     ranks: int,
     schedule: str,
 ) -> None:
+    """What an action that ended makes possible, when its message is there."""
+    kind, stage, index = action
     here = rank_of(stage, ranks, schedule)
-    if kind == "F" and stage == stages - 1:
+    if kind == "F" and stage == len(wires):
         ready[here].append((end, "B", stage, index))
         return
     following = stage + 1 if kind == "F" else stage - 1
     if following < 0:
         return
     there = rank_of(following, ranks, schedule)
-    ready[there].append((end + (send if there != here else 0.0), kind, following, index))
+    if there != here:
+        wire = wires[min(stage, following)]
+        free[here][there] = max(end, free[here][there]) + (wire.forward if kind == "F" else wire.backward)
+        end = free[here][there] + wire.latency
+    ready[there].append((end, kind, following, index))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwise.planner.case import Case
+from shardwise.planner.closedform import Timeline, Wire, closed_form, even, rank_of
 from shardwise.planner.collectives import (
     Network,
     all_gather,
@@ -28,7 +29,7 @@ from shardwise.planner.memory import (
     rank_shares,
     state_bytes,
 )
-from shardwise.planner.schedule import Timeline, closed_form, rank_of, simulate
+from shardwise.planner.schedule import simulate
 
 UNCERTAIN = 1.2
 """Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
@@ -100,9 +101,9 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
         memo[key] = _passes(case, device, net, constants)
     layer, ends, parts = memo[key]
     forward, backward = _stages(case, layer, ends)
-    hop = _hop_seconds(case, net)
+    wires = _wires(case, net, len(forward))
     ranks = case.pipeline
-    timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, hop, ranks)
+    timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, wires, ranks)
     shares = rank_shares(case)
     memory = rank_memory(case, timeline.in_flight, shares)
     layers = _busiest_layers(case, shares, layer, ends)
@@ -286,12 +287,12 @@ def _stages(case: Case, layer: _Pass, ends: tuple[_Pass, _Pass]) -> tuple[tuple[
     return tuple(forward), tuple(backward)
 
 
-def _hop_seconds(case: Case, net: Network) -> float:
-    """One activation to the next pipeline rank; tensor ranks send a part each."""
-    if case.pipeline == 1:
-        return 0.0
-    size = 2.0 * case.tokens * case.model.hidden / case.tensor
-    return send(size, _crosses_nodes(case), net)
+def _wires(case: Case, net: Network, stages: int) -> tuple[Wire, ...]:
+    """An activation, or its gradient, to the next pipeline rank; tensor ranks send a part each."""
+    across = _crosses_nodes(case)
+    latency = send(0.0, across, net)
+    whole = send(2.0 * case.tokens * case.model.hidden / case.tensor, across, net)
+    return even(stages, latency, whole - latency)
 
 
 def _gradient_seconds(case: Case, share: RankShare, net: Network, last_backward: float, constants: Constants) -> float:

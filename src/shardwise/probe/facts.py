@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from shardwise.run.step import take_step
 from shardwise.run.tryout import loss_program
 from shardwise.spec.job import Job
 from shardwise.spec.rank import Rank
-from shardwise.spec.work import JobFacts, StepSeen
+from shardwise.spec.work import GradientFacts, JobFacts, StepSeen
 
 ENOUGH_SECONDS = 0.1
 """Time spent on timing steps of one size, after one to warm up."""
@@ -161,6 +162,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
         expert_layers=len(modules_with_experts(model)),
         expert_token_bytes=_expert_token_bytes(model, high),
         message_parts=sum(1 for p in model.parameters() if p.requires_grad),
+        gradients=_gradients(model),
         norm_layers=len(batch_norms(model)) if job.batch_norm == "global" else 0,
         attention_bytes=high.attention_bytes / high.samples,
         data_seconds=0.0 if how.fake else _data_seconds(splits, job),
@@ -270,6 +272,18 @@ def _shard_units(model: nn.Module) -> int:
     from shardwise.parallel.shard import unit_names  # FSDP2 takes a second to import
 
     return len(unit_names(model))
+
+
+def _gradients(model: nn.Module) -> tuple[GradientFacts, ...]:
+    shapes = Counter(
+        (p.shape[0] if p.ndim > 1 else 1, p.numel() // max(1, p.shape[0] if p.ndim > 1 else 1), p.element_size())
+        for p in model.parameters()
+        if p.requires_grad and p.numel()
+    )
+    return tuple(
+        GradientFacts(rows=rows, columns=columns, value_bytes=size, count=count)
+        for (rows, columns, size), count in shapes.items()
+    )
 
 
 def _expert_bytes(model: nn.Module) -> float:

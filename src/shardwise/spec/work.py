@@ -53,6 +53,33 @@ class StepSeen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientFacts:
+    """Gradients of one shape, as PowerSGD takes them: a matrix of the first dim and of all others.
+
+    Attributes:
+        rows, columns: of the matrix.
+        value_bytes: of one of its numbers.
+        count: trained tensors of that shape.
+    """
+
+    rows: int
+    columns: int
+    value_bytes: int
+    count: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Size of one gradient."""
+        return self.rows * self.columns * self.value_bytes
+
+    def factor_rank(self, rank: int) -> int:
+        """Columns of the two factors that are sent in its place; 0 where they would not be smaller (parallel/compress.py)."""
+        least = min(rank, self.rows, self.columns)
+        smaller = least * (self.rows + self.columns) < self.rows * self.columns
+        return least if smaller and self.value_bytes >= 4 else 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobFacts:
     """A job as the planner sees it: the model, its operations, its memory, its data.
 
@@ -70,6 +97,7 @@ class JobFacts:
         shard_units: parts whose parameters sharded data parallelism gathers one after the other, beside the rest.
         expert_layers: layers with experts, and expert_token_bytes: what one sample sends to experts in all of them.
         message_parts: trained tensors; their gradients travel together in buckets.
+        gradients: shapes of the trained tensors; empty where they were not counted.
         norm_layers: layers that need statistics of the whole batch, a message in each direction each.
         attention_bytes: keys and values of one sample over all attention layers, which the context axis passes around.
         data_seconds: reading one sample, on one core.
@@ -94,6 +122,7 @@ class JobFacts:
     expert_layers: int = 0
     expert_token_bytes: float = 0.0
     message_parts: int = 1
+    gradients: tuple[GradientFacts, ...] = field(default=())
     norm_layers: int = 0
     attention_bytes: float = 0.0
     data_seconds: float = 0.0
@@ -118,6 +147,7 @@ class JobFacts:
             values = dict(record)
             values["model"] = ModelFacts.from_dict(values["model"])
             values["operations"] = tuple(OperationFacts(**item) for item in values["operations"])
+            values["gradients"] = tuple(GradientFacts(**item) for item in values.get("gradients", ()))
             values["seen"] = tuple(StepSeen(**item) for item in values.get("seen", ()))
             return cls(**values)
         except (KeyError, TypeError) as error:
