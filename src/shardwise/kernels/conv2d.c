@@ -9,29 +9,13 @@
  */
 #include "conv2d.h"
 
-#define MOST_CHANNELS 8
 #define SAMPLES_TOGETHER 32 /* partial sums of a weight's gradient: long sums round less in two levels */
-
-/* Rows of a plane with zeros around them, so long that every vector of an output row can be read at every shift. */
-INLINE int64_t pitch_of(const conv_t *s) { return up(s->out_width) + up(s->size - 1); }
-INLINE int64_t rows_of(const conv_t *s) { return s->height + 2 * s->padding_height; }
 
 /* Floats of scratch memory that both functions below need, zeros when they are called. */
 int64_t shardwise_conv2d_scratch(const conv_t *s) {
   int64_t weights = s->in_channels * s->out_channels * s->size * s->size;
   return s->in_channels * rows_of(s) * pitch_of(s) + s->out_channels * s->out_height * up(s->out_width) +
          2 * (weights + s->out_channels) * LANES + LANES;
-}
-
-INLINE void copy_rows(float *to, int64_t pitch, const float *from, int64_t width, int64_t rows) {
-  for (int64_t r = 0; r < rows; r++) memcpy(to + r * pitch, from + r * width, width * sizeof(float));
-}
-
-INLINE void copy_padded(float *to, const float *from, const conv_t *s) {
-  int64_t pitch = pitch_of(s), plane = rows_of(s) * pitch;
-  for (int64_t c = 0; c < s->in_channels; c++)
-    copy_rows(to + c * plane + s->padding_height * pitch + s->padding_width, pitch, from + c * s->height * s->width,
-              s->width, s->height);
 }
 
 /* The first `left` lanes of a vector. */
@@ -44,30 +28,6 @@ INLINE void put(float *out, const vec *sums, int channels, int64_t row, int64_t 
   int64_t plane = s->out_height * s->out_width;
   out += row * s->out_width + column;
   UNROLL for (int o = 0; o < channels; o++) store(out + o * plane, sums[o], s->out_width - column);
-}
-
-/* Two vectors of output, from input rows `one` and `two`, for all output channels; kernel rows first..last. */
-INLINE void tile(const float *one, const float *two, const float *weights, const float *bias, const conv_t *s, int channels,
-                 int64_t size, int64_t first, int64_t last, vec sums[2][MOST_CHANNELS]) {
-  const int64_t pitch = pitch_of(s), plane = rows_of(s) * pitch;
-  vec a[MOST_CHANNELS], b[MOST_CHANNELS];
-  UNROLL for (int o = 0; o < channels; o++) a[o] = b[o] = (vec){0} + (bias ? bias[o] : 0);
-  for (int64_t c = 0; c < s->in_channels; c++)
-    for (int64_t i = first; i < last; i++) {
-      const float *w = weights + (c * size + i) * size * channels;
-      const int64_t at = c * plane + i * pitch;
-      UNROLL for (int64_t j = 0; j < size; j++, w += channels) {
-        vec x = load(one + at + j), y = load(two + at + j);
-        UNROLL for (int o = 0; o < channels; o++) {
-          a[o] += x * w[o];
-          b[o] += y * w[o];
-        }
-      }
-    }
-  UNROLL for (int o = 0; o < channels; o++) {
-    sums[0][o] = a[o];
-    sums[1][o] = b[o];
-  }
 }
 
 INLINE void correlate(const float *x, const float *weights, const float *bias, float *out, float *values, const conv_t *s,
@@ -96,17 +56,6 @@ INLINE void correlate(const float *x, const float *weights, const float *bias, f
       if (next) put(out, sums[1], channels, row + 1, pairs, s);
     }
   }
-}
-
-/* [in channel][row][column][out channel], from a convolution's [out][in][row][column]; `back`: those of the convolution
- * that turns the gradient of its output into that of its input. */
-INLINE void pack(float *to, const float *weights, const conv_t *s, int back) {
-  const int64_t square = s->size * s->size;
-  for (int64_t c = 0; c < s->in_channels; c++)
-    for (int64_t k = 0; k < square; k++)
-      for (int64_t o = 0; o < s->out_channels; o++)
-        *to++ = back ? weights[(c * s->out_channels + o) * square + square - 1 - k]
-                     : weights[(o * s->in_channels + c) * square + k];
 }
 
 #define FOR_CHANNELS(channels)                                                                \

@@ -31,18 +31,25 @@ int64_t shardwise_conv2d_sparse_scratch(const conv_t *s) {
   return 2 * image_of(s) + 3 * plane + (3 * kernels + 1) * LANES;
 }
 
-INLINE __mmask16 first_lanes(int64_t count) { return count < LANES ? (__mmask16)((1u << count) - 1) : 0xffff; }
-
-/* The values of a plane that are not zero, and where in the image each one's window begins. Returns how many. */
-INLINE int64_t find(const float *g, int64_t plane, const int32_t *table, int32_t *where, float *values, vec *sum, int *odd) {
+/* The values of a plane that are not zero, and where in the image each one's window begins. Returns how many. With `codes`
+ * they are those of a pooled plane, and `steps` tells what a code adds to the place. */
+INLINE int64_t find(const float *g, const uint8_t *codes, __m512i steps, int64_t plane, const int32_t *table, int32_t *where,
+                    float *values, vec *sum, int *odd) {
   int64_t count = 0;
   for (int64_t k = 0; k < plane; k += LANES) {
-    const __m512 value = _mm512_maskz_loadu_ps(first_lanes(plane - k), g + k);
+    __mmask16 here = first_lanes(plane - k);
+    __m512i place = _mm512_loadu_si512(table + k);
+    if (codes) {
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, codes + k));
+      here &= _mm512_cmplt_epi32_mask(code, _mm512_set1_epi32(NOTHING));
+      place = _mm512_add_epi32(place, _mm512_permutexvar_epi32(code, steps));
+    }
+    const __m512 value = _mm512_maskz_loadu_ps(here, g + k);
     const __mmask16 some = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     *sum += (vec)value;
     *odd |= _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
     _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(some, value));
-    _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(some, _mm512_loadu_si512(table + k)));
+    _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(some, place));
     count += __builtin_popcount(some);
   }
   return count;
@@ -141,27 +148,32 @@ INLINE void separate(float *to, const float *from, const conv_t *s, int64_t chan
       for (int64_t w = 0; w < s->width; w++) to[c * plane + w] = from[w * channels + c];
 }
 
-/* What one call works on. */
+/* What one call works on. With `codes`, g is the gradient behind a max-pooling that conv2d_pooled.c computed. */
 typedef struct {
   const float *x, *g;
+  const uint8_t *codes;
   float *of_x;
   int for_weights, odd;
   float *image, *slope_image, *values;
   int32_t *table, *where;
   places_t places;
+  vec *spread; /* see all_images */
   vec *weights, *sums, *totals; /* [out channel][kernel row][vector]; behind them [out channel], for the bias */
 } work_t;
 
 INLINE void all_samples(work_t *k, const conv_t *s, int64_t channels, int size, int vectors) {
-  const int64_t row = row_of(s), plane = s->out_height * s->out_width, kernel = size * vectors;
-  const int64_t all = s->out_channels * (kernel + 1);
+  const int64_t row = row_of(s), kernel = size * vectors, all = s->out_channels * (kernel + 1);
+  const int64_t plane = k->codes ? (s->out_height / 2) * (s->out_width / 2) : s->out_height * s->out_width;
+  const int32_t right = (int32_t)channels, down = (int32_t)row;
+  const __m512i steps = _mm512_castsi128_si512(_mm_set_epi32(down + right, down, right, 0));
   vec *of_bias = k->sums + s->out_channels * kernel;
   for (int64_t n = 0; n < s->samples; n++) {
     if (k->for_weights) interleave(k->image, k->x + n * channels * s->height * s->width, &k->places, s, channels);
     if (k->of_x) memset(k->slope_image, 0, image_of(s) * sizeof(float));
     for (int64_t o = 0; o < s->out_channels; o++) {
       const float *g = k->g + (n * s->out_channels + o) * plane;
-      int64_t count = find(g, plane, k->table, k->where, k->values, of_bias + o, &k->odd);
+      const uint8_t *codes = k->codes ? k->codes + (n * s->out_channels + o) * plane : 0;
+      int64_t count = find(g, codes, steps, plane, k->table, k->where, k->values, of_bias + o, &k->odd);
       if (k->for_weights)
         to_weights(k->image, row, k->where, k->values, count, k->sums + o * kernel, size, vectors);
       if (k->of_x)
@@ -205,7 +217,7 @@ static double filled(const float *g, const conv_t *s) {
   return (double)found / seen;
 }
 
-static void pack(vec *to, const float *weights, const conv_t *s) {
+static void pack_rows(vec *to, const float *weights, const conv_t *s) {
   const int64_t vectors = vectors_of(s), square = s->size * s->size;
   for (int64_t o = 0; o < s->out_channels; o++)
     for (int64_t i = 0; i < s->size; i++, to += vectors)
@@ -231,14 +243,34 @@ static void unpack(float *of_weights, float *of_bias, const vec *totals, const c
   }
 }
 
+/* Where the windows begin in the image, of output values `step` apart. */
+static void tabulate(int32_t *table, const conv_t *s, int64_t step) {
+  for (int64_t r = 0; r < s->out_height / step; r++)
+    for (int64_t c = 0; c < s->out_width / step; c++)
+      *table++ = (int32_t)(step * (r * row_of(s) + c * s->in_channels));
+}
+
+/* Each part of a work's memory its place in the scratch memory. */
+static void divide(work_t *k, float *scratch, const conv_t *s) {
+  const int64_t kernels = s->out_channels * s->size * vectors_of(s), all = kernels + s->out_channels;
+  k->weights = aligned(scratch);
+  k->sums = k->weights + kernels;
+  k->totals = k->sums + all;
+  k->image = (float *)(k->totals + all);
+  k->slope_image = k->image + image_of(s);
+  k->values = k->slope_image + image_of(s);
+  k->table = (int32_t *)(k->values + up(s->out_height * s->out_width) + LANES);
+  k->where = k->table + up(s->out_height * s->out_width) + LANES;
+  find_places(&k->places, s->in_channels);
+}
+
 /* x, weights, g, and their gradients as in conv2d.c; of_weights (with of_bias) and of_x are computed where they are not null and
  * no more of g than the part `most_weights`, or `most_x`, is not zero. Returns what was computed: 1 for of_x, 2 for of_weights,
  * 3 for both; 0 also for sizes that are not compiled, and where x, g or a weight is not finite: its product with a zero would
  * be no number, and is left out here. */
 int shardwise_conv2d_sparse(const float *x, const float *weights, const float *g, float *of_weights, float *of_bias, float *of_x,
                             float *scratch, const conv_t *s, double most_weights, double most_x) {
-  const int64_t vectors = vectors_of(s), kernels = s->out_channels * s->size * vectors, all = kernels + s->out_channels;
-  const int64_t plane = up(s->out_height * s->out_width) + LANES, inside = s->in_channels;
+  const int64_t vectors = vectors_of(s), inside = s->in_channels;
   if (inside > MOST_INSIDE || vectors > 5 || image_of(s) > INT32_MAX) return 0;
   samples_t *samples = samples_of[s->size / 2 - 1][vectors - 1];
   if (!samples) return 0;
@@ -249,19 +281,101 @@ int shardwise_conv2d_sparse(const float *x, const float *weights, const float *g
   if (of_weights && !all_finite(x, s->samples * inside * s->height * s->width)) return 0;
   if (of_x && !all_finite(weights, s->out_channels * inside * s->size * s->size)) return 0;
   work_t k = {.x = x, .g = g, .of_x = of_x, .for_weights = of_weights != 0};
-  k.weights = aligned(scratch);
-  k.sums = k.weights + kernels;
-  k.totals = k.sums + all;
-  k.image = (float *)(k.totals + all);
-  k.slope_image = k.image + image_of(s);
-  k.values = k.slope_image + image_of(s);
-  k.table = (int32_t *)(k.values + plane);
-  k.where = k.table + plane;
-  for (int64_t r = 0; r < s->out_height; r++)
-    for (int64_t c = 0; c < s->out_width; c++) k.table[r * s->out_width + c] = (int32_t)(r * row_of(s) + c * inside);
-  find_places(&k.places, inside);
-  pack(k.weights, weights, s);
+  divide(&k, scratch, s);
+  tabulate(k.table, s, 1);
+  pack_rows(k.weights, weights, s);
   samples(&k, s);
   unpack(of_weights, of_bias, k.totals, s);
   return k.odd ? 0 : (of_x != 0) + 2 * (of_weights != 0);
+}
+
+/* Gradients of images, window by window of the pooling: all output channels add to one stretch of the image, which lies in
+ * registers meanwhile. `weights` is [out channel][left, right][row][vector], with a row of zeros above and below. */
+INLINE void all_images(work_t *k, const conv_t *s, int64_t channels, int size, int vectors) {
+  const int64_t row = row_of(s), plane = (s->out_height / 2) * (s->out_width / 2), kernel = (size + 2) * vectors;
+  for (int64_t n = 0; n < s->samples; n++) {
+    const float *g = k->g + n * s->out_channels * plane;
+    const uint8_t *codes = k->codes + n * s->out_channels * plane;
+    memset(k->slope_image, 0, image_of(s) * sizeof(float));
+    for (int64_t p = 0; p < plane; p++) {
+      vec sum[8][4];
+      UNROLL for (int i = 0; i <= size; i++)
+        UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = (vec){0};
+      for (int64_t o = 0; o < s->out_channels; o++) {
+        const int code = codes[o * plane + p];
+        const float value = code < NOTHING ? g[o * plane + p] : 0;
+        const vec *weights = k->spread + (2 * o + (code & 1)) * kernel + (code & 2 ? 0 : vectors);
+        UNROLL for (int i = 0; i <= size; i++)
+          UNROLL for (int v = 0; v < vectors; v++) sum[i][v] += weights[i * vectors + v] * value;
+      }
+      float *to = k->slope_image + k->table[p];
+      UNROLL for (int i = 0; i <= size; i++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+          const vec whole = load(to + i * row + v * LANES) + sum[i][v];
+          memcpy(to + i * row + v * LANES, &whole, sizeof whole);
+        }
+    }
+    separate(k->of_x + n * channels * s->height * s->width, k->slope_image, s, channels);
+  }
+}
+
+#define IMAGES(size, vectors)                                                                   \
+  __attribute__((noinline)) static void images_##size##_##vectors(work_t *k, const conv_t *s) { \
+    all_images(k, s, s->in_channels, size, vectors);                                            \
+  }
+
+IMAGES(3, 1) IMAGES(3, 2) IMAGES(3, 3) IMAGES(3, 4)
+IMAGES(5, 1) IMAGES(5, 2) IMAGES(5, 3) IMAGES(5, 4)
+IMAGES(7, 1) IMAGES(7, 2) IMAGES(7, 3)
+
+static samples_t *const images_of[3][4] = {
+    {images_3_1, images_3_2, images_3_3, images_3_4},
+    {images_5_1, images_5_2, images_5_3, images_5_4},
+    {images_7_1, images_7_2, images_7_3, 0},
+};
+
+INLINE int64_t spread_of(const conv_t *s) { return up((s->size + 1) * s->in_channels) / LANES; }
+
+static void spread(vec *to, const float *weights, const conv_t *s) {
+  const int64_t vectors = spread_of(s), square = s->size * s->size;
+  for (int64_t o = 0; o < s->out_channels; o++)
+    for (int64_t right = 0; right < 2; right++, to += (s->size + 2) * vectors)
+      for (int64_t i = 0; i < s->size; i++)
+        for (int64_t j = 0; j < s->size; j++)
+          for (int64_t c = 0; c < s->in_channels; c++) {
+            const int64_t at = (j + right) * s->in_channels + c;
+            to[(i + 1) * vectors + at / LANES][at % LANES] = weights[(o * s->in_channels + c) * square + i * s->size + j];
+          }
+}
+
+/* Floats of scratch memory that the function below needs, zeros when it is called. */
+int64_t shardwise_conv2d_pooled_back_scratch(const conv_t *s) {
+  return shardwise_conv2d_sparse_scratch(s) + (2 * s->out_channels * (s->size + 2) * spread_of(s) + 1) * LANES;
+}
+
+/* As above, where out_height / 2 x out_width / 2 values of g lie behind the max-pooling of conv2d_pooled.c, whose codes these
+ * are. of_weights (with of_bias) and of_x are computed where they are not null. Returns 0 for sizes that are not compiled, and
+ * where x, g or a weight is not finite. */
+int shardwise_conv2d_pooled_back(const float *x, const float *weights, const float *g, const uint8_t *codes, float *of_weights,
+                                 float *of_bias, float *of_x, float *scratch, const conv_t *s) {
+  const int64_t vectors = vectors_of(s), inside = s->in_channels, plane = (s->out_height / 2) * (s->out_width / 2);
+  if (inside > MOST_INSIDE || vectors > 5 || spread_of(s) > 4 || image_of(s) > INT32_MAX) return 0;
+  samples_t *samples = samples_of[s->size / 2 - 1][vectors - 1], *images = images_of[s->size / 2 - 1][spread_of(s) - 1];
+  if (!samples || !images || !all_finite(g, s->samples * s->out_channels * plane)) return 0;
+  if (of_weights && !all_finite(x, s->samples * inside * s->height * s->width)) return 0;
+  if (of_x && !all_finite(weights, s->out_channels * inside * s->size * s->size)) return 0;
+  work_t k = {.x = x, .g = g, .codes = codes, .for_weights = 1};
+  divide(&k, scratch, s);
+  tabulate(k.table, s, 2);
+  if (of_weights) {
+    samples(&k, s);
+    unpack(of_weights, of_bias, k.totals, s);
+  }
+  if (of_x) {
+    k.of_x = of_x;
+    k.spread = aligned(scratch + shardwise_conv2d_sparse_scratch(s));
+    spread(k.spread, weights, s);
+    images(&k, s);
+  }
+  return 1;
 }

@@ -14,7 +14,7 @@ order of sums, so that a run that resumes, or is repeated, stays the same bit fo
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def convolution(native: Kernel) -> Kernel:
             weight.shape[0] <= MOST_CHANNELS
             and torch.get_num_threads() == THREADS
             and plain(image, weight, stride, dilation, transposed, groups)
-            and (bias is None or (_fits(bias) and bias.shape == weight.shape[:1]))
+            and (bias is None or (fits(bias) and bias.shape == weight.shape[:1]))
             and (shape := sizes(image, weight, padding)) is not None
             and pays("forward", shape)
         ):
@@ -94,7 +94,7 @@ def gradients(native: Kernel) -> Kernel:
             and torch.get_num_threads() == THREADS
             and plain(image, weight, stride, dilation, transposed, groups)
             and (shape := sizes(image, weight, padding)) is not None
-            and _fits(slope)
+            and fits(slope)
             and slope.shape == (shape[0], shape[2], shape[5], shape[6])
         ):
             most = most_filled(shape)
@@ -195,8 +195,8 @@ def plain(
         and all(step == 1 for step in (*stride, *dilation))
         and image.dim() == 4
         and image.shape[1] == weight.shape[1]
-        and _fits(image)
-        and _fits(weight)
+        and fits(image)
+        and fits(weight)
     )
 
 
@@ -235,10 +235,9 @@ def convolve(
         back: whether this turns a gradient of an output into that of an input.
     """
     out = image.new_empty((shape[0], shape[2], shape[5], shape[6]))
-    scratch = image.new_zeros(library.shardwise_conv2d_scratch(shape))
-    at_bias = None if bias is None else bias.data_ptr()
+    scratch = scratch_for(library.shardwise_conv2d_scratch, shape)
     done = library.shardwise_conv2d(
-        image.data_ptr(), weight.data_ptr(), at_bias, out.data_ptr(), scratch.data_ptr(), shape, back
+        image.data_ptr(), weight.data_ptr(), place(bias), out.data_ptr(), scratch.data_ptr(), shape, back
     )
     return out if done else None
 
@@ -258,10 +257,9 @@ def weight_gradient(
     """
     of_weight = torch.empty_like(weight)
     of_bias = weight.new_empty(weight.shape[0]) if with_bias else None
-    scratch = image.new_zeros(library.shardwise_conv2d_scratch(shape))
-    at_bias = None if of_bias is None else of_bias.data_ptr()
+    scratch = scratch_for(library.shardwise_conv2d_scratch, shape)
     done = library.shardwise_conv2d_weight(
-        image.data_ptr(), slope.data_ptr(), of_weight.data_ptr(), at_bias, scratch.data_ptr(), shape
+        image.data_ptr(), slope.data_ptr(), of_weight.data_ptr(), place(of_bias), scratch.data_ptr(), shape
     )
     return (of_weight, of_bias) if done else None
 
@@ -285,19 +283,30 @@ def sparse_gradients(
     of_image = torch.empty_like(image) if for_image and most[1] > 0 else None
     of_weight = torch.empty_like(weight) if for_weight and most[0] > 0 else None
     of_bias = weight.new_empty(weight.shape[0]) if of_weight is not None and for_bias else None
-    scratch = image.new_zeros(library.shardwise_conv2d_sparse_scratch(shape))
+    scratch = scratch_for(library.shardwise_conv2d_sparse_scratch, shape)
     done = library.shardwise_conv2d_sparse(
-        image.data_ptr(), weight.data_ptr(), slope.data_ptr(), _place(of_weight), _place(of_bias), _place(of_image),
+        image.data_ptr(), weight.data_ptr(), slope.data_ptr(), place(of_weight), place(of_bias), place(of_image),
         scratch.data_ptr(), shape, *most,
     )  # fmt: skip
     return of_image if done & 1 else None, of_weight if done & 2 else None, of_bias if done & 2 else None
 
 
-def _place(tensor: Tensor | None) -> int | None:
+def scratch_for(floats: Callable[[Any], int], shape: Any) -> Tensor:
+    """The memory that a kernel works in, zeros.
+
+    Args:
+        floats: the library's function that says how much.
+        shape: from `sizes`.
+    """
+    return torch.zeros(floats(shape), dtype=torch.float32)
+
+
+def place(tensor: Tensor | None) -> int | None:
+    """Where a tensor's values are, for C; None for none."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fits(tensor: Tensor) -> bool:
+def fits(tensor: Tensor) -> bool:
     """Planar float32. With one channel a tensor can be planar and channels_last at once; its stride says what is meant."""
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():
         return False

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from shardwise.kernels import convolution, pooling
+from shardwise.kernels import convolution, pending, pooled, pooling
 from shardwise.kernels.library import Kernel, load, load_convolutions
 
 OPERATORS: dict[str, dict[str, Callable[[Kernel], Kernel]]] = {
@@ -33,6 +33,14 @@ def use_fast_kernels(model: nn.Module) -> None:
     pools = any(isinstance(layer, nn.MaxPool2d) for layer in model.modules())
     if load_convolutions() is not None and any(convolution.may_pay(layer, pools) for layer in model.modules()):
         replace("convolutions")
+    if load_convolutions() is not None and any(pooled.may_pay(layer) for layer in model.modules()):
+        put_off_convolutions()
+
+
+@cache
+def put_off_convolutions() -> None:
+    """Let convolutions wait for the pooling behind them, once for the process."""
+    nn.Conv2d.forward = pending.putting_off(nn.Conv2d.forward)  # type: ignore
 
 
 def use_all_kernels() -> None:

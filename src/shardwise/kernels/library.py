@@ -48,6 +48,12 @@ def load_convolutions() -> ctypes.CDLL | None:
         library.shardwise_conv2d_sparse_scratch.argtypes = [pointer]
         library.shardwise_conv2d_sparse_scratch.restype = ctypes.c_int64
         library.shardwise_conv2d_sparse.argtypes = [pointer] * 8 + [ctypes.c_double] * 2
+        library.shardwise_conv2d_pooled_scratch.argtypes = [pointer]
+        library.shardwise_conv2d_pooled_scratch.restype = ctypes.c_int64
+        library.shardwise_conv2d_pooled.argtypes = [pointer] * 7 + [ctypes.c_int]
+        library.shardwise_conv2d_pooled_back_scratch.argtypes = [pointer]
+        library.shardwise_conv2d_pooled_back_scratch.restype = ctypes.c_int64
+        library.shardwise_conv2d_pooled_back.argtypes = [pointer] * 9
     except (OSError, AttributeError):
         return None
     return library
