@@ -76,7 +76,18 @@ def test_every_catalogue_figure_has_a_source() -> None:
         ("a100-80gb-sxm", "a100-80gb-sxm"),
         ("A100", "a100-80gb-sxm"),
         ("NVIDIA H100", "h100-80gb-sxm"),
-        ("a100-64gb-sxm", "a100-80gb-sxm"),
+        ("a100-64gb-sxm", "a100-64gb-sxm"),
+        ("h100-64gb", "h100-64gb-sxm"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb-sxm"),
+        ("GB200 NVL72", "gb200-186gb-nvl72"),
+        ("TPU v5p", "tpu-v5p"),
+        ("tpu7x (Ironwood)", "tpu-7x"),
+        ("trn1.32xlarge", "trainium1-32gb"),
+        ("AWS Trainium2", "trainium2-96gb"),
+        ("Gaudi 2", "gaudi2"),
+        ("a3-ultragpu-8g", "h200-141gb-sxm"),
+        ("a3-highgpu-8g", "h100-80gb-sxm"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090-32gb"),
         ("h100-80gb-nvlink", "h100-80gb-sxm"),
         ("mi300x", "mi300x-192gb"),
         ("tpu-v4-pod", "tpu-v4"),
@@ -97,7 +108,7 @@ def test_names_find_the_nearest_part(given: str, found: str | None) -> None:
 
 
 def test_memory_in_the_name_counts() -> None:
-    assert catalogue.accelerator("a100-64gb-sxm").memory_bytes.value == pytest.approx(63.04 * 2**30)
+    assert catalogue.accelerator("h200-120gb-sxm").memory_bytes.value == pytest.approx(118.2 * 2**30)
     with pytest.raises(UserError, match="abacus"):
         catalogue.accelerator("abacus")
 

@@ -355,3 +355,28 @@ def test_a_machine_file_changes_only_rows_without_a_network(tmp_path: Path) -> N
     assert resolve(open_row, machine)[1].step_seconds > resolve(open_row)[1].step_seconds
     assert resolve(BASE, machine)[1] == resolve(BASE)[1]
     assert resolve({**open_row, "hardware": "h100"}, machine)[1] == resolve({**open_row, "hardware": "h100"})[1]
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "value"),
+    [
+        ("seq_len", "8k", 8192),
+        ("vocab", "128k", 128000),
+        ("global_batch", "4M tokens", 2048),
+        ("global_batch", "64 sequences", 64),
+        ("ffn_hidden", "4h", 4096),
+        ("gated_ffn", "SwiGLU", 1),
+        ("gated_ffn", "GELU", 0),
+        ("zero_stage", "FSDP", 3),
+        ("zero_stage", "SHARD_GRAD_OP", 2),
+        ("zero_stage", "DDP", 0),
+        ("gpus", "1,024 GPUs", 1024),
+        ("internode_gbps_per_gpu", "200 Gb/s", 200.0),
+        ("internode_gbps_per_gpu", "4x400", None),  # of the node, and how many share it is another column
+    ],
+)
+def test_cells_as_people_write_them(column: str, text: str, value: float | None) -> None:
+    cells = {"run_id": "a", "hidden": "1024", "seq_len": "2048"} | {column: f'"{text}"'}
+    row = parse_runs([",".join(cells) + "\n", ",".join(cells.values()) + "\n"], "t", strict=False)[0]
+    assert row.get(column) == value
+    assert text in str(row["assumed"])

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 @click.option(
     "--batch", "--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples per step, in all. --model: 512."
 )
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8"]), help="--model: bf16 if left out.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8", "fp4"]), help="--model: bf16 if left out."
+)
 @click.option("--attention", type=click.Choice(["flash", "math"]), help="Of --model; flash if left out.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), metavar="N", help="Plans to show.")
 @click.option("--why-not", "why_not_text", metavar="LAYOUT", help="Explain one layout, such as tensor=4.")

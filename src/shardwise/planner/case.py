@@ -11,9 +11,15 @@ from shardwise.spec.machine import Machine
 
 RECOMPUTES = ("none", "selective", "full")
 ATTENTIONS = ("flash", "math")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2}
-"""Bytes of one activation; fp8 training keeps its activations in bf16 and casts the inputs of matrix products."""
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp4")
+NARROW = ("fp8", "fp4")
+"""Precisions of the matrix products alone; everything else stays in bf16."""
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2, "fp4": 2}
+"""Bytes of one activation."""
+
+BLACKWELL = ("b200", "b300", "gb200", "gb300")
+"""Catalogue names of that generation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,30 @@ class Case:
         return self.attention == "math" and self.precision == "fp16"
 
     @property
+    def engine(self) -> bool:
+        """Software built on NVIDIA's Transformer Engine (Megatron-LM, NeMo, from 2023 on).
+
+        fp8 without a compiler is theirs, unless the row says that it is PyTorch's fully sharded training run eagerly, which
+        takes no more than their linear layers. Blackwell parts are younger than what was used before. They bring fused
+        kernels for everything beside the products, the attention kernels of cuDNN, collectives of tensor parallelism cut up
+        and hidden behind the products they feed, and token exchanges with one copy a node; they keep the inputs of fp8
+        products in fp8 only, and let the products add into the fp32 gradient.
+        """
+        if self.compile or self.precision == "fp32":
+            return False
+        if self.machine.accelerator.name.startswith(BLACKWELL):
+            return True
+        return self.precision in NARROW and (self.compile is None or self.zero_stage < 3)
+
+    @property
+    def graphs(self) -> bool:
+        """Layers are launched as CUDA graphs: what the recipes of that software do on Blackwell, and not on older parts.
+
+        (NVIDIA NeMo, recommended model configurations, column cuda_graphs, 2025; Megatron Bridge, performance recipes, 2026.)
+        """
+        return self.engine and self.machine.accelerator.name.startswith(BLACKWELL)
+
+    @property
     def repeats_core(self) -> bool:
         """What `selective` recomputes: the attention core alone, or (False) every second product and all that is cheap.
 
@@ -112,7 +142,7 @@ class Case:
 
         Classic stacks brought fused kernels of their own for exactly these parts.
         """
-        if self.classic:
+        if self.classic or self.engine:
             return 1.0
         return 0.5 if self.compile is None else float(self.compile)
 

@@ -33,6 +33,7 @@ class _Part:
     attention: float
     source: str
     matmul_fp8: float | None = None
+    fp4: float | None = None
 
 
 _V100 = "NVIDIA V100 datasheet (2020); network: DGX-1 datasheet, four 100 Gbit/s ports for 8 parts"
@@ -40,11 +41,22 @@ _A100 = "NVIDIA A100 datasheet, nvidia-a100-datasheet-us-nvidia-1758950-r4 (2021
 _H100 = "NVIDIA H100 datasheet, half of the figures with sparsity (2023)"
 _H200 = "NVIDIA H200 datasheet: H100 with 141 GB at 4.8 TB/s (2023)"
 _B200 = "NVIDIA DGX B200 datasheet: 1,440 GB, 64 TB/s, 72 PFLOP/s sparse fp8, 14.4 TB/s NVLink for 8 parts (2024)"
+_B300 = "NVIDIA DGX B300 datasheet (2025): as B200, fp4 105 PFLOP/s dense for 8 parts"
 _MI300 = "AMD Instinct MI300X data sheet: 7 links of 128 GB/s in both directions (2023)"
 _MI325 = "AMD Instinct MI325X data sheet (2024)"
 _ADA = "NVIDIA L40S / L4 / RTX datasheets (2023)"
 _TPU = "cloud.google.com/tpu/docs, read 2026; links: half of the bidirectional ICI bandwidth, all ports together"
+_TPU7 = "docs.cloud.google.com/tpu/docs/tpu7x, read 2026; links: half of the bidirectional 1,200 GB/s"
+_TRAINIUM = "awsdocs-neuron.readthedocs-hosted.com, Trainium architecture, read 2026; links and watts typed from memory"
 _TPU4 = "cloud.google.com/tpu/docs/v4, read 2026; links: 1.1 PB/s all-reduce bandwidth of a pod of 4,096"
+_LEONARDO = (
+    "TOP500 system 180128: 1,824,768 cores and 306.31 PFLOP/s are 124 units and 21.5 TFLOP/s (fp64) a part beside 32 CPU"
+    " cores a node, 1.10 times the usual part; memory: Turisini et al. (arXiv:2307.16885), 64 GB at 1.6 TB/s"
+)
+_MARENOSTRUM = (
+    "TOP500 system 180238: 260 PFLOP/s on 4,480 parts and 89,600 CPU cores are 56.6 TFLOP/s (fp64) a part, 0.845 times the usual"
+    " one; memory: four of the six stacks of the 96 GB part with HBM2e"
+)
 _SIDE = "vendor's data sheet, typed from memory, not looked up again"
 
 _PARTS: dict[str, _Part] = {
@@ -56,6 +68,7 @@ _PARTS: dict[str, _Part] = {
     "t4-16gb": _Part(65, 8.1, None, 8.1, 14.7, 300, 12, 12.5, 4, 40, 70, None, 0.4, "NVIDIA T4 datasheet (2019)"),
     "a100-40gb-sxm": _Part(312, 312, None, 156, 39.4, 1555, 300, 200, 8, 108, 400, 0.8692, 0.58, _A100),
     "a100-80gb-sxm": _Part(312, 312, None, 156, 79.2, 2039, 300, 200, 8, 108, 400, 0.8692, 0.58, _A100),
+    "a100-64gb-sxm": _Part(344, 344, None, 172, 63.3, 1600, 300, 100, 4, 124, 400, 0.8692, 0.58, _LEONARDO),
     "a100-40gb-pcie": _Part(312, 312, None, 156, 39.4, 1555, 25, 100, 8, 108, 250, 0.8106, 0.52, _A100),
     "a100-80gb-pcie": _Part(312, 312, None, 156, 79.2, 1935, 25, 100, 8, 108, 300, 0.8106, 0.52, _A100),
     "a800-80gb-sxm": _Part(312, 312, None, 156, 79.2, 2039, 200, 100, 8, 108, 400, 0.8692, 0.58, _A100),
@@ -67,8 +80,11 @@ _PARTS: dict[str, _Part] = {
     "l40s-48gb": _Part(362, 362, 733, 183, 44.5, 864, 25, 100, 8, 142, 350, None, 0.4, _ADA),
     "rtx3090-24gb": _Part(71, 71, None, 35.6, 23.7, 936, 12, 12.5, 8, 82, 350, None, 0.6, _ADA),
     "rtx4090-24gb": _Part(165, 165, 330, 82.6, 23.6, 1008, 12, 12.5, 8, 128, 450, None, 0.6, _ADA),
+    "rtx5090-32gb": _Part(209, 209, 419, 105, 31.3, 1792, 25, 12.5, 8, 170, 575, None, 0.6, _SIDE),
+    "a30-24gb": _Part(165, 165, None, 82, 23.6, 933, 25, 25, 8, 56, 165, None, 0.5, _SIDE),
     "h100-80gb-sxm": _Part(989, 989, 1979, 494, 79.2, 3350, 450, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7087),
     "h100-96gb-sxm": _Part(989, 989, 1979, 494, 95.0, 2400, 450, 400, 8, 132, 500, 0.718, 0.33, _H100, 0.634),
+    "h100-64gb-sxm": _Part(836, 836, 1672, 418, 63.3, 1600, 450, 200, 4, 132, 700, None, 0.33, _MARENOSTRUM),
     "h100-80gb-pcie": _Part(756, 756, 1513, 378, 79.2, 2000, 50, 200, 8, 114, 350, 0.75, 0.33, _H100),
     "h100-94gb-nvl": _Part(835, 835, 1671, 418, 93.1, 3900, 50, 200, 8, 132, 400, 0.75, 0.33, _H100),
     "h800-80gb-sxm": _Part(989, 989, 1979, 494, 79.2, 3350, 200, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7087),
@@ -79,8 +95,13 @@ _PARTS: dict[str, _Part] = {
     "gh200": _Part(
         989, 989, 1979, 494, 94.5, 4000, 450, 400, 4, 132, 900, 0.8378, 0.42, "NVIDIA GH200 datasheet (2023)", 0.7756
     ),
-    "b200-180gb-sxm": _Part(2250, 2250, 4500, 1125, 178.3, 8000, 900, 400, 8, 148, 1000, 0.7756, 0.42, _B200, 0.7628),
-    "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 8000, 900, 800, 8, 148, 1100, 0.7862, 0.42, _B200, 0.7452),
+    "b200-180gb-sxm": _Part(
+        2250, 2250, 4500, 1125, 178.3, 8000, 900, 400, 8, 148, 1000, 0.7756, 0.42, _B200, 0.7628, 9000
+    ),
+    "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 8000, 900, 800, 8, 148, 1100, 0.7862, 0.42, _B300, 0.7452, 13125),
+    "b100-192gb-sxm": _Part(
+        1750, 1750, 3500, 875, 178.3, 8000, 900, 400, 8, 148, 700, 0.7756, 0.42, _SIDE, 0.7628, 7000
+    ),
     "gb200-186gb-nvl72": _Part(
         2500,
         2500,
@@ -97,6 +118,7 @@ _PARTS: dict[str, _Part] = {
         0.42,
         "NVIDIA GB200 NVL72 datasheet (2024)",
         0.7231,
+        10000,
     ),
     "gb300-288gb-nvl72": _Part(
         2500,
@@ -114,6 +136,7 @@ _PARTS: dict[str, _Part] = {
         0.42,
         "NVIDIA GB300 NVL72 datasheet (2025)",
         0.7231,
+        15000,
     ),
     "mi250x-64gb": _Part(
         191.5, 191.5, None, 47.9, 64.0, 1638, 100, 100, 8, 110, 280, None, 0.3, "AMD Instinct MI250X data sheet (2021)"
@@ -163,7 +186,11 @@ _PARTS: dict[str, _Part] = {
     "tpu-v4": _Part(275, 275, None, 69, 31.8, 1200, 268, 50, 4096, 4, 192, 0.9, 0.8, _TPU4),
     "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 200, 25, 256, 4, 225, 0.9, 0.8, _TPU),
     "tpu-v5p": _Part(459, 459, 459, 115, 95.0, 2765, 600, 50, 8960, 8, 450, 0.9, 0.8, _TPU),
-    "tpu-v6e": _Part(918, 918, None, 230, 31.2, 1638, 400, 50, 256, 2, 300, 0.85, 0.8, _TPU),
+    "tpu-v6e": _Part(918, 918, 918, 230, 31.2, 1638, 400, 50, 256, 2, 300, 0.85, 0.8, _TPU, 0.85),
+    "tpu-7x": _Part(2307, 2307, 4614, 577, 191.0, 7380, 600, 50, 9216, 4, 1000, 0.85, 0.8, _TPU7),
+    "trainium1-32gb": _Part(190, 190, 190, 47.5, 31.5, 880, 384, 50, 16, 2, 220, None, 0.5, _TRAINIUM),
+    "trainium2-96gb": _Part(667, 667, 1299, 181, 95.0, 2900, 640, 200, 16, 8, 500, None, 0.5, _TRAINIUM),
+    "trainium3-144gb": _Part(671, 671, 2517, 183, 142.0, 4900, 1280, 400, 64, 8, 800, None, 0.5, _TRAINIUM),
 }
 
 _ALIASES = {
@@ -178,7 +205,6 @@ _ALIASES = {
     "h100-80gb": "h100-80gb-sxm",
     "h100-sxm": "h100-80gb-sxm",
     "h100-96gb": "h100-96gb-sxm",
-    "h100-64gb-sxm": "h100-80gb-sxm",
     "h800": "h800-80gb-sxm",
     "h200": "h200-141gb-sxm",
     "b200": "b200-180gb-sxm",
@@ -194,21 +220,35 @@ _ALIASES = {
 
 _PATTERNS = (
     (r"p3dn|v100.*32|32.*v100", "v100-32gb-sxm"),
+    (r"dgx-?2\b", "v100-32gb-sxm"),
     (r"\bp3\b|v100.*16|16.*v100|summit|dgx-?1\b", "v100-16gb-sxm"),
     (r"p4de|selene|a100.*80|80.*a100", "a100-80gb-sxm"),
     (r"p4d|perlmutter|a100.*40|40.*a100", "a100-40gb-sxm"),
-    (r"p5en|h200", "h200-141gb-sxm"),
+    (r"a2-ultra", "a100-80gb-sxm"),
+    (r"a2-(high|mega)", "a100-40gb-sxm"),
+    (r"a4x-?max", "gb300-288gb-nvl72"),
+    (r"\ba4x\b|p6e", "gb200-186gb-nvl72"),
+    (r"\ba4-high|p6-b200", "b200-180gb-sxm"),
+    (r"p5en|h200|a3-?ultra", "h200-141gb-sxm"),
+    (r"a3-?(high|mega|edge)", "h100-80gb-sxm"),
     (r"\bp5|eos\b", "h100-80gb-sxm"),
     (r"frontier|lumi|mi250", "mi250x-64gb"),
     (r"rtx-?a6000", "a6000-48gb"),
+    (r"6000-?ada", "l40s-48gb"),
+    (r"5090", "rtx5090-32gb"),
     (r"4090", "rtx4090-24gb"),
     (r"3090", "rtx3090-24gb"),
     (r"\ba10\b", "a10g-24gb"),
+    (r"gaudi-?2|hl-?225", "gaudi2"),
     (r"910b|ascend", "ascend910b-64gb"),
+    (r"tpu-?v?7x?|ironwood", "tpu-7x"),
     (r"tpu-?v?(\d[ep]?)(?!\d)", "tpu-v{}"),
     (r"\bv(3|4|5e|5p|6e)\b", "tpu-v{}"),
     (r"v5-?lite", "tpu-v5e"),
     (r"trillium", "tpu-v6e"),
+    (r"trn3|trainium-?3", "trainium3-144gb"),
+    (r"trn2|trainium-?2", "trainium2-96gb"),
+    (r"trn1|trainium", "trainium1-32gb"),
     (r"nvl-?72", "gb200-186gb-nvl72"),
 )
 """Names of clusters, instances and forms in the wild, tried in order -> the part they are made of."""
@@ -272,7 +312,7 @@ def accelerator(name: str) -> Accelerator:
     memory = part.memory_gib
     if size and abs(float(size.group(1)) - memory) > 0.1 * memory:
         memory = 0.985 * float(size.group(1))
-    peaks = {"fp16": part.fp16, "bf16": part.bf16, "fp32": part.fp32} | ({"fp8": part.fp8} if part.fp8 else {})
+    peaks = {"fp16": part.fp16, "bf16": part.bf16, "fp32": part.fp32, "fp8": part.fp8, "fp4": part.fp4}
     half = Figure(part.matmul, "measured", MATMUL_SOURCE) if part.matmul else Figure(0.8, "nominal", MATMUL_GUESS)
     eighth = (
         Figure(part.matmul_fp8, "measured", MATMUL_SOURCE)
@@ -284,8 +324,8 @@ def accelerator(name: str) -> Accelerator:
         name=known,
         memory_bytes=Figure(memory * GIB, "nominal", USABLE_SOURCE),
         memory_bytes_per_second=Figure(part.memory_gbytes * 1e9, "nominal", part.source),
-        peak_flops={key: Figure(value * 1e12, "nominal", part.source) for key, value in peaks.items()},
-        matmul_fraction={"fp32": half, "fp16": half, "bf16": half, "fp8": eighth},
+        peak_flops={key: Figure(value * 1e12, "nominal", part.source) for key, value in peaks.items() if value},
+        matmul_fraction={"fp32": half, "fp16": half, "bf16": half, "fp8": eighth, "fp4": eighth},
         attention_fraction=Figure(
             part.attention, "measured" if seen else "nominal", ATTENTION_SOURCE if seen else ATTENTION_GUESS
         ),

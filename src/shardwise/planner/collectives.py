@@ -136,8 +136,8 @@ def reduce_scatter(size_bytes: float, ranks: Group, net: Network) -> float:
     return all_gather(size_bytes, ranks, net, "reduce_scatter")
 
 
-def all_to_all(size_bytes: float, ranks: Group, net: Network) -> float:
-    """Seconds for every rank to spread its `size_bytes` over `ranks`.
+def all_to_all(size_bytes: float, ranks: Group, net: Network, across_bytes: float | None = None) -> float:
+    """Seconds for every rank to spread its `size_bytes` over `ranks`; `across_bytes` replaces them between nodes.
 
     The part that leaves the node uses the rank's own network, at the same time as the part that stays uses the link.
     """
@@ -146,7 +146,8 @@ def all_to_all(size_bytes: float, ranks: Group, net: Network) -> float:
     inside = (ranks.per_node - 1) / ranks.size * size_bytes / net.intra_bytes
     if ranks.nodes <= 1:
         return BULK_SETUP_SECONDS + inside
-    outside = (ranks.size - ranks.per_node) / ranks.size * size_bytes / net.inter_bytes
+    across = size_bytes if across_bytes is None else across_bytes
+    outside = (ranks.size - ranks.per_node) / ranks.size * across / net.inter_bytes
     return BULK_SETUP_SECONDS + net.machine.inter.latency_seconds.value + max(inside, outside)
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shardwise.planner.case import BYTES, Case
+from shardwise.planner.case import BYTES, NARROW, Case
 from shardwise.planner.constants import Constants
 from shardwise.spec.machine import Accelerator
 
@@ -64,24 +64,42 @@ class Work:
         return Work(self.seconds * factor, self.kernels * factor)
 
 
-def device_rates(accelerator: Accelerator, precision: str, constants: Constants) -> Device:
-    """Rates of `accelerator` at `precision`; a part without fp8 units falls back to bf16, one without bf16 to what it has."""
+ENGINE_CASTS = 1.0 / 3.0
+"""Share of the casts that Transformer Engine does by themselves: those of output gradients. Inputs are cast by the norm or the
+activation before, weights once a step (its documentation, `fp8_autocast` and `is_first_microbatch`)."""
+
+HOPPER = ("h100", "h200", "h800", "gh200")
+"""Catalogue names of that generation."""
+
+HOPPER_ENGINE_GAIN = 1.64
+"""Attention of cuDNN over FlashAttention-2 on Hopper parts: 609 against 370 TFLOP/s at 4,096 tokens and head width 128
+(FlashAttention-3, arXiv:2407.08608, figure 5)."""
+
+
+def device_rates(accelerator: Accelerator, precision: str, constants: Constants, engine: bool = False) -> Device:
+    """Rates of `accelerator` at `precision`; a part without fp4 units falls back to fp8, one without fp8 to bf16.
+
+    Args:
+        engine: attention runs in the kernels of cuDNN (`Case.engine`).
+    """
     peaks = accelerator.peak_flops
-    used = precision if precision in peaks else "bf16"
-    half = "bf16" if precision == "fp8" else used
+    ladder = (precision, *NARROW[: 1 if precision == "fp4" else 0], "bf16")
+    used = next(name for name in ladder if name in peaks)
+    half = "bf16" if precision in NARROW else used
     half_rate = peaks[half].value * accelerator.matmul_fraction[half].value * constants.matmul_rate
     rate = peaks[used].value * accelerator.matmul_fraction[used].value * constants.matmul_rate
+    gain = HOPPER_ENGINE_GAIN if engine and accelerator.name.startswith(HOPPER) else 1.0
     scale = peaks[half].value if precision != "fp32" else peaks["fp32"].value
     return Device(
         matmul_flops=rate,
-        attention_flops=scale * accelerator.attention_fraction.value * constants.attention_rate,
+        attention_flops=scale * accelerator.attention_fraction.value * constants.attention_rate * gain,
         batched_flops=half_rate,
         memory_bytes=accelerator.memory_bytes_per_second.value * constants.memory_rate,
         units=int(accelerator.multiprocessors.value),
         inner_half=constants.matmul_inner_half * _startup_factor(peaks[used].value, accelerator.multiprocessors.value),
         kernel_seconds=constants.kernel_seconds,
         element=BYTES[precision],
-        cast_bytes=CAST_BYTES if used == "fp8" else 0.0,
+        cast_bytes=CAST_BYTES * (ENGINE_CASTS if engine else 1.0) if used in NARROW else 0.0,
     )
 
 

@@ -40,7 +40,7 @@ class Constants:
     kernel_seconds: float = 4.5e-6
     network_rate: float = 0.8
     link_rate: float = 0.65
-    overlap_cost: float = 0.33
+    overlap_cost: float = 0.28
     gradient_overlap: float = 0.95
     step_seconds: float = 0.001
     hop_share: float = 0.7

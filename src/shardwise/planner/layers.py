@@ -16,6 +16,9 @@ HOST_CALLS = 32.0
 END_CALLS = 20.0
 """The same for the embedding and for the output projection with its loss."""
 
+ROUTER_CALLS = 30.0
+"""The same for a router and its exchange: scores, choice, counts, sorting, the copy of the counts to the host, views. Beside
+them the host launches the products of every expert on the rank one after the other."""
 
 EAGER_LOSS_BYTES = 12.0
 """Bytes a logit that the backward pass of an eager cross entropy moves beyond a fused one."""
@@ -64,6 +67,12 @@ def _feed_forward(case: Case, device: Device) -> tuple[Work, Work]:
         router = traffic(moved, 8, device), traffic(moved, 12, device)
     up, up_back = product(tokens, wide, model.hidden, device, groups)
     down, down_back = product(tokens, model.hidden, inner, device, groups)
+    if model.experts and not case.compile:
+        extra = groups - 1.0
+        router = (
+            router[0] + Work(0.0, ROUTER_CALLS + extra * (up.kernels + down.kernels)),
+            router[1] + Work(0.0, 1.5 * ROUTER_CALLS + extra * (up_back.kernels + down_back.kernels)),
+        )
     return up + down + router[0], up_back + down_back + router[1]
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardwise.planner.case import Case
+from shardwise.planner.case import NARROW, Case
 from shardwise.planner.closedform import rank_of
 from shardwise.spec.plan import V_SHAPED
 
@@ -47,7 +47,7 @@ class MemoryParts:
     """Bytes of the fullest rank of a layout.
 
     `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `halved_gradients`
-    is what gradients kept once and in 2 bytes would save.
+    is what gradients kept once and in 2 bytes would save, `moved` what compilers for TPUs keep off the chip.
     """
 
     parameters: float
@@ -59,12 +59,13 @@ class MemoryParts:
     update: float
     slack: float
     halved_gradients: float = 0.0
+    moved: float = 0.0
 
     @property
     def least(self) -> float:
         """The same with the best software: fused loss and update, no allocator slack, replicated gradients in 2 bytes."""
         saved = self.slack + self.logits * (1.0 - FUSED_LOGIT_BYTES / LOGIT_BYTES)
-        return self.total - saved - self.halved_gradients - self.update
+        return self.total - saved - self.halved_gradients - self.update - self.moved
 
     @property
     def total(self) -> float:
@@ -172,7 +173,12 @@ def layer_activation_bytes(case: Case) -> float:
         inner = (8.0 - 2.0 * case.fusion) * model.ffn_hidden
     else:
         inner = 4.0 * model.ffn_hidden
-    inside = 4.0 * model.hidden + 4.0 * model.kv_hidden + inner * visits
+    inside = 0.0
+    if case.engine and case.precision in NARROW:
+        outside -= 2.0 * model.hidden
+        inner -= 1.0 * model.ffn_hidden
+        inside = 1.0 * model.hidden
+    inside += 4.0 * model.hidden + 4.0 * model.kv_hidden + inner * visits
     if model.experts:
         inside += 4.0 * model.hidden * visits * case.tensor
     kept = unit * (outside / (case.tensor if case.sequence_parallel else 1) + inside / case.tensor)
@@ -243,6 +249,17 @@ def _reusable(case: Case, activations: float, logits: float) -> float:
     return (activations if block >= tensor else 0.0) + (logits if scores >= tensor else 0.0)
 
 
+def _off_chip(case: Case, logits: float, kept: float) -> float:
+    """Bytes that software for TPUs need not hold: layer inputs wait in the memory of the host, and logits are made in tiles.
+
+    (MaxText: remat policies with `offload`, `num_vocab_tiling`.) What is left of the logits is an eighth.
+    """
+    if not case.machine.accelerator.name.startswith("tpu"):
+        return 0.0
+    tiled = (FUSED_LOGIT_BYTES / LOGIT_BYTES) * logits * 7.0 / 8.0
+    return tiled + (kept if case.recompute == "full" else 0.0)
+
+
 def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
     """Peak of the fullest pipeline rank.
 
@@ -266,7 +283,7 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         most = max(most, share.layers)
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
         copies = 0.0
-        if not case.classic and case.zero_stage < 3 and case.precision != "fp32":
+        if not case.classic and not case.engine and case.zero_stage < 3 and case.precision != "fp32":
             copies = HALF_GRADIENT_BYTES * (share.dense + share.experts)
         layers = share.layers / case.virtual_stages
         head = logits if rank == end else 0.0
@@ -276,8 +293,9 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         update = max(0.0, temporary - _reusable(case, activations, head))
         slack = SLACK * (activations + head + gathered + update) + WORKSPACE_BYTES
         spare = copies + (0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0)
+        moved = _off_chip(case, head, in_flight[rank] * layers * kept)
         found = MemoryParts(
-            parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare
+            parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare, moved
         )
         if best is None or found.total > best.total:
             best = found

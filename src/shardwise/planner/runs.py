@@ -54,7 +54,8 @@ CHOICES = {
         "bf16": "bf16",
         "fp8": "fp8",
         "mxfp8": "fp8",
-        "nvfp4": "fp8",
+        "fp4": "fp4",
+        "nvfp4": "fp4",
     },
     "schedule": {
         "gpipe": "gpipe",
@@ -80,7 +81,8 @@ SYNONYMS = {
         "math": r"math|torch|eager|naive|standard|core|materiali|vanilla|unfused",
     },
     "precision": {
-        "fp8": r"fp8|float8|fp4|nvfp|mx|e4m3|8[ -]?bit",
+        "fp4": r"fp4|e2m1|4[ -]?bit",
+        "fp8": r"fp8|float8|mx|e4m3|int8|8[ -]?bit",
         "bf16": r"bf16|bfloat",
         "fp16": r"fp16|float16|half|mixed|amp|16",
         "fp32": r"fp32|float32|tf32|single|32",
@@ -93,6 +95,13 @@ SYNONYMS = {
         "gpipe": r"gpipe|afab|fthenb|all.?forward",
         "1f1b": r"1f1b|pipedream|one.?f|dapple",
     },
+    "zero_stage": {
+        "3": r"fsdp|full.?shard|hsdp|hybrid.?shard|(zero|stage)\D?3",
+        "2": r"shard.?grad|(zero|stage)\D?2",
+        "1": r"distributed.?opt|(zero|stage)\D?1",
+        "0": r"^(ddp|no|none|off|no.?shard)$|(zero|stage)\D?0",
+    },
+    "gated_ffn": {"1": r"glu", "0": r"gelu|relu"},
     "flags": {"1": r"^(yes|true|on|y|t)$", "0": r"^(no|false|off|n|f)$"},
 }
 """Other words for the same, tried in this order where a cell holds none of the canonical ones and guessing is allowed."""
@@ -171,7 +180,7 @@ def _row(header: list[str], cells: list[str], where: str, number: int, strict: b
         except DataError:
             if strict:
                 raise
-            value = _guess(column, text)
+            value = _in_terms_of_others(column, text, row) or _guess(column, text)
             told.append(f"{column} {text.strip()!r} is read as {'unknown' if value is None else value}")
         if value is not None:
             row[column] = value
@@ -184,22 +193,37 @@ def _row(header: list[str], cells: list[str], where: str, number: int, strict: b
     return row
 
 
+def _in_terms_of_others(column: str, text: str, row: Mapping[str, str | int | float]) -> int | None:
+    """A batch in tokens as sequences, an inner width in hidden widths; None if it is neither or the other is not known yet."""
+    text = text.strip().lower()
+    times = re.match(r"(\d+(?:\.\d+)?)\s*\*?\s*(h|d)\b", text)
+    if column == "ffn_hidden" and times and "hidden" in row:
+        return round(float(times.group(1)) * int(row["hidden"]))
+    if column in ("global_batch", "micro_batch") and "tok" in text and "seq_len" in row:
+        tokens = _guess(column, text)
+        return max(1, round(int(tokens) / int(row["seq_len"]))) if isinstance(tokens, int) else None
+    return None
+
+
 def _guess(column: str, text: str) -> str | int | float | None:
     """The nearest meaning of a cell that is not of its kind; None if it has none."""
     text = text.strip().lower()
     if text in BLANKS:
         return None
-    for meaning, pattern in SYNONYMS.get("flags" if column in FLAGS else column, {}).items():
+    words = [*SYNONYMS.get(column, {}).items(), *(SYNONYMS["flags"].items() if column in FLAGS else ())]
+    for meaning, pattern in words:
         if re.search(pattern, text):
-            return int(meaning) if column in FLAGS else meaning
+            return meaning if column in CHOICES else int(meaning)
     if column in CHOICES or column in FLAGS:
         return None
-    number = re.match(r"[-+]?\d[\d,_]*(\.\d+)?(e[-+]?\d+)?", text)
+    number = re.match(r"([-+]?\d[\d,_]*(?:\.\d+)?(?:e[-+]?\d+)?)\s*(x\s*\d+|[km](?![a-z])|(?=.*tok))?", text)
     if number is None:
         return None
-    value = float(number.group().replace(",", "").replace("_", ""))
+    value = float(number.group(1).replace(",", "").replace("_", ""))
     if column in REAL:
-        return value if value > 0 else None
+        return value if value > 0 and not (number.group(2) or "").startswith("x") else None
+    if number.group(2) in ("k", "m"):
+        value *= (1000.0 if column == "vocab" else 1024.0) ** (1 if number.group(2) == "k" else 2)
     low = 0 if column in ZERO_ALLOWED else 1
     whole = round(value)
     return whole if low <= whole <= (3 if column == "zero_stage" else 10**9) else None

@@ -93,7 +93,7 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
         quick: take the pipeline's closed form instead of simulating its table.
         memo: times of single layers, shared between the cases of one search over one model, machine and precision.
     """
-    device = device_rates(case.machine.accelerator, case.precision, constants)
+    device = device_rates(case.machine.accelerator, case.precision, constants, case.engine)
     net = network(case.machine, constants)
     memo = {} if memo is None else memo
     key = _layer_key(case)
@@ -123,7 +123,7 @@ def _layer_key(case: Case) -> tuple[object, ...]:
     """What the time of one layer depends on beside model, machine and precision."""
     sharded = case.data if case.zero_stage == 3 else 0
     split = (case.tensor, case.context, case.expert, sharded, case.sequence_parallel, _crosses_nodes(case))
-    return (*split, case.micro_batch, case.recompute, case.schedule == "dualpipev")
+    return (*split, case.micro_batch, case.micro_batches > 1, case.recompute, case.schedule == "dualpipev")
 
 
 def _passes(
@@ -142,6 +142,8 @@ def _passes(
         # the other direction's micro-batch computes meanwhile (DeepSeek-V3, arXiv:2412.19437, section 3.2.1)
         exchange = max(0.0, exchange - work.forward.seconds) + constants.overlap_cost * exchange
     ahead, back = work.forward, work.backward + repeat
+    if case.micro_batches > 1:
+        back = back + Work(_summing_bytes(case) * sum(layer_parameters(case)) / device.memory_bytes)
     rounds = 2 if case.recompute == "full" else 1
     inner_f, inner_b = tensor_forward + exchange, rounds * (tensor_forward + exchange)
     calls = 2.0 * CALLS_PER_REDUCE if case.expert > 1 else 0.0
@@ -149,8 +151,9 @@ def _passes(
         calls += 4.0 * CALLS_PER_PART if case.sequence_parallel else 2.0 * CALLS_PER_REDUCE
     ahead, back = ahead + Work(0.0, calls), back + Work(0.0, rounds * calls)
     if case.sequence_parallel and not case.classic:
-        inner_f = max((1.0 - constants.tensor_overlap) * inner_f, inner_f - 0.5 * ahead.seconds)
-        inner_b = max((1.0 - constants.tensor_overlap) * inner_b, inner_b - 0.5 * back.seconds)
+        hidden = (case.tensor - 1) / case.tensor if case.engine else constants.tensor_overlap
+        inner_f = max((1.0 - hidden) * inner_f, inner_f - 0.5 * ahead.seconds)
+        inner_b = max((1.0 - hidden) * inner_b, inner_b - 0.5 * back.seconds)
     stall = _stall_seconds(case, net)
     compute_f = _device_or_host(ahead, constants, case, inner_f - stall)
     compute_b = _device_or_host(back, constants, case, inner_b - rounds * stall)
@@ -202,9 +205,10 @@ def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float
 
     A rank alone queues its work ahead: the slower of the two counts. Tensor ranks meet at every collective, where all
     wait for the slowest host, so near balance neither hides the other in full: a norm between maximum and sum, nearer to
-    the sum the more ranks there are, and the maximum for one. A compiled layer launches in cheaper calls.
+    the sum the more ranks there are, and the maximum for one. A compiled layer launches in cheaper calls, a graph in one.
     """
-    host = max(0.0, work.kernels * constants.launch_seconds * (0.5 if case.compile else 1.0) - waiting)
+    launches = 0.0 if case.graphs else work.kernels * (0.5 if case.compile else 1.0)
+    host = max(0.0, launches * constants.launch_seconds - waiting)
     if case.tensor == 1:
         return max(work.seconds, host)
     norm = 1.0 + constants.host_norm / math.log2(case.tensor)
@@ -216,6 +220,17 @@ def _hidden(compute: float, communication: float, case: Case, constants: Constan
     if case.classic:
         return compute + communication
     return max(compute, communication) + constants.overlap_cost * min(compute, communication)
+
+
+def _summing_bytes(case: Case) -> float:
+    """Bytes through memory per parameter of a layer to add the gradient of one micro-batch to the sum of those before.
+
+    The gradient is read, the sum read and written: in 2 bytes each by fp16 software, the sum in 4 by bf16 software, all in 4
+    in fp32. Sharded gradients are summed as shards, and products of the engine add while they write.
+    """
+    if case.zero_stage == 3 or case.engine:
+        return 0.0
+    return 12.0 if case.precision == "fp32" else (6.0 if case.classic else 10.0)
 
 
 def _tensor_seconds(case: Case, net: Network) -> float:
@@ -243,13 +258,20 @@ def _regather_seconds(case: Case, net: Network, work: LayerWork, constants: Cons
 
 
 def _exchange_seconds(case: Case, net: Network) -> float:
-    """Tokens to their experts and back: two all-to-alls a layer and pass."""
+    """Tokens to their experts and back: two all-to-alls a layer and pass.
+
+    Kernels that know the nodes send a token once to every node with an expert it visits, and copy it there (DeepSeek-V3,
+    arXiv:2412.19437, section 3.2.2): of n nodes k random experts touch n (1 - (1 - 1/n)^k).
+    """
     if not case.model.experts or case.expert == 1:
         return 0.0
-    size = 2.0 * case.tokens * case.model.hidden * case.model.experts_per_token
+    copy = 2.0 * case.tokens * case.model.hidden
     if case.sequence_parallel:
-        size /= case.tensor
-    return 2.0 * all_to_all(size, group(case, "expert"), net)
+        copy /= case.tensor
+    ranks = group(case, "expert")
+    visits = case.model.experts_per_token
+    sent = ranks.nodes * (1.0 - (1.0 - 1.0 / ranks.nodes) ** visits) if case.engine else visits
+    return 2.0 * all_to_all(copy * visits, ranks, net, copy * min(sent, visits))
 
 
 def _ring_seconds(case: Case, net: Network) -> float:
@@ -273,8 +295,14 @@ def _shard_seconds(case: Case, net: Network, parameters: float) -> tuple[float, 
 
 
 def _gradient_bytes(case: Case) -> float:
-    """Bytes of one reduced gradient: fp16 software reduces in fp16, bf16 software in fp32."""
-    return 2.0 if case.precision == "fp16" else 4.0
+    """Bytes of one reduced gradient.
+
+    fp16 software reduces in fp16. Fully sharded training reduces in the precision of its products unless told otherwise
+    (PyTorch, `fully_shard`, MixedPrecisionPolicy: without `reduce_dtype` that of the parameters); replicas of bf16
+    software sum in fp32.
+    """
+    half = case.precision == "fp16" or (case.zero_stage == 3 and case.precision != "fp32")
+    return 2.0 if half else 4.0
 
 
 def _stages(case: Case, layer: _Pass, ends: tuple[_Pass, _Pass]) -> tuple[tuple[float, ...], tuple[float, ...]]:

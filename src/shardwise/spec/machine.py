@@ -45,7 +45,7 @@ class Accelerator:
         name: catalogue name, such as `a100-80gb-sxm`.
         memory_bytes: what the device reports as its memory.
         memory_bytes_per_second: bandwidth of the device memory.
-        peak_flops: dense peak rate by precision (`fp32`, `fp16`, `bf16`, `fp8`), FLOP/s, without sparsity.
+        peak_flops: dense peak rate by precision (`fp32`, `fp16`, `bf16`, `fp8`, `fp4`), FLOP/s, without sparsity.
         matmul_fraction: best matrix product over the peak, by precision; a search over shapes, so an upper bound.
         attention_fraction: rate of a long fused causal attention, forward and backward, over the bf16 peak.
         multiprocessors: units that matrix tiles are spread over.
