@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -417,3 +420,31 @@ def test_the_rule_leaves_small_work_and_few_channels(on: None) -> None:
 
     assert pays(shape(50, 6)) and pays(shape(50, 16))
     assert not pays(shape(1, 6)) and not pays(shape(50, 2)) and not pays(shape(50, 65))
+
+
+def test_a_plan_may_leave_them_out(tmp_path: Path) -> None:
+    """In processes of their own, because what is put in place stays."""
+    if library.load_convolutions() is None:
+        pytest.skip("no compiled convolutions here")
+    code = """
+import sys, torch, shardwise
+from torch import nn
+job = shardwise.Job(model=lambda: nn.Sequential(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1176, 2)),
+    data=(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)), loss=nn.functional.cross_entropy,
+    optimizer=lambda p: torch.optim.SGD(p, lr=0.1), batch_size=8, epochs=1)
+before = nn.Conv2d.forward
+with shardwise.start(job, plan=shardwise.Plan(threads=1, kernels=sys.argv[1]), device="cpu") as run:
+    for batch in run.batches():
+        run.step(batch)
+print(nn.Conv2d.forward is before)
+"""
+    for kernels, native in (("auto", "False"), ("torch", "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, kernels],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.stdout.strip() == native, done.stderr

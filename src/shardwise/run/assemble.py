@@ -257,7 +257,8 @@ def assemble(
         check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
         mesh.share_memory(timeout_seconds)
         checked = check_sequences(job, plan, model)
-        if device.type == "cpu" and deferred is None:
+        own_kernels = device.type == "cpu" and plan.kernels == "auto"
+        if own_kernels and deferred is None:
             use_fast_kernels(model)
         cut = find_cut(job, plan, model, device)
         # One rank looks and tells the others: they would find the same, at the price of its time on shared cores.
@@ -268,7 +269,7 @@ def assemble(
         )
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cpu" and deferred is not None:
+    if own_kernels and deferred is not None:
         use_fast_kernels(model)  # not sooner: what computes initial weights a second time must be what did it first
     optimizer = build_optimizer(job, model)
     composed.remarks += remarks + check_tensor_optimizer(optimizer, model, split)

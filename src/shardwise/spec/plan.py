@@ -17,6 +17,7 @@ Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
 Build = Literal["auto", "whole", "deferred"]
+Kernels = Literal["auto", "torch"]
 SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev")
 V_SHAPED = ("zbv", "dualpipev")
 """Schedules under which a pipeline rank has two stages, as far from the two ends of the model as it is from the first rank."""
@@ -26,6 +27,7 @@ PRECISIONS = ("fp32", "bf16")
 RECOMPUTES = ("none", "selective", "full")
 COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
 BUILDS = ("auto", "whole", "deferred")
+KERNELS = ("auto", "torch")
 TENSOR_RULES = ("column", "row", "vocabulary", "replicate")
 
 
@@ -64,6 +66,8 @@ class Plan:
             Only a user sets it.
         build: how a worker that will hold parts of the weights makes the initial ones: `whole` all at once, `deferred` one unit
             at a time, or refused where the model does not allow it, `auto` deferred where that is possible. The values are equal.
+        kernels: what computes on CPUs: `auto` takes compiled kernels of our own where they were measured to pay, `torch` only
+            PyTorch's. The values are equal up to rounding.
         shares: how each global batch is divided: one number above 0, in any unit, for each of the `layout.replicas` ranks
             that hold different samples, in rank order; empty for evenly.
         prediction: what the planner expects, None for a plan written by hand.
@@ -84,6 +88,7 @@ class Plan:
     compression_rank: int = 4
     local_steps: int = 1
     build: Build = "auto"
+    kernels: Kernels = "auto"
     shares: tuple[float, ...] = ()
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
@@ -94,6 +99,7 @@ class Plan:
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("compression", self.compression, COMPRESSIONS)
         _check_choice("build", self.build, BUILDS)
+        _check_choice("kernels", self.kernels, KERNELS)
         for name in ("micro_batch", "threads", "compression_rank", "local_steps"):
             value = getattr(self, name)
             unset = value is None and name in ("micro_batch", "threads")
@@ -200,6 +206,7 @@ class Plan:
             "compression_rank",
             "local_steps",
             "build",
+            "kernels",
         ):
             value = getattr(self, name)
             if value != getattr(defaults, name):
