@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads per worker of JOB.")
 @click.option("--memory", help="Memory of one device (of one worker on a CPU), such as 80GiB.")
 @click.option("--batch", "--batch-size", type=click.IntRange(min=1), help="Samples per step, in all. --model: 512.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8", "fp4"]), help="--model: bf16 if left out.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8", "fp4"]), help="--model: bf16 if left out."
+)
 @click.option("--attention", type=click.Choice(["flash", "math"]), help="Of --model; flash if left out.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), help="Plans to show.")
 @click.option("--why-not", "why_not_text", help="Explain one layout, such as tensor=4.")
