@@ -47,10 +47,10 @@ def test_every_option_is_on_its_verbs_page_and_fits_the_terminal() -> None:
         for one in command.commands.values() if isinstance(command, click.Group) else [command]:
             text = CliRunner().invoke(one, ["--help"], terminal_width=80).output
             assert max(map(len, text.splitlines())) <= 80
-    for page in docs.glob("*.md"):
-        commands = re.findall(r"^shardwise (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for file in docs.glob("*.md"):
+        commands = re.findall(r"^shardwise (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
         told = {word for line in commands for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
-        assert told - everything == set(), f"{page.name} tells of options that there are not"
+        assert told - everything == set(), f"{file.name} tells of options that there are not"
 
 
 def test_a_verb_that_is_nearly_right() -> None:
