@@ -280,6 +280,26 @@ def test_closed_streams_and_full_disks(folder: Path) -> None:
         assert full.returncode == 1 and b"No space left" in full.stderr, "a document that was lost is no success"
 
 
+@pytest.mark.parametrize("form", ["--text", "--json"])
+def test_a_terminal_without_unicode(form: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run(["train", "digits", "--plan", "serial", "--steps", "3", "--out", "rün"], capfd)[0] == 0
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
+    words = [
+        sys.executable,
+        "-m",
+        "shardwise.cli.main",
+        "watch",
+        "rün",
+        form,
+        *(["--once"] if form == "--text" else []),
+    ]
+    done = subprocess.run(words, env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and b"finished" in done.stdout
+    if form == "--json":
+        assert json.loads(done.stdout)["place"] == "rün"
+
+
 def test_torchrun_that_restarts_needs_a_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -250,6 +250,9 @@ def test_unreadable_images_are_named(tmp_path: Path, cache_images: bool) -> None
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"dog/1\.png is no readable image"):
             whole(data.image_folder(tmp_path, size=16, cache_images=cache_images).train)
+    with pytest.raises(DataError, match=r"dog/1\.png is no readable image") as told:
+        whole(data.image_folder(tmp_path, size=16, cache_images=cache_images, loader_workers=1).train)
+    assert "Traceback" not in str(told.value), "a worker process tells no more than the process itself"
 
 
 def test_wrong_image_folders(tmp_path: Path) -> None:

@@ -273,13 +273,19 @@ def test_what_does_not_fit_together(images: Path, tmp_path: Path) -> None:
 def test_an_unreadable_image(images: Path, tmp_path: Path) -> None:
     broken = images / "train" / "cat" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"3\.png is no readable image"):
+    with pytest.raises(DataError, match=r"3\.png is no readable image.*--skip-unreadable leaves such images out"):
         pack(str(images), tmp_path / "out", PackOptions(size=SIZE))
     index = pack(str(images), tmp_path / "skipped", PackOptions(size=SIZE, skip_unreadable=True))
     assert index.splits["train"].rows == 11 and index.statistics["class_counts"] == [6, 4, 1]
     assert len(index.skipped) == 1 and "3.png" in index.skipped[0]
-    with pytest.raises(FolderError, match="unfinished"):  # not the same packing as the one that failed
-        pack(str(images), tmp_path / "out", PackOptions(size=SIZE, skip_unreadable=True))
+    pack(str(images), tmp_path / "out", PackOptions(size=SIZE, skip_unreadable=True))  # the one that failed goes on
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "skipped")
+    with pytest.raises(Interrupted):
+        pack(
+            str(images), tmp_path / "half", PackOptions(size=SIZE, skip_unreadable=True, shard_bytes=1), stops_after(1)
+        )
+    with pytest.raises(FolderError, match="unfinished"):  # what was skipped there must not be missing here
+        pack(str(images), tmp_path / "half", PackOptions(size=SIZE, shard_bytes=1))
 
 
 def test_damage_is_found(images: Path, tmp_path: Path) -> None:

@@ -125,3 +125,15 @@ def test_a_remote_table_equals_a_local_one(server: str, tmp_path: Path, protocol
     assert (tmp_path / "remote" / INDEX_NAME).read_bytes() == (tmp_path / "local" / INDEX_NAME).read_bytes()
     with pytest.raises(DataError):
         pack(url.replace("tables", "nowhere"), tmp_path / "none", options)
+
+
+def test_servers_that_do_not_answer(tmp_path: Path) -> None:
+    options = PackOptions(target="y")
+    with pytest.raises(DataError, match=r"webhdfs://127\.0\.0\.1:1/x cannot be listed: .*refused"):
+        pack("webhdfs://127.0.0.1:1/x", tmp_path / "a", options)
+    with pytest.raises(DataError, match="does not exist, or its server does not answer"):
+        pack("http://127.0.0.1:1/x.csv", tmp_path / "b", options)
+    with pytest.raises(DataError, match=r"does not exist: give a file"):
+        pack(str(tmp_path / "nowhere"), tmp_path / "c", options)
+    with pytest.raises(DataError, match=r"Give the name node's web address, webhdfs://HOST:9870/path"):
+        pack("hdfs://127.0.0.1:1/x", tmp_path / "d", options)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-import shardwise.run.dcp  # noqa: F401  # forked writers would each import it anew
 from shardwise.errors import CheckpointError
+from shardwise.run import dcp  # here, or forked writers would each import it anew
 from shardwise.run.checkpoint import MANIFEST, latest, load, save, step_of
 from shardwise.run.folder import RunFolder
 
@@ -277,6 +277,9 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_count(saver: Saver, mon
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(CheckpointError, match=r"step-00000002 cannot be written \(rank 0: .*No space left"):
+            saver.save(2)
+        patch.setattr(dcp, "FULL_BYTES", 1 << 62)  # as if what torch broke over had left no room
+        with pytest.raises(CheckpointError, match=r"The disk is full: .* free on that of .*; make room, or give --out"):
             saver.save(2)
     path = latest(saver.folder)
     assert path is not None

@@ -96,6 +96,16 @@ def test_not_refused(changes: dict[str, Any]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_model_of_the_users_own_stays_in_training_mode() -> None:
+    net = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    net[1].eval()  # frozen statistics stay frozen
+    values: dict[str, Any] = {"data": (INPUTS, CLASSES), "loss": F.cross_entropy, "batch_norm": "local"}
+    with shardwise.start(
+        model=net, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), batch_size=8, micro_batch=4, **values
+    ) as run:
+        assert [module.training for module in run.model.children()] == [True, False, True, True]
+
+
 def test_a_large_model_is_not_built_for_it() -> None:
     built: list[str] = []
 

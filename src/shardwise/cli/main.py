@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import io
 import json
 import os
 import sys
@@ -124,6 +125,8 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 shows a question mark for what it lacks
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _print_failure(words: list[str], message: str, kind: str) -> None:
@@ -170,7 +173,8 @@ def stdout_to_stderr(active: bool) -> Iterator[None]:
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout; numbers that JSON lacks become null."""
     # Flushed here, where a disk that is full still is an error and not a shorter document.
-    print(json.dumps(_plain(document), indent=2, ensure_ascii=False), flush=True)
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(_plain(document), indent=2, ensure_ascii=not unicode), flush=True)
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Samples: any map-style torch Dataset, one sample at a time, through the workers of torch's DataLoader."""
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, final
 
@@ -11,7 +12,7 @@ from shardwise.data.order import stream_key
 from shardwise.data.randomness import BatchRandom, fenced, seed_generators
 from shardwise.data.reading import Reading, Request, Source, requests
 from shardwise.data.transforms import Transform, as_transform
-from shardwise.errors import JobError
+from shardwise.errors import JobError, UserError
 
 Collate = Callable[[list[Any]], Any]
 _WORKER_STREAM = 4
@@ -81,15 +82,17 @@ class Samples(Source):
         # the loader asks for requests ahead of the batches it gives back, in the same order
         asked: list[Request] = []
         loader = DataLoader(
-            seeded,
+            _Told(seeded),
             batch_sampler=_Rows(wanted, asked),
             num_workers=self.loader_workers,
-            collate_fn=self._collate,
+            collate_fn=functools.partial(_collate_told, self._collate),
             generator=worker_generator(reading),
         )
         collated_batches = iter(loader)
         try:
             for collated in collated_batches:
+                if isinstance(collated, _Refusal):
+                    raise collated.error
                 yield self._batch(asked.pop(0), collated, reading)
         finally:
             stop_workers(collated_batches)
@@ -124,6 +127,32 @@ class _Seeded(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         seed_generators(self._seed, self._epoch, index)
         return self._dataset[index]
+
+
+@final
+class _Refusal:
+    """What is wrong with a sample, on its way from a worker: an exception would arrive with the worker's whole traceback."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+
+@final
+class _Told(Dataset[Any]):
+    """The data set in a worker, where what is wrong with a sample takes its place."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return _Refusal(error)
+
+
+def _collate_told(collate: Collate, samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, _Refusal)), None) or collate(samples)
 
 
 @final

@@ -37,12 +37,18 @@ def render(states: Sequence[RunState], now: float | None = None) -> RenderableTy
     return Group(*parts)
 
 
-def comparison(states: Sequence[RunState], now: float) -> Table:
-    """All runs side by side, with the settings in which they differ."""
-    table = _table("runs", ["run", "status", "plan", "step", "loss", "test", "samples/s", "step time", "differs in"])
+def comparison(states: Sequence[RunState], now: float) -> RenderableType:
+    """All runs side by side, and under them the settings in which they differ."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table("runs", ["run", "status", "plan", "step", "loss", "test", "samples/s", "step time"])
+    lines = []
     different = differing_settings(list(states))
     for column, state in enumerate(states):
-        settings = ", ".join(f"{name}={values[column]}" for name, values in different.items())
+        settings = ", ".join(
+            f"{name}={values[column]}" for name, values in different.items() if values[column] is not None
+        )
         status = state.status(now)
         table.add_row(
             state.path,
@@ -53,9 +59,10 @@ def comparison(states: Sequence[RunState], now: float) -> Table:
             ", ".join(f"{name} {value:.4f}" for name, value in state.metrics.items()),
             _rate(state.samples_per_second),
             _seconds(state.step_seconds),
-            settings,
         )
-    return table
+        if settings:
+            lines.append(Text(f"{state.path}: {settings}"))
+    return Group(table, *([Text("where they differ"), *lines, Text("")] if lines else []))
 
 
 def headline(state: RunState, now: float) -> list[str]:

@@ -52,14 +52,15 @@ def find_files(url: str) -> list[tuple[str, int]]:
     try:
         found = file_system.find(path, detail=True)
         if not found:
-            if not file_system.exists(path):
-                raise DataError(
-                    f"{url} does not exist: give a file or a folder, or an address such as s3://bucket/folder"
-                )
             info = file_system.info(path)
             found = {info["name"]: info} if info["type"] == "file" else {}
         # a web server's listing has no sizes: each file is asked for
         sizes = {name: info.get("size") or file_system.info(name).get("size") for name, info in found.items()}
+    except FileNotFoundError as error:
+        silent = ", or its server does not answer" if is_remote(url) else ""
+        raise DataError(
+            f"{url} does not exist{silent}: give a file or a folder, or an address such as s3://bucket/folder"
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{url} cannot be listed: {error}") from error
     listed = [(_address(url, path, name), size) for name, size in sorted(sizes.items())]
@@ -121,8 +122,16 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         file_system, path = url_to_fs(url)
     except (ImportError, ValueError, OSError) as error:
-        known = ", ".join(sorted(fsspec.available_protocols())[:12])
-        raise DataError(f"{url} cannot be opened: {error}. File systems that are known: {known}, ...") from error
+        if url.startswith("hdfs://"):
+            why = str(error).splitlines()[0]
+            raise DataError(
+                f"{url} cannot be opened through Hadoop's own client ({why}). Give the name node's web address, "
+                'webhdfs://HOST:9870/path (pip install "shardwise[hdfs]")'
+            ) from error
+        if isinstance(error, ImportError):
+            raise DataError(f"{url} cannot be opened: {error} (with pip, into this environment)") from error
+        known = ", ".join(sorted(fsspec.available_protocols()))
+        raise DataError(f"{url} cannot be opened: {error}. File systems that are known: {known}") from error
     return file_system, str(path)
 
 

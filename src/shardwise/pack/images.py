@@ -163,7 +163,7 @@ class _ImageMaker(Maker):
                 images[rows] = square_image(content, self.size, piece.name)
             except DataError as error:
                 if not self.skip:
-                    raise
+                    raise DataError(f"{error}; --skip-unreadable leaves such images out") from error
                 skipped.append(str(error))
                 continue
             labels[rows] = piece.label

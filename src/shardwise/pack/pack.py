@@ -167,7 +167,7 @@ def _finished(folder: Path, claim: dict[str, Any]) -> PackedIndex | None:
         return index
     plan = folder / _PARTS / _PLAN
     if plan.exists():
-        if plan.read_text(encoding="utf-8") != text:
+        if plan.read_text(encoding="utf-8") not in (text, _before_skipping(claim)):
             raise FolderError(f"{folder} holds an unfinished packing of another source or with other options: {advice}")
     elif any(entry.name not in (".lock", _PARTS) for entry in folder.iterdir()):
         raise FolderError(f"{folder} holds files that are no packed data set: {advice}")
@@ -175,6 +175,14 @@ def _finished(folder: Path, claim: dict[str, Any]) -> PackedIndex | None:
         leftover.unlink(missing_ok=True)
     write_whole(plan, text.encode())
     return None
+
+
+def _before_skipping(claim: dict[str, Any]) -> str:
+    """The same packing without --skip-unreadable: the shards that it has finished hold no unreadable image, and count."""
+    settings = claim["settings"]
+    if not settings.get("skip_unreadable"):
+        return ""
+    return json.dumps({**claim, "settings": {**settings, "skip_unreadable": False}}, sort_keys=True)
 
 
 @contextmanager

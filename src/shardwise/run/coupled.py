@@ -47,22 +47,23 @@ def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
     """Refuse a plan that splits batches for a loss that couples samples.
 
     Args:
-        model: whole, on the CPU; left in evaluation mode.
+        model: whole, on the CPU; as it was afterwards: it may be the user's own.
         batch: a few samples. A loss that fails on them says so itself when the training comes to it.
 
     Raises:
         PlanError: the loss of these samples is not the mean of its parts.
     """
-    model.eval()
     bounds = [(0, 1), (1, batch.count)]
     if batch.count < 2 or batch.phantom:
         return
     try:
-        found = coupling(job, model, batch, bounds, tolerance=TOLERANCE)
-        if found is None or (
-            job.objective is not None and coupling(job, model, batch, bounds, tolerance=TOLERANCE) != found
-        ):
-            return  # no coupling, or an objective that draws random numbers
+        with modes_kept(model):
+            model.eval()
+            found = coupling(job, model, batch, bounds, tolerance=TOLERANCE)
+            if found is None or (
+                job.objective is not None and coupling(job, model, batch, bounds, tolerance=TOLERANCE) != found
+            ):
+                return  # no coupling, or an objective that draws random numbers
     except Exception:  # noqa: BLE001  # anything can go wrong in it, and will again where it is told better
         return
     if found.is_sum:
@@ -172,6 +173,17 @@ def _tree_rows(tree: Any, start: int, stop: int, count: int) -> Tree:
 
     result: Tree = tree_map(rows, tree)
     return result
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module is after the block in the mode, training or evaluation, that it was in before it."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def save_checkpoint(a: Assembly, course: Course) -> None:
     except CheckpointError as error:  # not wrong input: the training was under way
         raise RunFailed(
             f"{error}. The training ended after step {a.step}; --resume goes on from the last complete checkpoint"
-        ) from error
+        ) from None  # it says all there is to know; what torch gathered from all ranks fills pages
     course.saved_step = a.step
     course.last_save = perf_counter()
     course.tell(

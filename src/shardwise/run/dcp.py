@@ -33,6 +33,10 @@ from torch.futures import Future
 
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.run.state import Structure, merge
+from shardwise.units import format_bytes
+
+FULL_BYTES = 1 << 22
+"""Free bytes below which a failed write is put down to a full disk: what was half written still takes its place then. Chosen."""
 
 DCP_METADATA = ".metadata"
 """The file in which DCP says where each piece of each tensor is."""
@@ -175,7 +179,7 @@ def write(
     """
     planner = _SavePlanner(structure)
     writer = _Writer(aside, clear, lambda sizes: complete(planner.structure, sizes))
-    with _one_process_is_fine(), _readable(f"checkpoint {aside} cannot be written"):
+    with _one_process_is_fine(), _readable(f"checkpoint {aside} cannot be written", aside):
         dcp_save(tensors, storage_writer=writer, planner=planner)
 
 
@@ -218,21 +222,40 @@ def _one_process_is_fine() -> Iterator[None]:
 
 
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Turn DCP's collected errors into one that names the rank and its cause."""
+def _readable(what: str, written: Path | None = None) -> Iterator[None]:
+    """Turn DCP's collected errors into one that names the rank and its cause.
+
+    Args:
+        what: how the message begins.
+        written: the folder that is being written into, if any. torch does not say that a disk is full, but what that broke.
+    """
+    full = ""
     try:
         yield
     except ShardwiseError:
         raise
     except CheckpointException as error:
+        full = _told_if_full(written) if written is not None else ""
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, ShardwiseError):
             raise cause from None
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt from error
-        raise CheckpointError(f"{what} (rank {rank}: {type(cause).__name__}: {cause})") from error
+        raise CheckpointError(f"{what} (rank {rank}: {type(cause).__name__}: {cause}){full}") from error
     except Exception as error:  # pickle and the zip reader raise what they like on damaged files
         raise CheckpointError(f"{what} ({type(error).__name__}: {error})") from error
+
+
+def _told_if_full(folder: Path) -> str:
+    """Words about a disk that holds nothing more, counting what our own half-written files take."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    if free >= FULL_BYTES:
+        return ""
+    free_text = f"{format_bytes(free)} are free on that of {folder.parent}"
+    return f". The disk is full: {free_text}; make room, or give --out a place on another one"
 
 
 def some(names: set[str] | list[str] | Mapping[str, Any]) -> str:

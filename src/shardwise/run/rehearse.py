@@ -46,20 +46,17 @@ def rehearse(job: Job, plan: Plan, model: nn.Module) -> None:
 
     Args:
         plan: what it makes of a batch is the second and third try.
-        model: whole, on the CPU; its buffers and modes are afterwards what they were before.
+        model: whole, on the CPU, and not used for anything else.
 
     Raises:
         JobError: a function of the job fails, with what it was given; or the samples cannot be read.
     """
     splits = as_splits(job.data)
-    modes = [(module, module.training) for module in model.modules()]
     share = plan.micro_batch or -(-job.batch_size // plan.layout.replicas)
     _rehearse(job, plan, model, splits.train, "training", (share, job.batch_size))
     if splits.test is not None and splits.test.length is not None:
         size = job.eval_batch_size or job.batch_size
         _rehearse(job, plan, model, splits.test, "test", (-(-size // plan.layout.replicas), size))
-    for module, training in modes:
-        module.training = training
 
 
 def _rehearse(job: Job, plan: Plan, model: nn.Module, source: Source, split: str, sizes: tuple[int, int]) -> None:

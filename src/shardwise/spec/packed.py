@@ -8,6 +8,7 @@ by how many workers it was made: the same source packed twice gives the same byt
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -134,7 +135,7 @@ class PackedIndex:
         except FileNotFoundError as error:
             raise DataError(
                 f"{folder} has no {INDEX_NAME}: it is no packed data set, or its packing was not finished; "
-                f"make it with `shardwise data pack SOURCE {folder}` (which goes on where it stopped)"
+                f"make it with `shardwise data pack SOURCE {shlex.quote(str(folder))}` (which goes on where it stopped)"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error

@@ -37,7 +37,9 @@ def square_image(source: Path | IO[bytes], size: int, name: str) -> NDArray[np.u
         with pillow.open(source) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise DataError(f"{name} is no readable image ({error}); replace or delete it") from error
+        # Pillow names the object that it was given, which is another one in every process.
+        why = "of no format that Pillow knows" if isinstance(error, pillow.UnidentifiedImageError) else str(error)
+        raise DataError(f"{name} is no readable image ({why}); replace or delete it") from error
     width, height = image.size
     scale = size / min(width, height)
     if scale != 1:
