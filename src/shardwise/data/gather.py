@@ -69,8 +69,8 @@ class Arrays(Source):
         return Arrays((rows_of(self.inputs), targets), self._transform)
 
     def read(self, reading: Reading) -> Generator[Batch, None, None]:
-        wanted = requests(self._length, reading)
-        while group := list(islice(wanted, self._group_size(reading))):
+        wanted, steps = requests(self._length, reading), self._group_size(reading)
+        while group := list(islice(wanted, steps)):
             yield from self._gather(group, reading)
 
     def _group_size(self, reading: Reading) -> int:
@@ -122,7 +122,7 @@ def _aligned(rows: Tensor) -> Tensor:
 
 def _check_rows(inputs: Any, targets: Any, count: int) -> None:
     for leaf in tree_leaves(inputs) + tree_leaves(targets):
-        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != count:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != count:
             given = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             raise JobError(
                 f"a transform turned {count} samples into {given}: it must return a tensor with one row a sample"

@@ -24,14 +24,20 @@ INLINE __m128i codes_of(__mmask16 column, __mmask16 row, __m512 *best, int relu)
   return _mm_mask_set1_epi8(code, dead, NOTHING);
 }
 
-/* 8 windows from two rows of 16 columns; the first `left` are stored. */
-INLINE void pool_columns(vec one, vec two, float *out, uint8_t *codes, int64_t left, int relu) {
+/* 8 windows from two rows of 16 columns, of which the first `left` count. The others may be stored too where there is `room`,
+ * because rows are computed in order and what they overwrite comes later: storing parts of vectors takes AMD's processors long. */
+INLINE void pool_columns(vec one, vec two, float *out, uint8_t *codes, int64_t left, int64_t room, int relu) {
   const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
   __m512 best = _mm512_permutex2var_ps((__m512)one, evens, (__m512)two);
   const __mmask16 column = larger(&best, _mm512_permutex2var_ps((__m512)one, odds, (__m512)two));
   const __mmask16 row = larger(&best, _mm512_shuffle_f32x4(best, best, 0x0e)); /* the upper half */
   const __m128i code = codes_of((column & ~row) | (column >> 8 & row), row, &best, relu);
+  if (room >= 8) {
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(best));
+    _mm_storel_epi64((__m128i *)codes, code);
+    return;
+  }
   const __mmask16 here = left < 8 ? (__mmask16)((1 << left) - 1) : 0xff;
   _mm512_mask_storeu_ps(out, here, best);
   _mm_mask_storeu_epi8(codes, here, code);
@@ -64,10 +70,10 @@ INLINE void by_columns(const pooled_t *k, const conv_t *s, int channels, int64_t
       for (int64_t column = 0; column < wide; column += LANES / 2) {
         const float *from = k->values + 2 * row * pitch + 2 * column;
         tile(from, from + pitch, k->weights, k->bias, s, channels, size, first, last, sums);
-        const int64_t at = (n * channels * high + row) * wide + column;
+        const int64_t at = (n * channels * high + row) * wide + column, room = (high - row) * wide - column;
         UNROLL for (int o = 0; o < channels; o++)
           pool_columns(sums[0][o], sums[1][o], k->out + at + o * high * wide, k->codes + at + o * high * wide, wide - column,
-                       k->relu);
+                       room, k->relu);
       }
     }
   }
