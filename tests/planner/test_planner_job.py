@@ -14,14 +14,15 @@ from shardwise.planner.jobexplain import losers_of_job, nothing_runs, what_helps
 from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
-from shardwise.planner.jobstep import TIME_WITHIN, estimate_job, stage_blocks, stages_of
+from shardwise.planner.jobstages import stage_blocks, stages_of
+from shardwise.planner.jobstep import TIME_WITHIN, estimate_job
 from shardwise.planner.operations import Sharing, correction, phase_seconds
 from shardwise.spec.facts import BlockFacts, ModelFacts
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Accelerator, Figure, Link, Machine
 from shardwise.spec.measured import KernelRate, Measured, MessageTime
 from shardwise.spec.plan import Plan
-from shardwise.spec.work import GradientFacts, JobFacts, OperationFacts, StepSeen
+from shardwise.spec.work import CutFacts, GradientFacts, JobFacts, OperationFacts, StepSeen
 
 GIGA = 1e9
 PLACE = {"processor": "test"}
@@ -226,7 +227,7 @@ def test_v_shaped_and_interleaved_pipelines_have_two_stages_a_rank() -> None:
     bubbles = {"1f1b": 6, "interleaved1f1b": 3, "zerobubble": 2, "zbv": 1, "dualpipev": 1}
     for schedule, idle in bubbles.items():
         planned = replace(plan("pipeline=2", micro_batch=2), schedule=schedule)
-        assert len(stages_of(parts, planned)) == (2 if schedule in ("1f1b", "zerobubble") else 4)
+        assert len(stages_of(parts, planned).parts) == (2 if schedule in ("1f1b", "zerobubble") else 4)
         found = estimate_job(parts, cheap, planned)
         assert found.seconds["compute"] == pytest.approx(4 * 6 * unit)
         assert found.seconds["bubble"] == pytest.approx(idle * unit, rel=0.2), schedule  # messages add a little
@@ -516,6 +517,44 @@ def test_measured_messages_between_machines_are_split_into_latency_and_what_fill
     # all ranks of both machines at once: as it was measured
     shared = Links(both, Layout(data=2, pipeline=2), nodes=2).wire(1e6, 1e3, 0, 1)
     assert (shared.latency, shared.forward) == pytest.approx((0.003, 0.3))
+
+
+def cut_at(block: int, inside: float = 0.0, **bytes_of_one: float) -> CutFacts:
+    given = {"sent_bytes": 1e6, "returned_bytes": 1e6} | bytes_of_one
+    return CutFacts(name=f"b{block}", work=(block + inside) / 4, block=block, inside=inside, **given)
+
+
+def test_what_crosses_a_cut_is_sent_each_way() -> None:
+    def step(**bytes_of_one: float) -> float:
+        job = replace(facts(flops=1e4), cuts=(cut_at(2, **bytes_of_one),))
+        return estimate_job(job, cluster(0.01), plan("pipeline=2"), nodes=2).step_seconds
+
+    plain = step()
+    assert plain == pytest.approx(2 * 8 * MEGABYTE_SECONDS, rel=0.02)
+    assert step(sent_bytes=3e6) - plain == pytest.approx(2 * 8 * MEGABYTE_SECONDS, rel=0.02)
+    assert step(returned_bytes=0.0) - plain == pytest.approx(-8 * MEGABYTE_SECONDS, rel=0.02)
+    # gradients of an embedding that the head uses too go to the first stage, and their sum comes back
+    assert step(shared_bytes=4e6) - plain == pytest.approx(8 * MEGABYTE_SECONDS, rel=0.02)
+
+
+def test_a_cut_inside_of_a_block_divides_its_work() -> None:
+    whole = estimate_job(replace(facts(), cuts=(cut_at(2),)), machine(), plan("pipeline=2"))
+    inside = estimate_job(replace(facts(), cuts=(cut_at(2, 0.5),)), machine(), plan("pipeline=2"))
+    assert inside.seconds["compute"] == pytest.approx(1.25 * whole.seconds["compute"], rel=1e-3)
+    assert inside.memory["parameters"] == pytest.approx(1.25 * whole.memory["parameters"])
+    # all passes of one micro-batch are done one after the other, wherever the cut is
+    assert inside.step_seconds == pytest.approx(whole.step_seconds, rel=1e-3)
+
+
+def test_named_cuts_are_priced_where_they_are() -> None:
+    job = replace(facts(), cuts=(cut_at(1), cut_at(2), cut_at(3)))
+    assert stages_of(job, plan("pipeline=2")).parts == ({0: 1.0, 1: 1.0}, {2: 1.0, 3: 1.0})
+    assert stages_of(job, plan("pipeline=2", cuts=("b1",))).parts == ({0: 1.0}, {1: 1.0, 2: 1.0, 3: 1.0})
+    unknown = stages_of(job, plan("pipeline=2", cuts=("x",)))
+    assert len(unknown.parts) == 2
+    # among cuts of nearly equal work the one that fewest bytes cross, as training chooses
+    near = replace(facts(), cuts=(cut_at(2), cut_at(2, 0.05, sent_bytes=1e3)))
+    assert stages_of(near, plan("pipeline=2")).sent_bytes == (1e3,)
 
 
 # Savers

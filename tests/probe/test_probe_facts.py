@@ -17,8 +17,13 @@ from shardwise.errors import ShardwiseError
 from shardwise.nn.moe import MoE
 from shardwise.parallel.compress import LowRankSum
 from shardwise.planner.jobmessages import low_rank_bytes
+from shardwise.planner.jobstages import stages_of
 from shardwise.probe.facts import facts_apart
+from shardwise.run.build import build_model
+from shardwise.run.tryout import find_cut
 from shardwise.spec.job import Job
+from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
 from shardwise.spec.work import JobFacts
 
 
@@ -242,3 +247,53 @@ def test_what_powersgd_sends_is_counted_as_it_is_sent(rank: int) -> None:
     counted = facts(job, fake=False)
     assert sum(low_rank_bytes(counted, rank)) == pytest.approx(sent, abs=128)  # buckets are padded
     assert sum(item.count * item.bytes for item in counted.gradients) == counted.gradient_bytes
+
+
+class Marked(nn.Module):
+    """A skip over all layers, and marks that are made of an activation and used at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first = self.tokens(ids)
+        kept = first
+        marks = first.argmax(-1)
+        for layer in self.layers:
+            kept = torch.tanh(layer(kept))
+        kept = (kept + first) * marks.unsqueeze(-1)
+        output: Tensor = F.linear(self.head(kept) @ self.tokens.weight, self.tokens.weight).mean(1)
+        return output
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_a_cut_is_priced_by_all_that_crosses_it(fake: bool) -> None:
+    job = job_of(Marked, torch.randint(0, 11, (12, 5)), classes(12))
+    cuts = {cut.name: cut for cut in facts(job, fake=fake).cuts}
+    # five tokens of a sample: the layer's output and the skip in fp32, the marks as whole numbers without a gradient
+    middle = cuts["layers.2"]
+    assert middle.sent_bytes == 5 * (2 * 16 * 4 + 8)
+    assert middle.returned_bytes == 5 * 2 * 16 * 4
+    assert middle.shared_bytes == 11 * 16 * 4
+    works = [cut.work for cut in cuts.values()]
+    assert works == sorted(works) and 0 < works[0] < works[-1] <= 1
+
+
+@pytest.mark.parametrize("model", [Marked, Residual])
+def test_a_plan_is_priced_with_the_cuts_that_training_makes(model: Callable[[], nn.Module]) -> None:
+    inputs = torch.randint(0, 11, (12, 5)) if model is Marked else torch.randn(12, 3, 10, 10)
+    job = job_of(model, inputs, classes(12))
+    counted = facts(job, fake=False)
+    for stages in (2, 3, 4):
+        plan = Plan(layout=Layout(pipeline=stages))
+        cut = find_cut(job, plan, build_model(job, torch.device("cpu")), torch.device("cpu"))
+        assert cut is not None
+        arriving = [share.carried_bytes / 4 for share in cut.split.table.stages[1:]]  # it is tried out on four samples
+        priced = stages_of(counted, plan)
+        assert list(priced.sent_bytes) == arriving
+        # every block is done once, in one stage or in parts
+        done = [sum(parts.get(block, 0.0) for parts in priced.parts) for block in range(len(counted.model.blocks))]
+        assert done == pytest.approx([1.0] * len(done))

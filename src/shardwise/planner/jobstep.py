@@ -11,13 +11,14 @@ from shardwise.planner.closedform import Timeline, rank_of
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import MESSAGE_SECONDS, message_seconds
+from shardwise.planner.jobstages import Stages, stages_of
 from shardwise.planner.memory import CONTEXT_BYTES, SLACK
 from shardwise.planner.operations import PhaseSeconds, Sharing, correction, divided_norms, phase_seconds, turns
-from shardwise.planner.schedule import simulate, stages_per_rank
+from shardwise.planner.schedule import simulate
 from shardwise.planner.step import UNCERTAIN
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
-from shardwise.spec.work import JobFacts
+from shardwise.spec.work import JobFacts, OperationFacts
 
 STEP_SECONDS = 1.5e-4
 """The loop around a step: batch, clock, ledger (measured on one core, 2026-11-26)."""
@@ -135,7 +136,13 @@ def estimate_job(
     crowd = 1 if machine.measured is None else turns(sharing, machine.measured.cores)
     seconds["data"] = crowd * samples * facts.data_seconds
     seconds["loop"] = crowd * STEP_SECONDS if machine.measured is not None else constants.step_seconds
+    last = rank_of(len(stages.parts) - 1, stages.ranks, stages.schedule)
+    shared = links.wire(stages.shared_bytes, stages.shared_bytes, 0, last) if last and stages.shared_bytes else None
     seconds |= message_seconds(facts, machine, plan, links, micro, passes, work.backward, sharing, constants)
+    if (
+        shared is not None
+    ):  # gradients of shared parameters go to their first holder and back (parallel/pipeline/shared.py)
+        seconds["gradients"] += 2.0 * (shared.latency + MESSAGE_SECONDS) + shared.forward + shared.backward
     memory = _memory(facts, machine, plan, micro, passes, split, stages, timeline)
     return JobEstimate(seconds, memory, room_bytes(machine, plan, nodes) / copies, known != 1.0, _kind(plan, crowd))
 
@@ -168,61 +175,6 @@ def tensor_parts(facts: JobFacts, degree: int) -> dict[int, float]:
     }
 
 
-def stage_blocks(facts: JobFacts, stages: int) -> list[list[int]]:
-    """Blocks of every pipeline stage: consecutive, the busiest stage with the least work (by FLOPs and bytes moved)."""
-    blocks = facts.model.blocks
-    work = [block.forward_flops + block.forward_bytes for block in blocks]
-    stages = min(stages, len(blocks))
-    low, high = max(work, default=0.0), sum(work)
-    for _ in range(50):
-        middle = (low + high) / 2
-        if len(_pack(work, middle)) <= stages:
-            high = middle
-        else:
-            low = middle
-    packed = _pack(work, high)
-    while len(packed) < stages:  # a stage of one block cannot be cut: take the largest of the others
-        index = max((i for i, part in enumerate(packed) if len(part) > 1), key=lambda i: len(packed[i]))
-        part = packed[index]
-        packed[index : index + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
-    return packed
-
-
-def stages_of(facts: JobFacts, plan: Plan) -> list[list[int]]:
-    """Blocks of every stage that the plan's schedule asks for; fewer where the model has fewer blocks."""
-    named = (len(plan.cuts) + 1) // plan.layout.pipeline if plan.cuts else 2
-    return stage_blocks(facts, plan.layout.pipeline * stages_per_rank(plan.schedule, named))
-
-
-def _placed(plan: Plan, stages: int) -> tuple[str, int]:
-    """The schedule and the number of ranks that so many stages are priced with."""
-    least = plan.layout.pipeline * (1 if stages_per_rank(plan.schedule, 2) == 1 else 2)
-    if stages < least or stages % plan.layout.pipeline:
-        return "1f1b", stages  # the model has too few blocks to say how it would be cut
-    return plan.schedule, plan.layout.pipeline
-
-
-def _by_rank(plan: Plan, values: Sequence[float]) -> list[float]:
-    """Sums over the stages of every rank."""
-    schedule, ranks = _placed(plan, len(values))
-    found = [0.0] * ranks
-    for stage, value in enumerate(values):
-        found[rank_of(stage, ranks, schedule)] += value
-    return found
-
-
-def _pack(work: Sequence[float], most: float) -> list[list[int]]:
-    found: list[list[int]] = [[]]
-    filled = 0.0
-    for index, each in enumerate(work):
-        if found[-1] and filled + each > most:
-            found.append([])
-            filled = 0.0
-        found[-1].append(index)
-        filled += each
-    return found
-
-
 def _pipeline(
     facts: JobFacts,
     machine: Machine,
@@ -232,20 +184,18 @@ def _pipeline(
     micro: int,
     passes: int,
     split: dict[int, float],
-    stages: list[list[int]],
+    stages: Stages,
     known: float,
     constants: Constants,
 ) -> tuple[Timeline, PhaseSeconds]:
     """Forward and backward passes of all micro-batches, and the work of the busiest stage with its optimizer step."""
     layout = plan.layout
-    works = []
     every = facts.operations
     if facts.norm_layers and layout.replicas * layout.context > 1 and machine.measured is not None:
         every = tuple(divided_norms(every))
-    for blocks in stages:
-        mine = set(blocks)
-        operations = [item for item in every if item.block in mine or len(stages) == 1]
-        found = phase_seconds(
+
+    def work(operations: Sequence[OperationFacts]) -> PhaseSeconds:
+        return phase_seconds(
             operations,
             micro,
             machine,
@@ -256,22 +206,27 @@ def _pipeline(
             together=facts.message_parts,
             constants=constants,
         )
-        works.append(PhaseSeconds(found.forward * known, found.backward * known, found.optimizer * known))
-    if len(stages) == 1:
-        busy = passes * works[0].passes
-        return Timeline(busy, busy, (1,)), works[0]
-    schedule, ranks = _placed(plan, len(stages))
+
+    if len(stages.parts) == 1:
+        whole = work(every).times(known)
+        return Timeline(passes * whole.passes, passes * whole.passes, (1,)), whole
+    works = []
+    for parts in stages.parts:
+        found = work([item for item in every if parts.get(item.block, 0.0) == 1.0])
+        for block, part in parts.items():
+            if part < 1.0:
+                found = found.plus(work([item for item in every if item.block == block]).times(part))
+        works.append(found.times(known))
     forward, backward = ([getattr(one, name) for one in works] for name in ("forward", "backward"))
-    whole = sum(one.optimizer for one in works) / ranks
+    optimizer = sum(one.optimizer for one in works) / stages.ranks
     wires = []
-    for stage, blocks in enumerate(stages[:-1]):
-        size = micro * facts.model.blocks[blocks[-1]].output_bytes / layout.context
-        places = (rank_of(number, ranks, schedule) for number in (stage, stage + 1))
-        wire = links.wire(size, size, *places)
+    for cut, (sent, returned) in enumerate(zip(stages.sent_bytes, stages.returned_bytes, strict=True)):
+        sizes = micro * sent / layout.context, micro * returned / layout.context
+        wire = links.wire(*sizes, *(rank_of(stage, stages.ranks, stages.schedule) for stage in (cut, cut + 1)))
         wires.append(wire._replace(latency=wire.latency + 2 * MESSAGE_SECONDS))
     meeting = machine.measured is not None
-    timeline = simulate(schedule, passes, tuple(forward), tuple(backward), tuple(wires), ranks, meeting)
-    return timeline, PhaseSeconds(max(_by_rank(plan, forward)), max(_by_rank(plan, backward)), whole)
+    timeline = simulate(stages.schedule, passes, tuple(forward), tuple(backward), tuple(wires), stages.ranks, meeting)
+    return timeline, PhaseSeconds(max(stages.by_rank(forward)), max(stages.by_rank(backward)), optimizer)
 
 
 def _owned(facts: JobFacts, plan: Plan) -> float:
@@ -287,14 +242,17 @@ def _memory(
     micro: int,
     passes: int,
     split: dict[int, float],
-    stages: list[list[int]],
+    stages: Stages,
     timeline: Timeline,
 ) -> dict[str, float]:
     """Bytes of the fullest rank. Gradients are part of the counted peak; what is split is taken out of it again."""
     layout = plan.layout
     count = max(1, facts.model.parameters)
-    parts = [sum(facts.model.blocks[i].parameters * split.get(i, 1.0) for i in blocks) / count for blocks in stages]
-    held = max(_by_rank(plan, parts)) if facts.model.parameters else 1.0
+    parts = [
+        sum(part * facts.model.blocks[i].parameters * split.get(i, 1.0) for i, part in blocks.items()) / count
+        for blocks in stages.parts
+    ]
+    held = max(stages.by_rank(parts)) if facts.model.parameters else 1.0
     experts = facts.expert_bytes / max(1.0, facts.parameter_bytes) if layout.expert > 1 else 0.0
     held *= 1.0 - experts + experts / layout.expert
     parameters = facts.parameter_bytes * held / layout.shard
@@ -304,8 +262,8 @@ def _memory(
     if layout.tensor > 1:
         kept = sum(block.saved_bytes for block in facts.model.blocks) or 1.0
         activations *= sum(b.saved_bytes * split.get(i, 1.0) for i, b in enumerate(facts.model.blocks)) / kept
-    if len(stages) > 1:
-        activations *= max(timeline.in_flight) / len(stages)
+    if len(stages.parts) > 1:
+        activations *= max(timeline.in_flight) / len(stages.parts)
     found = {
         "parameters": parameters,
         "optimizer": facts.optimizer_bytes * held / layout.shard,

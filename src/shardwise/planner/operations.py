@@ -40,6 +40,16 @@ class PhaseSeconds:
         """Forward and backward."""
         return self.forward + self.backward
 
+    def times(self, factor: float) -> "PhaseSeconds":
+        """The same so many times as long."""
+        return PhaseSeconds(factor * self.forward, factor * self.backward, factor * self.optimizer)
+
+    def plus(self, other: "PhaseSeconds") -> "PhaseSeconds":
+        """One after the other."""
+        return PhaseSeconds(
+            self.forward + other.forward, self.backward + other.backward, self.optimizer + other.optimizer
+        )
+
 
 def phase_seconds(
     operations: Iterable[OperationFacts],

@@ -4,12 +4,13 @@ A table has one row per pipeline rank: the order in which that rank runs its act
 (with `zerobubble` and the V schedules only the gradient of the input), W gradient of the weights.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf
 
 from shardwise.errors import PlanError
-from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, rank_of
+from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, even, rank_of
 from shardwise.spec.plan import HALVED, V_SHAPED
 
 Action = tuple[str, int, int]
@@ -95,8 +96,9 @@ def simulate(
     Args:
         forward_seconds, backward_seconds: per stage, in model order; `ranks * stages_per_rank` entries.
         wires: of the cuts between the stages, in the same order.
-        meeting: a message also waits until the other rank asks for it, in the order of the table that runs (gloo sends
-            nothing before); with the V schedules, which are placed here while time passes, it does not.
+        meeting: a message also waits until the other rank asks for it (gloo sends nothing before): when it takes the one before
+            from the same rank, or earlier, if the table that runs does. V schedules then keep the order in which equal stages
+            without messages would be placed.
 
     Long runs repeat themselves: beyond four groups of `ranks` micro-batches (three on more than 16 ranks) the rest is
     extended by the period of the last simulated group, which is at least the work of the busiest rank. One rank, and
@@ -110,7 +112,7 @@ def simulate(
         return closed_form(schedule, micro_batches, forward_seconds, backward_seconds, wires, ranks)
 
     def run(count: int) -> Timeline:
-        if schedule in V_SHAPED:
+        if schedule in V_SHAPED and not meeting:
             return _greedy(schedule, count, forward_seconds, backward_seconds, wires, ranks)
         return _run(schedule, count, forward_seconds, backward_seconds, wires, ranks, meeting)
 
@@ -138,7 +140,8 @@ def _run(
     meeting: bool,
 ) -> Timeline:
     stages = len(forward)
-    rows = table(schedule, ranks, micro_batches, stages // ranks)
+    rows = _rows(schedule, ranks, micro_batches, stages // ranks)
+    owner = [rank_of(stage, ranks, schedule) for stage in range(stages)]
     asked = _asked(schedule, ranks, micro_batches, stages // ranks) if meeting else None
     split = schedule in HALVED
     weights = [time * WEIGHT_SHARE if split else 0.0 for time in backward]
@@ -146,7 +149,9 @@ def _run(
     done_b = [[-1.0] * micro_batches for _ in range(stages)]
     clock, place, pending = [0.0] * ranks, [0] * ranks, [0] * ranks
     ends: list[list[float]] = [[0.0] for _ in range(ranks)]
-    began, free = ([[0.0] * ranks for _ in range(ranks)] for _ in range(2))
+    free = [[0.0] * ranks for _ in range(ranks)]
+    taken = [[0.0] * ranks for _ in range(ranks)]
+    under_way: list[list[list[tuple[float, float]]]] = [[[] for _ in range(ranks)] for _ in range(ranks)]
     waiting = list(range(ranks))
     while waiting:
         rank = waiting.pop()
@@ -162,39 +167,63 @@ def _run(
             if made < 0.0:
                 break
             ready = made
-            if 0 <= source < stages:
-                wire, sender = wires[min(stage, source)], source % ranks
+            if 0 <= source < stages and owner[source] != rank:
+                wire, sender = wires[min(stage, source)], owner[source]
                 begin = made if made > free[sender][rank] else free[sender][rank]
                 if asked is not None:
-                    wished = ends[rank][asked[rank][place[rank]]]
-                    if began[rank][sender] < wished < free[rank][sender]:
-                        wished = free[rank][sender]  # the wish travels behind what is under way to the sender
+                    wished = min(ends[rank][asked[rank][place[rank]]], taken[sender][rank])
+                    way = under_way[rank][sender]
+                    last = bisect_right(way, (wished, inf)) - 1
+                    if last >= 0 and way[last][1] > wished:
+                        wished = way[last][1]  # the wish travels behind what is under way to the sender
                     begin = max(begin, wished + wire.latency)
-                began[sender][rank] = begin
+                    under_way[sender][rank].append((begin, begin + (wire.forward if kind == "F" else wire.backward)))
                 free[sender][rank] = begin + (wire.forward if kind == "F" else wire.backward)
                 ready = free[sender][rank] + wire.latency
             if split and ready > now and pending[rank]:
                 filled = min(pending[rank], int((ready - now) / weights[stage]) if weights[stage] else 0)
                 now, pending[rank] = now + filled * weights[stage], pending[rank] - filled
             start = ready if ready > now else now
+            if 0 <= source < stages and owner[source] != rank:
+                taken[owner[source]][rank] = start
             if kind == "F":
                 now = start + forward[stage]
                 done_f[stage][index] = now
-                wakes = (stage + 1) % ranks if stage + 1 < stages else rank
+                wakes = owner[stage + 1] if stage + 1 < stages else rank
             else:
                 now = start + backward[stage] - weights[stage]
                 done_b[stage][index] = now
                 pending[rank] += split
-                wakes = (stage - 1) % ranks if stage else rank
+                wakes = owner[stage - 1] if stage else rank
             place[rank] += 1
             ends[rank].append(now)
             if wakes != rank and wakes not in waiting:
+                if asked is not None:  # the other rank first: what it takes now is under way when this one asks
+                    waiting += [rank, wakes]
+                    break
                 waiting.append(wakes)
         clock[rank] = now
     if split:
         clock = [now + pending[rank] * weights[rank] for rank, now in enumerate(clock)]
-    busy = [micro_batches * sum(forward[s] + backward[s] for s in range(rank, stages, ranks)) for rank in range(ranks)]
-    return Timeline(max(clock), max(busy), tuple(_peak(row) for row in rows))
+    return Timeline(max(clock), _busiest(micro_batches, forward, backward, owner), tuple(_peak(row) for row in rows))
+
+
+def _busiest(micro_batches: int, forward: Sequence[float], backward: Sequence[float], owner: Sequence[int]) -> float:
+    """Work of the busiest rank."""
+    found = [0.0] * (max(owner) + 1)
+    for stage, rank in enumerate(owner):
+        found[rank] += forward[stage] + backward[stage]
+    return micro_batches * max(found)
+
+
+def _rows(schedule: str, ranks: int, micro_batches: int, chunks: int) -> list[list[Action]]:
+    """The table; of a V schedule the order in which equal stages without messages are placed."""
+    if schedule not in V_SHAPED:
+        return table(schedule, ranks, micro_batches, chunks)
+    rows: list[list[Action]] = [[] for _ in range(ranks)]
+    stages = 2 * ranks
+    _greedy(schedule, micro_batches, (1.0,) * stages, (2.0,) * stages, even(stages, 0.0), ranks, rows)
+    return rows
 
 
 @lru_cache(maxsize=256)
@@ -204,7 +233,7 @@ def _asked(schedule: str, ranks: int, micro_batches: int, chunks: int) -> tuple[
     The table that runs (parallel/pipeline/schedule.py) lists a receive at the time at which its message would be made if
     messages took no time, a forward pass 1 and a backward pass 2 (or 1, where it is halved).
     """
-    rows = table(schedule, ranks, micro_batches, chunks)
+    rows = _rows(schedule, ranks, micro_batches, chunks)
     stages = ranks * chunks
     back = 1 if schedule in HALVED else 2
     ends: dict[Action, int] = {}
@@ -244,6 +273,7 @@ def _greedy(
     backward: Sequence[float],
     wires: Sequence[Wire],
     ranks: int,
+    rows: list[list[Action]] | None = None,
 ) -> Timeline:
     """V-shaped stages without a fixed order: backward first, then forward within 2 x ranks chunks in flight, weights in gaps."""
     stages = len(forward)
@@ -272,6 +302,8 @@ def _greedy(
             clock[rank] += pending[rank].pop(0)
         seconds = forward[stage] if kind == "F" else backward[stage] - weights[stage]
         clock[rank] = max(clock[rank], start) + seconds
+        if rows is not None:
+            rows[rank].append((kind, stage, index))
         level[rank] += 1 if kind == "F" else -1
         peak[rank] = max(peak[rank], level[rank])
         if kind == "B":
@@ -279,9 +311,8 @@ def _greedy(
         _release(ready, free, (kind, stage, index), clock[rank], wires, ranks, schedule)
         left -= 1
     ends = [clock[rank] + sum(pending[rank]) for rank in range(ranks)]
-    owned = [[stage for stage in range(stages) if rank_of(stage, ranks, schedule) == rank] for rank in range(ranks)]
-    busy = [micro_batches * sum(forward[s] + backward[s] for s in mine) for mine in owned]
-    return Timeline(max(ends), max(busy), tuple(peak))
+    owner = [rank_of(stage, ranks, schedule) for stage in range(stages)]
+    return Timeline(max(ends), _busiest(micro_batches, forward, backward, owner), tuple(peak))
 
 
 def _release(

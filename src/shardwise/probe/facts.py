@@ -6,7 +6,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,13 +30,14 @@ from shardwise.probe.operations import size_bytes, tensors_in
 from shardwise.probe.place import this_place
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import Assembly, assemble
+from shardwise.run.build import build_model
 from shardwise.run.cores import usable_cores
 from shardwise.run.loop import total_steps
 from shardwise.run.step import take_step
-from shardwise.run.tryout import loss_program
+from shardwise.run.tryout import SAMPLES, loss_program
 from shardwise.spec.job import Job
 from shardwise.spec.rank import Rank
-from shardwise.spec.work import GradientFacts, JobFacts, StepSeen
+from shardwise.spec.work import CutFacts, GradientFacts, JobFacts, StepSeen
 
 ENOUGH_SECONDS = 0.1
 """Time spent on timing steps of one size, after one to warm up."""
@@ -135,6 +136,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
     split, reason = _tensor_names(job, splits, fake=how.fake) if asked else (frozenset[str](), None)
     if reason is not None:
         notes.append(reason)
+    cuts = _possible_cuts(job, splits, names, fake=how.fake) if how.thorough and "pipeline" in READY_AXES else ()
     slope = max(0.0, (high.peak_bytes - low.peak_bytes) / max(1, high.samples - low.samples))
     fixed = max(0.0, high.peak_bytes - slope * high.samples)
     return JobFacts(
@@ -163,6 +165,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
         expert_token_bytes=_expert_token_bytes(model, high),
         message_parts=sum(1 for p in model.parameters() if p.requires_grad),
         gradients=_gradients(model),
+        cuts=cuts,
         norm_layers=len(batch_norms(model)) if job.batch_norm == "global" else 0,
         attention_bytes=high.attention_bytes / high.samples,
         data_seconds=0.0 if how.fake else _data_seconds(splits, job),
@@ -309,7 +312,6 @@ def _tensor_names(job: Job, splits: Splits, *, fake: bool) -> tuple[frozenset[st
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from shardwise.parallel.tensor.find import find_split
-    from shardwise.run.build import build_model
 
     # A trial looks at values, which fake tensors refuse; on the meta device it does without them.
     with unset_fake_temporarily(), torch.device("meta" if fake else "cpu"):
@@ -320,6 +322,27 @@ def _tensor_names(job: Job, splits: Splits, *, fake: bool) -> tuple[frozenset[st
             return frozenset(find_split(model, program, 2).shares), None
     except PlanError as error:
         return frozenset(), str(error)
+
+
+def _possible_cuts(job: Job, splits: Splits, blocks: Sequence[str], *, fake: bool) -> tuple[CutFacts, ...]:
+    """Where a pipeline may cut the model and what would cross there, for one sample; none where it cannot be cut."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from shardwise.parallel.pipeline.stages import possible_cuts  # tracing takes half a second to import
+
+    device = torch.device("meta" if fake else "cpu")
+    with unset_fake_temporarily():
+        with device:
+            model, batch = build_model(job, None if fake else _CPU), first_samples(splits, SAMPLES).to(device)
+        try:
+            plan = serial_plan(job)
+            found = possible_cuts(model, plan, batch.inputs, batch.targets, job.objective, blocks, device=device)
+        except (PlanError, RuntimeError):  # a check of the plan will say why; others it can be priced without
+            return ()
+    return tuple(
+        replace(cut, sent_bytes=cut.sent_bytes / batch.count, returned_bytes=cut.returned_bytes / batch.count)
+        for cut in found
+    )
 
 
 def _peak_resident() -> float:

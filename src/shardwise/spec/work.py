@@ -53,6 +53,29 @@ class StepSeen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CutFacts:
+    """A place where a pipeline may cut the model, as training sees it (parallel/pipeline/cuts.py).
+
+    Attributes:
+        name: of the module that would start a stage.
+        work: part of the estimated work of the forward pass that is done before.
+        block: index in `ModelFacts.blocks` of the block that it lies in or starts.
+        inside: the part of that block's work that is done before.
+        sent_bytes: what crosses it forward for one sample: everything made before that is needed after.
+        returned_bytes: gradients of one sample that come back.
+        shared_bytes: parameters that are used on both sides, whose gradients are summed over the stages.
+    """
+
+    name: str
+    work: float
+    block: int
+    inside: float
+    sent_bytes: float
+    returned_bytes: float
+    shared_bytes: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GradientFacts:
     """Gradients of one shape, as PowerSGD takes them: a matrix of the first dim and of all others.
 
@@ -98,6 +121,7 @@ class JobFacts:
         expert_layers: layers with experts, and expert_token_bytes: what one sample sends to experts in all of them.
         message_parts: trained tensors; their gradients travel together in buckets.
         gradients: shapes of the trained tensors; empty where they were not counted.
+        cuts: places where a pipeline may cut it, in order; empty where they were not looked for or there are none.
         norm_layers: layers that need statistics of the whole batch, a message in each direction each.
         attention_bytes: keys and values of one sample over all attention layers, which the context axis passes around.
         data_seconds: reading one sample, on one core.
@@ -123,6 +147,7 @@ class JobFacts:
     expert_token_bytes: float = 0.0
     message_parts: int = 1
     gradients: tuple[GradientFacts, ...] = field(default=())
+    cuts: tuple[CutFacts, ...] = field(default=())
     norm_layers: int = 0
     attention_bytes: float = 0.0
     data_seconds: float = 0.0
@@ -147,6 +172,7 @@ class JobFacts:
             values = dict(record)
             values["model"] = ModelFacts.from_dict(values["model"])
             values["operations"] = tuple(OperationFacts(**item) for item in values["operations"])
+            values["cuts"] = tuple(CutFacts(**item) for item in values.get("cuts", ()))
             values["gradients"] = tuple(GradientFacts(**item) for item in values.get("gradients", ()))
             values["seen"] = tuple(StepSeen(**item) for item in values.get("seen", ()))
             return cls(**values)

@@ -10,9 +10,9 @@ from typing import final
 
 from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.trace import Trace
+from shardwise.spec.balance import balanced
+from shardwise.spec.work import CutFacts
 
-SLACK = 1.05
-"""The busiest stage may do this multiple of the least possible work, for cuts that fewer bytes cross. Chosen."""
 MAX_CANDIDATES = 256
 """Most modules that are weighed against each other as starts of a stage; the outermost are kept. The search takes time
 proportional to its square."""
@@ -131,13 +131,53 @@ def choose(trace: Trace, stages: int) -> tuple[str, ...]:
             f"the model cannot be cut into {stages} stages: a stage starts where a module is called, and the places found "
             f"are {looked}; use a smaller pipeline"
         )
-    costs = [0.0, *accumulate(0.0 if call.everywhere else call.cost for call in trace.calls)]
-    points = [0, *(position for _, position in candidates), len(trace.calls)]
-    work = [costs[point] for point in points]
-    limit = _least_limit(work, stages) * SLACK
-    penalties = [_penalty(trace, name, position) for name, position in candidates]
-    chosen = _cheapest(work, penalties, stages, limit)
+    costs = _costs(trace)
+    work = [0.0, *(costs[position] for _, position in candidates), costs[-1]]
+    chosen = balanced(work, [_penalty(trace, name, position) for name, position in candidates], stages)
     return tuple(candidates[index - 1][0] for index in chosen)
+
+
+def places(trace: Trace, blocks: Sequence[str]) -> tuple[CutFacts, ...]:
+    """Every place that `choose` weighs, with what a cut there would send; bytes are of all samples of the example.
+
+    Args:
+        trace: of a forward pass in which every module was walked through.
+        blocks: names of modules, in the order in which they are called.
+    """
+    costs = _costs(trace)
+    entries = dict(reversed(trace.entries))
+    starts = [(entries[name], index) for index, name in enumerate(blocks) if name in entries]
+    found = []
+    for name, position in _candidates(trace):
+        start, block = max([(0, 0), *((at, index) for at, index in starts if at <= position)])
+        end = min((at for at, _ in starts if at > start), default=len(trace.calls))
+        live = trace.live(position)
+        found.append(
+            CutFacts(
+                name=name,
+                work=costs[position] / (costs[-1] or 1.0),
+                block=block,
+                inside=(costs[position] - costs[start]) / ((costs[end] - costs[start]) or 1.0),
+                sent_bytes=sum(trace.values[value].bytes for value in live),
+                returned_bytes=sum(v.bytes for v in (trace.values[n] for n in live) if v.needs_gradient(position)),
+            )
+        )
+    return tuple(found)
+
+
+def shared_names(trace: Trace, name: str) -> frozenset[str]:
+    """Parameters and buffers that calls on both sides of a cut at module `name` use."""
+    (position,) = trace.starts([name])
+    sides = trace.calls[:position], trace.calls[position:]
+    before, after = (
+        frozenset(used for call in calls if not call.everywhere for used in call.tensors) for calls in sides
+    )
+    return before & after
+
+
+def _costs(trace: Trace) -> list[float]:
+    """Estimated work of the calls before each position."""
+    return [0.0, *accumulate(0.0 if call.everywhere else call.cost for call in trace.calls)]
 
 
 def _candidates(trace: Trace) -> list[tuple[str, int]]:
@@ -165,50 +205,3 @@ def _penalty(trace: Trace, name: str, position: int) -> float:
     """Bytes that cross, a little more for a module deep in the tree: whole blocks make readable stages."""
     crossing = sum(trace.values[value].bytes for value in trace.live(position))
     return crossing * (1.0 + 0.01 * name.count("."))
-
-
-def _least_limit(work: list[float], stages: int) -> float:
-    """The least possible work of the busiest stage, by halving; `work` is cumulative at the places for cuts."""
-    low, high = 0.0, work[-1]
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _fits(work, stages, middle):
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def _fits(work: list[float], stages: int, limit: float) -> bool:
-    """Whether `stages` stages of at most `limit` are enough."""
-    used, start = 1, 0
-    for index in range(1, len(work)):
-        if work[index] - work[index - 1] > limit:
-            return False
-        if work[index] - work[start] > limit:
-            used, start = used + 1, index - 1
-    return used <= stages
-
-
-def _cheapest(work: list[float], penalties: list[float], stages: int, limit: float) -> list[int]:
-    """Indices of the places with the smallest sum of penalties such that no stage exceeds `limit`."""
-    count = len(work)
-    best: list[list[tuple[float, int]]] = [[(float("inf"), -1)] * count for _ in range(stages + 1)]
-    best[0][0] = (0.0, -1)
-    for stage in range(1, stages + 1):
-        for end in range(stage, count):
-            penalty = penalties[end - 1] if end < count - 1 else 0.0
-            for start in range(end - 1, stage - 2, -1):
-                if work[end] - work[start] > limit * (1 + 1e-9):
-                    break
-                total = best[stage - 1][start][0] + penalty
-                if total < best[stage][end][0]:
-                    best[stage][end] = (total, start)
-    chosen: list[int] = []
-    place = count - 1
-    for stage in range(stages, 0, -1):
-        place = best[stage][place][1]
-        if place < 0:
-            raise AssertionError("no cuts within the limit")
-        chosen.append(place)
-    return list(reversed(chosen))[1:]

@@ -136,6 +136,15 @@ def find_cuts(
         check_named(cuts, [name for name, _ in model.named_modules() if name], stages)
         _check_outside_experts(model, cuts)
         return tuple(cuts)
+    return choose(search_trace(model, forward, inputs), stages)
+
+
+def search_trace(model: nn.Module, forward: Forward, inputs: Any) -> Trace:
+    """The trace of a forward pass in which every module that can be walked through is. Nothing is computed.
+
+    Raises:
+        PlanError: the forward pass cannot be traced.
+    """
     fakes = Fakes()
     skeleton = skeleton_of(model, fakes)
     session = Session()
@@ -148,10 +157,9 @@ def find_cuts(
             install(module, name, session)
     while True:
         try:
-            trace = take_trace(
+            return take_trace(
                 forward, skeleton, session, inputs, fakes=fakes, opened=frozenset(opened), forced=set(), searching=True
             )
-            return choose(trace, stages)
         except CannotOpenError as error:
             if error.module not in opened:
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, final
@@ -12,12 +12,14 @@ from torch import nn
 
 from shardwise.dist.collectives import Group
 from shardwise.parallel.data import GradientSum, GradientSums
+from shardwise.parallel.pipeline.cuts import places, shared_names
 from shardwise.parallel.pipeline.part import PipelinePart, Split, call_model, split, take_part
-from shardwise.parallel.pipeline.program import Forward, Program
+from shardwise.parallel.pipeline.program import Forward, Program, search_trace
 from shardwise.parallel.pipeline.runner import PipelineRunner
 from shardwise.parallel.pipeline.schedule import placement_of, stages_for
 from shardwise.parallel.pipeline.shared import SharedGradientSum
 from shardwise.spec.plan import Plan
+from shardwise.spec.work import CutFacts
 
 OwnLoss: TypeAlias = Callable[[nn.Module, Any], Any]
 """`(model, (inputs, targets))` -> what the job's objective returns."""
@@ -78,6 +80,37 @@ def cut_model(
         return Cut(split(model, inputs, stages, plan.cuts, forward=outputs), None)
     made = split(model, (inputs, targets), stages, plan.cuts, forward=_in_precision(own_loss, plan, device))
     return Cut(made, Program(model, outputs, made.program.cuts))
+
+
+def possible_cuts(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Any,
+    targets: Any,
+    own_loss: OwnLoss | None,
+    blocks: Sequence[str],
+    *,
+    device: torch.device,
+) -> tuple[CutFacts, ...]:
+    """Every place where a pipeline may cut the model, with what would cross it; bytes are of all samples of `inputs`.
+
+    Args:
+        model, inputs, targets, own_loss: as for `cut_model`.
+        plan: its precision.
+        blocks: names of modules, in the order in which they are called.
+
+    Raises:
+        PlanError: the model cannot be cut.
+    """
+    forward = _in_precision(own_loss or call_model, plan, device)
+    trace = search_trace(model, forward, inputs if own_loss is None else (inputs, targets))
+    parameters = dict(model.named_parameters())
+
+    def shared(name: str) -> float:
+        both = [parameters[used] for used in shared_names(trace, name) if used in parameters]
+        return float(sum(p.numel() * p.element_size() for p in both if p.requires_grad))
+
+    return tuple(replace(place, shared_bytes=shared(place.name)) for place in places(trace, blocks))
 
 
 def take_stages(
