@@ -448,3 +448,11 @@ print(nn.Conv2d.forward is before)
             check=False,
         )
         assert done.stdout.strip() == native, done.stderr
+
+
+def test_tensors_without_memory_are_torchs(on: None, counted: list[str]) -> None:
+    layer = nn.Sequential(_layer(), nn.ReLU(), nn.MaxPool2d(2))
+    assert copy.deepcopy(layer).to("meta")(_image().to("meta")).shape == (20, 6, 6, 6)
+    swapped = {name: parameter.to("meta") for name, parameter in layer.named_parameters()}
+    assert torch.func.functional_call(layer, swapped, (_image().to("meta"),)).device.type == "meta"
+    assert not counted

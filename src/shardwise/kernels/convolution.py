@@ -307,7 +307,7 @@ def place(tensor: Tensor | None) -> int | None:
 
 
 def fits(tensor: Tensor) -> bool:
-    """Planar float32. With one channel a tensor can be planar and channels_last at once; its stride says what is meant."""
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+    """Planar float32 on the CPU. With one channel a tensor can be planar and channels_last at once; its stride says which."""
+    if not tensor.is_cpu or tensor.dtype != torch.float32 or not tensor.is_contiguous():
         return False
     return tensor.dim() != 4 or tensor.stride(1) == tensor.shape[2] * tensor.shape[3]

@@ -21,6 +21,8 @@ OPERATORS: dict[str, dict[str, Callable[[Kernel], Kernel]]] = {
 }
 """Kind -> name of an operator of `aten` -> makes its kernel from torch's."""
 
+TORCHS_FORWARD = nn.Conv2d.forward
+
 
 def use_fast_kernels(model: nn.Module) -> None:
     """Let this process compute by the compiled kernels from now on, those that this model gains from.
@@ -40,7 +42,7 @@ def use_fast_kernels(model: nn.Module) -> None:
 @cache
 def put_off_convolutions() -> None:
     """Let convolutions wait for the pooling behind them, once for the process."""
-    nn.Conv2d.forward = pending.putting_off(nn.Conv2d.forward)  # type: ignore
+    nn.Conv2d.forward = pending.putting_off(TORCHS_FORWARD)  # type: ignore
 
 
 def use_all_kernels() -> None:

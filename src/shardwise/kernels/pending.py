@@ -354,13 +354,13 @@ def putting_off(native: Callable[[nn.Conv2d, Tensor], Tensor]) -> Callable[[nn.C
 def _fit(image: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Plain float32 tensors of a training step."""
     return (
-        isinstance(weight, nn.Parameter)
+        type(weight) is nn.Parameter  # one that is split over ranks is of its tensor's class
         and weight.requires_grad
         and image.shape[1] == weight.shape[1]
         and not image.is_inference()
         and convolution.fits(image)
         and convolution.fits(weight)
-        and (bias is None or (isinstance(bias, nn.Parameter) and convolution.fits(bias)))
+        and (bias is None or (type(bias) is nn.Parameter and convolution.fits(bias)))
     )
 
 
