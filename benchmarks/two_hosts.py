@@ -48,10 +48,14 @@ PLANS: list[tuple[dict[str, Any], int]] = [
     ({"layout": "data=2"}, 2),
     ({"layout": "shard=2"}, 2),
     ({"layout": "pipeline=2"}, 2),
+    ({"layout": "pipeline=2", "micro_batch": 8}, 2),
+    ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "gpipe"}, 2),
+    ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "interleaved1f1b"}, 2),
     ({"layout": "data=2", "compression": "bf16"}, 2),
+    ({"layout": "data=2", "compression": "powersgd"}, 2),
     ({"layout": "data=2", "local_steps": 8}, 2),
 ]
-"""Settings of a plan, and hosts. The last two are inexact, so they are measured and priced, but no choice."""
+"""Settings of a plan, and hosts. The last three are inexact, so they are measured and priced, but no choice."""
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 MTU = 65000

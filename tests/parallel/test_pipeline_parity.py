@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.p2p import start_receive
 from shardwise.parallel.data import GradientSum
 from shardwise.parallel.pipeline.part import call_model, split, take_part
 from shardwise.parallel.pipeline.runner import PipelineRunner
@@ -510,3 +511,35 @@ def test_a_planted_fault_is_seen(case: str, fault: str, ranks: Callable[..., lis
     parts = ranks(2, _parallel, case, "1f1b", [3, 3, 1], fault)
     with pytest.raises(AssertionError):
         _compare(_serial(case), parts)
+
+
+def _events(case: str) -> list[str]:
+    """What the last rank of two does in a step of four micro-batches: passes, and receives that it begins."""
+    group = Group.world()
+    model, inputs, targets = _build(case)
+    cut = split(model, _rows_of(inputs, 0, 2), 2)
+    part = take_part(cut, model, group.rank, group.size)
+    runner = PipelineRunner(part, group, schedule="1f1b", device=torch.device("cpu"), timeout_seconds=30)
+    found: list[str] = []
+
+    def begin_receive(tensor: Tensor, among: Group, peer: int) -> Any:
+        found.append("ask")
+        return start_receive(tensor, among, peer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardwise.parallel.pipeline.runner.start_receive", begin_receive)
+        runner.step(
+            [_rows_of(inputs, index, index + 1) for index in range(4)],
+            lambda output, index: CASES[case].loss(output, targets[index : index + 1]),
+            on_micro_batch=lambda index: found.append(f"pass {index}"),
+        )
+    return found
+
+
+def test_the_next_message_is_asked_for_when_one_is_taken(ranks: Callable[..., list[Any]]) -> None:
+    # over gloo a message starts when it is asked for: it is to travel while this rank computes
+    first, last = ranks(2, _events, "mlp")
+    ahead = ["ask", "pass 0", "ask", "pass 0", "pass 1", "ask", "pass 1", "pass 2", "ask", "pass 2", "pass 3", "pass 3"]
+    assert last == ahead
+    # the first rank asks for the first gradient before its first pass
+    assert first[0] == "ask" and first.count("ask") == 4

@@ -146,21 +146,30 @@ def test_one_forward_one_backward_waits_for_the_way_there_and_back() -> None:
     assert long - short == pytest.approx(5 * (2 * (F + B) + 2 * 0.5))
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b", "zerobubble"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev"])
 def test_a_message_that_is_asked_for_late_comes_late(schedule: str) -> None:
-    chunks = 2 if schedule == "interleaved1f1b" else 1
-    arguments = (schedule, 8, (F,) * 2 * chunks, (B,) * 2 * chunks, even(2 * chunks, 0.0, 1.0), 2)
+    chunks = 2 if schedule in ("interleaved1f1b", "zbv", "dualpipev") else 1
+    arguments = (schedule, 8, (F,) * 2 * chunks, (B,) * 2 * chunks, even(2 * chunks, 1.0, 4.0), 2)
     assert simulate(*arguments, True).seconds > simulate(*arguments).seconds
     # where messages take no time, none is asked for late
     free = (*arguments[:4], even(2 * chunks, 0.0), 2)
-    assert simulate(*free, True).seconds == pytest.approx(simulate(*free).seconds)
+    assert simulate(*free, True).seconds == pytest.approx(simulate(*free).seconds, rel=0.03)
 
 
-def test_a_receive_is_asked_for_when_the_table_that_runs_asks_for_it() -> None:
-    # gpipe's second rank asks for the next activation when it has dealt with the one before, so that the link and the rank
-    # take turns; the first rank does so with gradients
-    found = simulate("gpipe", 6, (F, F), (B, B), even(2, 0.0, SLOW), 2, True)
-    assert found.seconds == pytest.approx(F + 6 * (SLOW + F) + B + 6 * (SLOW + B))
+def test_the_next_message_is_asked_for_when_one_is_taken() -> None:
+    # the wish takes a latency, the message another and its time on the link: 10 from one to the next, there and back. The first
+    # was asked for before it was made
+    found = simulate("gpipe", 6, (F, F), (B, B), even(2, 1.0, SLOW), 2, True)
+    assert found.seconds == pytest.approx((F + 9 + 5 * 10 + F) + (B + 9 + 5 * 10 + B))
+
+
+def test_a_wish_travels_behind_what_is_under_way() -> None:
+    # both ranks send and receive all the time: what one asks for waits for its own messages to the other
+    links = even(4, 0.0, SLOW)
+    meeting, free = (
+        simulate("interleaved1f1b", 6, (F,) * 4, (B,) * 4, links, 2, each).seconds for each in (True, False)
+    )
+    assert 1.1 * free < meeting < 2.0 * free
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

@@ -96,8 +96,9 @@ def simulate(
     Args:
         forward_seconds, backward_seconds: per stage, in model order; `ranks * stages_per_rank` entries.
         wires: of the cuts between the stages, in the same order.
-        meeting: a message also waits until the other rank asks for it, in the order of the table that runs (gloo sends
-            nothing before). V schedules then keep the order in which equal stages without messages would be placed.
+        meeting: a message also waits until the other rank asks for it (gloo sends nothing before): when it takes the one before
+            from the same rank, or earlier, if the table that runs does. V schedules then keep the order in which equal stages
+            without messages would be placed.
 
     Long runs repeat themselves: beyond four groups of `ranks` micro-batches (three on more than 16 ranks) the rest is
     extended by the period of the last simulated group, which is at least the work of the busiest rank. One rank, and
@@ -149,6 +150,7 @@ def _run(
     clock, place, pending = [0.0] * ranks, [0] * ranks, [0] * ranks
     ends: list[list[float]] = [[0.0] for _ in range(ranks)]
     free = [[0.0] * ranks for _ in range(ranks)]
+    taken = [[0.0] * ranks for _ in range(ranks)]
     under_way: list[list[list[tuple[float, float]]]] = [[[] for _ in range(ranks)] for _ in range(ranks)]
     waiting = list(range(ranks))
     while waiting:
@@ -169,7 +171,7 @@ def _run(
                 wire, sender = wires[min(stage, source)], owner[source]
                 begin = made if made > free[sender][rank] else free[sender][rank]
                 if asked is not None:
-                    wished = ends[rank][asked[rank][place[rank]]]
+                    wished = min(ends[rank][asked[rank][place[rank]]], taken[sender][rank])
                     way = under_way[rank][sender]
                     last = bisect_right(way, (wished, inf)) - 1
                     if last >= 0 and way[last][1] > wished:
@@ -182,6 +184,8 @@ def _run(
                 filled = min(pending[rank], int((ready - now) / weights[stage]) if weights[stage] else 0)
                 now, pending[rank] = now + filled * weights[stage], pending[rank] - filled
             start = ready if ready > now else now
+            if 0 <= source < stages and owner[source] != rank:
+                taken[owner[source]][rank] = start
             if kind == "F":
                 now = start + forward[stage]
                 done_f[stage][index] = now

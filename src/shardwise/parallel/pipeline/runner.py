@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, final
@@ -35,7 +36,7 @@ def _nothing(*_: Any) -> None:
 @final
 @dataclass
 class _Pass:
-    """One walk through a table."""
+    """One walk through a table; `ahead` holds the receives that were not begun yet, by the rank they are from."""
 
     halved: frozenset[tuple[int, int]]
     micro_batches: Sequence[Any]
@@ -50,6 +51,7 @@ class _Pass:
     objectives: dict[int, Tensor | None] = field(default_factory=dict)
     weights: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)
     backward_left: int = 0
+    ahead: dict[int, deque[Action]] = field(default_factory=dict)
 
 
 @final
@@ -159,6 +161,12 @@ class PipelineRunner:
         row = table.rows[self._part.rank]
         cuttings = [self._part.cutting(inputs) for inputs in micro_batches]
         walk = _Pass(halved_passes(row), micro_batches, cuttings, on_output, on_last_backward, on_micro_batch)
+        if self._device.type == "cpu":  # gloo sends nothing before it is asked for it; NCCL needs the table's order
+            for action in row:
+                if action.kind in _BEFORE:
+                    walk.ahead.setdefault(self._source(action), deque()).append(action)
+            for source in walk.ahead:
+                self._ask(walk, source)
         walk.backward_left = sum(action.kind in ("B", "W") for action in row)
         if not walk.backward_left:
             on_last_backward()
@@ -271,7 +279,9 @@ class PipelineRunner:
             return walk.here.pop(key)
         if key not in walk.received:
             return {}
-        return unpack(self._form(walk, *key), self._wait(walk.received.pop(key), key))
+        message = self._wait(walk.received.pop(key), key)
+        self._ask(walk, self._part.placement[stage - 1 if kind == "F" else stage + 1])
+        return unpack(self._form(walk, *key), message)
 
     def _send(self, walk: _Pass, action: Action) -> None:
         kind, target = ("F", action.stage + 1) if action.kind == "SEND_F" else ("B", action.stage - 1)
@@ -284,12 +294,29 @@ class PipelineRunner:
         if kind == "B" and old in walk.sent:
             self._wait(walk.sent.pop(old), old)
 
+    def _source(self, action: Action) -> int:
+        """The rank that a receive gets its message from."""
+        return self._part.placement[action.stage + _BEFORE[action.kind]]
+
+    def _ask(self, walk: _Pass, source: int) -> None:
+        """Begin to receive the next message from a rank ahead of its time, so that it travels while this rank computes."""
+        waiting = walk.ahead.get(source)
+        if waiting:
+            self._start_receive(walk, waiting.popleft())
+
     def _receive(self, walk: _Pass, action: Action) -> None:
+        """Begin to receive, unless that was done ahead; messages from one rank keep their order."""
+        waiting = walk.ahead.get(self._source(action))
+        if waiting is None:
+            self._start_receive(walk, action)
+        while waiting and action in waiting:
+            self._start_receive(walk, waiting.popleft())
+
+    def _start_receive(self, walk: _Pass, action: Action) -> None:
         key = ("F" if action.kind == "RECV_F" else "B", action.stage, action.micro_batch)
         form = self._form(walk, *key)
         if form.numbers:
-            source = self._part.placement[action.stage + _BEFORE[action.kind]]
-            walk.received[key] = start_receive(form.empty(self._device), self._group, source)
+            walk.received[key] = start_receive(form.empty(self._device), self._group, self._source(action))
 
     def _wait(self, transfer: Transfer, key: tuple[str, int, int]) -> Tensor:
         try:
