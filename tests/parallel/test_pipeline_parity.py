@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import shardwise.parallel.pipeline.runner
 from shardwise.dist.collectives import Group
+from shardwise.dist.p2p import start_receive
 from shardwise.parallel.data import GradientSum
 from shardwise.parallel.pipeline.part import call_model, split, take_part
 from shardwise.parallel.pipeline.runner import PipelineRunner
@@ -521,14 +521,13 @@ def _events(case: str) -> list[str]:
     part = take_part(cut, model, group.rank, group.size)
     runner = PipelineRunner(part, group, schedule="1f1b", device=torch.device("cpu"), timeout_seconds=30)
     found: list[str] = []
-    begin = shardwise.parallel.pipeline.runner.start_receive
 
     def begin_receive(tensor: Tensor, among: Group, peer: int) -> Any:
         found.append("ask")
-        return begin(tensor, among, peer)
+        return start_receive(tensor, among, peer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shardwise.parallel.pipeline.runner, "start_receive", begin_receive)
+        patch.setattr("shardwise.parallel.pipeline.runner.start_receive", begin_receive)
         runner.step(
             [_rows_of(inputs, index, index + 1) for index in range(4)],
             lambda output, index: CASES[case].loss(output, targets[index : index + 1]),

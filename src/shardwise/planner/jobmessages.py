@@ -25,9 +25,16 @@ MESSAGE_SECONDS = 3e-5
 BUCKET_SECONDS, PART_SECONDS = 1e-5, 1.5e-6
 """What Python does to a bucket, and to each gradient on its way into it and out of it (measured on one core, 2026-11-26)."""
 
-SPLIT_CALL_SECONDS = 4e-5
-"""What DTensor does on the host for one operation on tensors that are split, views too (processor time of the main thread of
-four models, 25 to 70 us, 2026-11-26)."""
+SPLIT_CALL_SECONDS = 5.3e-5
+"""What the rules for split tensors do on the host for one function of the forward pass, its gradient included; the backward pass
+itself runs below them. Median of seven models in benchmarks/results/regret.json, 40 to 107 us, from what compute, messages and
+the two figures below leave of their step."""
+
+SPLIT_PARAMETER_SECONDS = 3.9e-5
+"""DTensor.to_local of a parameter and the way back of its gradient (one core, torch 2.13, 2026-11-26)."""
+
+SPLIT_UPDATE_SECONDS = 1.2e-5
+"""What DTensor does for one operation of the optimizer: 6 us with SGD, 18 with Adam (same date)."""
 
 
 def message_seconds(
@@ -80,7 +87,7 @@ def message_seconds(
             if block.tensor_fraction > 0
         )
         if machine.measured is not None:
-            found["tensor"] += SPLIT_CALL_SECONDS * _split_calls(facts, passes)
+            found["tensor"] += _split_seconds(facts, passes)
     if layout.context > 1:
         layers = sum(i.calls for i in facts.operations if i.kind == "attention")
         if layers:
@@ -137,14 +144,16 @@ def _shard_seconds(facts: JobFacts, plan: Plan, links: Links, held_bytes: float,
     return messages + units * UNIT_SECONDS * passes
 
 
-def _split_calls(facts: JobFacts, passes: int) -> float:
-    """Operations of a step on tensors that the tensor axis splits: in the blocks where it does, and of the optimizer."""
+def _split_seconds(facts: JobFacts, passes: int) -> float:
+    """What the host does for split tensors: in the forward pass of the blocks that are split, to hand out parameters, and in the
+    optimizer."""
     blocks = facts.model.blocks
-    return sum(
-        item.calls * (1 if item.phase == "optimizer" else passes)
-        for item in facts.operations
-        if item.phase == "optimizer" or blocks[item.block].tensor_fraction > 0
-    )
+    ahead = sum(i.calls for i in facts.operations if i.phase == "forward" and blocks[i.block].tensor_fraction > 0)
+    if not any(block.tensor_fraction > 0 for block in blocks):
+        return 0.0
+    updates = sum(i.calls for i in facts.operations if i.phase == "optimizer")
+    each_pass = SPLIT_CALL_SECONDS * ahead + SPLIT_PARAMETER_SECONDS * facts.message_parts
+    return passes * each_pass + SPLIT_UPDATE_SECONDS * updates
 
 
 def _tensor_calls(facts: JobFacts, index: int) -> float:
