@@ -163,8 +163,8 @@ def matrix() -> Iterator[Any]:
 
 
 LAYOUTS = {
-    "plain": ("shard=2", "tensor=2", "pipeline=2"),
-    "again": ("tensor=2", "pipeline=2"),
+    "plain": ("shard=2", "tensor=2", "pipeline=2", "context=2"),
+    "again": ("tensor=2", "pipeline=2", "context=2"),
     "reentrant": ("shard=2", "pipeline=2"),
     "mixture": ("data=2", "pipeline=2"),
 }

@@ -73,14 +73,13 @@ def apply_split(
         if name in plan.shares and not (sharded_next and parameter.dim() == 1 and plan.shares[name].outer > 1):
             replaced[id(parameter)] = _split_parameter(parameter, plan.shares[name], ring, mesh)
     wires = _Wires(ring)
-    for name, module in model.named_modules():
-        own = False
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in replaced:
-                module._parameters[key] = replaced[id(parameter)]
-                own = True
-        if own or not name:
-            wires.connect(module)
+    around = [module for module in model.modules() if any(id(p) in replaced for p in module.parameters())]
+    for module in model.modules():
+        for key, whole in module._parameters.items():
+            if whole is not None and id(whole) in replaced:
+                module._parameters[key] = replaced[id(whole)]
+    for module in dict.fromkeys([model, *around]):
+        wires.connect(module)
     return wires.call
 
 
@@ -114,7 +113,7 @@ def piece_of(parameter: DTensor, ring: Ring) -> Tensor:
 class _Wires:
     """Runs forward functions with the mode switched on.
 
-    The model's own forward switches it on for everything below. Modules with split parameters switch it on too, for calls
+    The model's own forward switches it on for everything below. Modules around split parameters switch it on too, for calls
     from elsewhere: an objective that calls a method of the model, or recomputation in the backward pass.
     """
 
