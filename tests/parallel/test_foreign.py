@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import shardwise
 import shardwise.parallel.pipeline.stages
 import shardwise.parallel.shard
-import shardwise.run.dcp  # noqa: F401  # once, before ranks are forked
+import shardwise.run.dcp  # once, before ranks are forked
+from shardwise.data.source import Samples, Splits, as_splits
 from shardwise.parallel.grouped import GROUPED, in_parts, in_shape
 from shardwise.spec.job import Job
 
@@ -142,8 +144,6 @@ def decoder_job(name: str, settings: Any = ()) -> Job:
 
 
 def _splits(columns: dict[str, Tensor]) -> Any:
-    from shardwise.data.source import Samples, as_splits
-
     samples: Any = [{key: value[row] for key, value in columns.items()} for row in range(SAMPLES)]
     return as_splits(Samples(samples))
 
@@ -163,8 +163,8 @@ def matrix() -> Iterator[Any]:
 
 
 LAYOUTS = {
-    "plain": ("shard=2", "tensor=2", "pipeline=2"),
-    "again": ("tensor=2", "pipeline=2"),
+    "plain": ("shard=2", "tensor=2", "pipeline=2", "context=2"),
+    "again": ("tensor=2", "pipeline=2", "context=2"),
     "reentrant": ("shard=2", "pipeline=2"),
     "mixture": ("data=2", "pipeline=2"),
 }
@@ -176,6 +176,16 @@ def test_a_model_as_libraries_have_it(matrix: Any) -> None:
     results = list(matrix.prove_cells(cells))
     assert [result for result in results if result.outcome != "proved"] == []
     assert len(results) == sum(map(len, LAYOUTS.values()))
+
+
+def test_an_evaluation_on_parts_of_sequences_is_that_of_the_whole(tmp_path: Path) -> None:
+    job = decoder_job("plain")
+    job = replace(job, data=Splits(job.data.train, job.data.train), steps=2)
+    serial, parts = (
+        shardwise.train(job, plan=plan, out=str(tmp_path / plan), progress=False) for plan in ("serial", "context=2")
+    )
+    assert parts.history == pytest.approx(serial.history, rel=1e-5)
+    assert parts.metrics["loss"] == pytest.approx(serial.metrics["loss"], rel=1e-5)
 
 
 def test_grouped_products() -> None:

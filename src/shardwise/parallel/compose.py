@@ -268,6 +268,8 @@ def compose(
         if context is not None:
             around = context.around if on_pieces is None else functools.partial(context.around, on_pieces)
         stages = take_stages(cut, model, mesh.group("pipeline"), plan, next(model.parameters()).device, around)
+        if context is not None:
+            stages.part.tracing = context.tracing
     recomputed = _recompute(model, plan, stages)
     sharded: Sharded | None = None
     if plan.layout.shard > 1:

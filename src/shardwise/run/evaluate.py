@@ -14,7 +14,7 @@ from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
 from shardwise.run.assemble import Assembly
 from shardwise.run.pair import as_pair
-from shardwise.run.step import autocast, own_tokens
+from shardwise.run.step import autocast, own_tokens, seeing_whole
 from shardwise.run.tryout import call_model
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _on_whole_model(a: Assembly, batches: Iterator[Batch], totals: Tensor) -> No
         mine = own_tokens(a, batch)
         with autocast(a):
             if a.job.objective is not None:
-                value = a.job.objective(a.model, (mine.inputs, mine.targets))
+                value = seeing_whole(a, a.job.objective, a.model, (mine.inputs, mine.targets))
                 totals[0] += as_pair(value, batch.count * a.token_share, LOSS).to(a.device)
                 output = call_model(a.model, mine.inputs) if a.job.metrics else None
             else:

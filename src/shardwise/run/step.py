@@ -117,6 +117,12 @@ def own_tokens(a: Assembly, batch: Batch) -> Batch:
     return replace(batch, inputs=inputs, targets=targets)
 
 
+def seeing_whole(a: Assembly, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`; with a context axis, what it computes from inputs and targets is that of whole sequences."""
+    context = a.composed.context
+    return function(*args) if context is None else context.around(function, *args)
+
+
 def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
     """All forward and backward passes with `loss(output, target)`; gradients are summed and final afterwards."""
     loss_function = a.job.loss
@@ -132,7 +138,7 @@ def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor,
             if weights[index] == 0:
                 objective = _zero_of(output)
             else:
-                loss = _scalar(loss_function(output, part.targets), "loss")
+                loss = _scalar(seeing_whole(a, loss_function, output, part.targets), "loss")
                 objective = loss if weights[index] == total else loss * (weights[index] / total)
                 part_sum = _at_least_float32(loss.detach()) * weights[index]
                 loss_sum = part_sum if loss_sum is None else loss_sum + part_sum
@@ -160,7 +166,7 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
         a.composed.state.phantom = part.phantom
         part = part.to(a.device)
         with autocast(a):
-            value = objective_function(a.model, (part.inputs, part.targets))
+            value = seeing_whole(a, objective_function, a.model, (part.inputs, part.targets))
             counted = counted or isinstance(value, tuple)
             objective, count = _summed(a, value, part)
             loss_sum = loss_sum + _at_least_float32(objective.detach())
@@ -212,7 +218,7 @@ def _stage_passes(a: Assembly, batch: Batch, parts: list[Batch], stages: Stages)
             return _zero_of(output)
         with autocast(a):
             assert a.job.loss is not None
-            loss = _scalar(a.job.loss(output, part.targets), "loss")
+            loss = _scalar(seeing_whole(a, a.job.loss, output, part.targets), "loss")
         sums[0] += loss.detach().double() * weights[index]
         return loss * (weights[index] / total)
 
@@ -238,7 +244,7 @@ def _weigh(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[list[float], 
     """
     if a.job.weight is None:
         return [0.0 if part.phantom else float(part.count) * a.token_share for part in parts], float(batch.global_count)
-    weights = [0.0 if part.phantom else float(a.job.weight(part.targets)) for part in parts]
+    weights = [0.0 if part.phantom else float(seeing_whole(a, a.job.weight, part.targets)) for part in parts]
     total = torch.tensor(sum(weights), dtype=torch.float64, device=a.device)
     a.clock.mark("other")
     total = a.shares.sum_(total)

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from shardwise.dist.collectives import Group
 from shardwise.errors import PlanError
 from shardwise.parallel.context.part import Part, by_rank, in_order
+from shardwise.parallel.context.wholes import Wholes
 
 ATTENTION = F.scaled_dot_product_attention
 """torch's own, whatever the name stands for meanwhile."""
@@ -148,11 +149,13 @@ def _site(frame: FrameType) -> Site:
 class WholeSequence(TorchFunctionMode):
     """While active, calls that look at the sequence see the whole of it."""
 
-    def __init__(self, part: Part, sequences: Sequences, sites: Sites) -> None:
+    def __init__(self, part: Part, sequences: Sequences | None, sites: Sites, wholes: Wholes) -> None:
+        """Prepare; without `sequences` attention is left alone, for a pass without values."""
         super().__init__()
         self._part = part
         self._sequences = sequences
         self._sites = sites
+        self._wholes = wholes
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -164,16 +167,19 @@ class WholeSequence(TorchFunctionMode):
             if str(frame.f_globals.get("__name__", "")).startswith("shardwise.nn."):
                 return func(*args, **kwargs)
             return self._arange(args, kwargs, frame) if func is torch.arange else self._sliced(args[0], args[1], frame)
+        if self._sequences is None and func in (ATTENTION, F.multi_head_attention_forward):
+            return func(*args, **kwargs)
         if func is ATTENTION:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             # It calls attention by itself, where this mode is not asked.
             with attention_replaced(self._attend):
                 return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        return self._wholes.follow(func, args, kwargs, func)
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _attend(self._part, self._sequences, *args, **kwargs)
+        assert self._sequences is not None
+        return _attend(self._part, self._sequences, self._wholes, *args, **kwargs)
 
     def _arange(self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Tensor:
         """`arange(L)` gives the positions of this rank's tokens."""
@@ -181,15 +187,36 @@ class WholeSequence(TorchFunctionMode):
         numbers += [kwargs[name] for name in ("start", "end", "step") if name in kwargs]
         fits = numbers in ([own], [0, own], [0, own, 1])
         if not self._sites.mean_positions(_site(frame), fits):
-            return torch.arange(*args, **kwargs)
+            made: Tensor = self._wholes.follow(torch.arange, args, kwargs, torch.arange)
+            return made
         options = {name: value for name, value in kwargs.items() if name not in ("start", "end", "step", "out")}
-        return self._part.take(torch.arange(self._part.length, **options), 0)
+        whole = torch.arange(self._part.length, **options)
+        positions = self._part.take(whole, 0)
+        self._wholes.know(positions, whole)
+        return positions
+
+    def _shortened(self, tensor: Tensor, index: Any, frame: FrameType) -> Tensor | None:
+        """`tensor[index]` where a slice `:-1` leaves out the last token: of the sequence, which one rank has; None for others."""
+        indices = list(index) if isinstance(index, tuple) else [index]
+        ends = [(place, dim) for place, dim, stop in _prefixes(tensor, index) if stop == -1]
+        if not ends:
+            return None
+        fitting = [place for place, dim in ends if tensor.shape[dim] == self._part.own]
+        if not self._sites.mean_positions(_site(frame), len(fitting) == 1):
+            return None
+        if self._part.spans[-1][1] != self._part.length:
+            indices[fitting[0]] = slice(None)
+        made: Tensor = tensor[tuple(indices)]
+        return made
 
     def _sliced(self, tensor: Tensor, index: Any, frame: FrameType) -> Tensor:
         """`tensor[index]`, where a slice `:L` of a dim of at least T entries takes those at this rank's positions."""
-        prefixes = _prefixes(tensor, index)
+        if self._wholes.of(tensor) is None and (shortened := self._shortened(tensor, index, frame)) is not None:
+            return shortened
+        prefixes = [] if self._wholes.of(tensor) is not None else _prefixes(tensor, index)
         if not prefixes:
-            return tensor[index]
+            found_one: Tensor = self._wholes.follow(Tensor.__getitem__, (tensor, index), {}, Tensor.__getitem__)
+            return found_one
         part = self._part
         found = [(place, dim) for place, dim, stop in prefixes if stop == part.own and tensor.shape[dim] >= part.length]
         # Of a table over pairs of positions the first L rows and columns stay: a causal mask is told by its values.
@@ -198,7 +225,11 @@ class WholeSequence(TorchFunctionMode):
         indices = list(index) if isinstance(index, tuple) else [index]
         place, dim = found[0]
         indices[place] = slice(None)
-        return part.take(tensor.narrow(dim, 0, part.length), dim)[tuple(indices)]
+        made = part.take(tensor.narrow(dim, 0, part.length), dim)[tuple(indices)]
+        if not tensor.requires_grad and type(made) is Tensor:
+            with torch._C.DisableTorchFunction():
+                self._wholes.know(made, tensor.narrow(dim, 0, part.length)[tuple(indices)])
+        return made
 
 
 def _prefixes(tensor: Tensor, index: Any) -> list[tuple[int, int, int]]:
@@ -230,6 +261,7 @@ def _uses_dim(item: Any) -> int:
 def _attend(
     part: Part,
     sequences: Sequences,
+    wholes: Wholes,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -257,7 +289,7 @@ def _attend(
             "would compute all of it; leave context out of the plan"
         )
     if attn_mask is not None:
-        attn_mask, is_causal = _whole_mask(part, sequences, attn_mask)
+        attn_mask, is_causal = _whole_mask(part, sequences, wholes, attn_mask)
     key, value = sequences.keys_values(part, key, value)
     if not is_causal:
         return ATTENTION(query, key, value, attn_mask=attn_mask, **options)
@@ -285,10 +317,16 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, start: int, options: dict
     return ATTENTION(query, key, value, attn_mask=mask, **options)
 
 
-def _whole_mask(part: Part, sequences: Sequences, mask: Tensor) -> tuple[Tensor | None, bool]:
+def _whole_mask(part: Part, sequences: Sequences, wholes: Wholes, mask: Tensor) -> tuple[Tensor | None, bool]:
     """A mask for keys of the whole sequence, or None and True for a causal one."""
     over_keys = mask.shape[-1]
     rows = mask.shape[-2] if mask.dim() > 1 else 1
+    known = wholes.of(mask)
+    if known is not None and over_keys == part.own and known.shape[-1] == part.length:
+        if rows == 1:
+            return known, False
+        if rows == part.own and known.shape[-2] == part.length:
+            return (None, True) if _is_causal(known) else (part.take(known, -2), False)
     if over_keys == part.length or (over_keys == 1 and part.own > 1):
         return mask, False
     if rows == 1 and part.own > 1:

@@ -26,6 +26,7 @@ from shardwise.errors import PlanError
 from shardwise.parallel.context.attention import ATTENTION, Sequences, Sites, attention_replaced
 from shardwise.parallel.context.part import Part
 from shardwise.parallel.context.split import Checked, TokenDim, Wiring, sequence_length, shapes_of, take_tokens
+from shardwise.parallel.context.wholes import Wholes
 
 TOLERANCE = 1e-9
 """Largest difference relative to the largest value, in float64: rounding stays far below, a wrong position far above."""
@@ -196,10 +197,13 @@ def _try(trial: _Trial, part: Part, objective: Objective, inputs: Any, targets: 
     """The loss of one part, after comparing all that can be compared."""
     seen = _Whole()
     running: list[str] = []
-    trial.wiring.connect(part, _Replayed(trial.whole, trial.tolerance), trial.sites)
+    wholes = Wholes(part)
+    own = take_tokens(inputs, part), take_tokens(targets, part)
+    wholes.know(own, (inputs, targets))
+    trial.wiring.connect(part, _Replayed(trial.whole, trial.tolerance), trial.sites, wholes)
     try:
         with _observed(trial.model, seen.outputs, running), torch.random.fork_rng(devices=[]):
-            measured = objective(trial.model, take_tokens(inputs, part), take_tokens(targets, part))
+            measured: Measured = trial.wiring.run(objective, trial.model, *own)
     except PlanError as error:
         raise PlanError(f"context={part.degree}: in module {_named(running[-1:])}: {error}") from error
     except (_Differs, RuntimeError, ValueError, IndexError) as error:
@@ -207,11 +211,18 @@ def _try(trial: _Trial, part: Part, objective: Objective, inputs: Any, targets: 
         raise _refusal(part, culprit, str(error).splitlines()[0]) from error
     trial.own_outputs, all_of_them = seen.of(""), trial.whole.of("")
     same = len(trial.own_outputs) == len(all_of_them) and all(
-        _all_same(own, whole, part, trial.tolerance) for own, whole in zip(trial.own_outputs, all_of_them, strict=True)
+        _all_same(_compared(own, objective), _compared(whole, objective), part, trial.tolerance)
+        for own, whole in zip(trial.own_outputs, all_of_them, strict=True)
     )
     if not same:
         raise _refusal(part, _first_difference(trial, seen, part) or "the model itself", "its output")
     return measured
+
+
+def _compared(outputs: list[Tensor], objective: Objective) -> list[Tensor]:
+    """Outputs that must be the same. A scalar of a model that computes its own loss is that loss, which is over a part's own
+    tokens and compared with all parts together."""
+    return outputs if objective.objective is None else [tensor for tensor in outputs if tensor.dim()]
 
 
 def _refusal(part: Part, culprit: str, what: str) -> PlanError:
@@ -235,7 +246,7 @@ def _check_loss(whole: Measured, parts_measured: list[Measured], parts: list[Par
         raise PlanError(
             f"context={parts[0].degree}: the loss of whole sequences ({value.item():.6g}) is not the mean of the losses of their "
             f"parts ({together.item():.6g}): it must be a mean over tokens, with the targets given next to the inputs. If it "
-            "leaves out some targets, give Job.weight, which counts the others; if it shifts them, shift them in the data"
+            "leaves out some targets, give Job.weight, which counts the others, or let the objective return (sum, count)"
         )
 
 

@@ -20,6 +20,7 @@ from shardwise.dist.collectives import Group
 from shardwise.errors import JobError, PlanError
 from shardwise.parallel.context.attention import Gathered, Sequences, Sites, WholeSequence
 from shardwise.parallel.context.part import Part, in_order
+from shardwise.parallel.context.wholes import Wholes
 
 TOKENS = 1
 """Dim of inputs and targets that runs over the tokens of a sequence."""
@@ -74,6 +75,7 @@ class ContextSplit:
         self._group = group.twin()  # what layers send must not depend on when gradients of other layers are ready
         self._part = Part(checked.length, group.size, group.rank)
         self._checked = checked
+        self._wholes = Wholes(self._part)
         self._wiring: Wiring | None = None
 
     @property
@@ -84,12 +86,17 @@ class ContextSplit:
     def wire(self, model: nn.Module) -> None:
         """Let the model's forward pass see whole sequences, in place. Types, names and parameters stay what they are."""
         self._wiring = Wiring(model)
-        self._wiring.connect(self._part, Gathered(self._group), self._checked.sites)
+        self._wiring.connect(self._part, Gathered(self._group), self._checked.sites, self._wholes)
 
     def around(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, which calls the wired model or parts of it, with whole sequences seen by all it calls."""
         assert self._wiring is not None
         return self._wiring.run(function, *args)
+
+    def tracing(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, which walks through a model without values and must come to the same branches as `around`."""
+        with WholeSequence(self._part, None, self._checked.sites, self._wholes):
+            return function(*args)
 
     def local(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """This rank's tokens of a batch.
@@ -107,7 +114,9 @@ class ContextSplit:
                 f"{_shown(self._checked.shapes)} (B is any number of samples): give all batches the same shapes (pad "
                 "sequences, and leave padded targets out with Job.weight), or leave context out of the plan"
             )
-        return take_tokens(inputs, self._part), take_tokens(targets, self._part)
+        own = take_tokens(inputs, self._part), take_tokens(targets, self._part)
+        self._wholes.know(own, (inputs, targets))
+        return own
 
     @torch.no_grad()
     def whole(self, output: Any) -> Any:
@@ -148,9 +157,9 @@ class Wiring:
             if not _is_plain(module):
                 module.forward = functools.partial(self.run, module.forward)
 
-    def connect(self, part: Part, sequences: Sequences, sites: Sites) -> None:
+    def connect(self, part: Part, sequences: Sequences, sites: Sites, wholes: Wholes) -> None:
         """From now on forward passes are of this part of the sequences."""
-        self._mode = WholeSequence(part, sequences, sites)
+        self._mode = WholeSequence(part, sequences, sites, wholes)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`forward(*args, **kwargs)`, which sees whole sequences."""
@@ -193,7 +202,7 @@ def take_tokens(tree: Any, part: Part) -> Any:
 
     def take(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.dim() > TOKENS and leaf.shape[TOKENS] == part.length:
-            return part.take(leaf, TOKENS)
+            return part.take(leaf, TOKENS).contiguous()
         return leaf
 
     return pytree.tree_map(take, tree)

@@ -65,6 +65,7 @@ class PipelinePart:
         placement: the rank of every stage.
         holders: name of every parameter and buffer -> the ranks that hold it; the first is its owner.
         around: `around(function, *args)` runs a stage.
+        tracing: the same walks through the model without values.
         plain: makes a value of a stage one that can be sent.
     """
 
@@ -75,6 +76,7 @@ class PipelinePart:
     placement: tuple[int, ...]
     holders: dict[str, tuple[int, ...]]
     around: Callable[..., Any] = _call
+    tracing: Callable[..., Any] = _call
     plain: Callable[[Any], Any] = _itself
     session: Session = field(default_factory=Session)
     _gates: dict[str, Gate] = field(default_factory=dict)
@@ -154,7 +156,7 @@ class PipelinePart:
         """
         if not self._accepted:  # other kinds of parallelism may have replaced modules until now
             self.program.follow(self.model)
-        cutting = self.program.cutting(inputs)
+        cutting: Cutting = self.tracing(self.program.cutting, inputs)
         if cutting.trace.asks_values or id(cutting) not in self._accepted:
             for name, stages in cutting.holders().items():
                 missing = sorted({self.placement[stage] for stage in stages} - set(self.holders[name]))

@@ -189,6 +189,7 @@ class _Tracer(TorchFunctionMode):
         )
         question = module is None and not tensors and not watch.written
         from_inputs = bool(({storage_key(leaf) for leaf in arguments} | watch.read) & self._from_inputs)
+        from_inputs |= question and any(map(self._unknown, arguments))
         asked = watch.asked or name.rpartition(".")[2] in _VALUE_QUESTIONS
         self._asks_values |= from_inputs and (rehearsed or ((question or not bound) and asked))
         if question:
@@ -284,6 +285,11 @@ class _Tracer(TorchFunctionMode):
         """Earlier calls whose results the call just made reads without having been given them."""
         given = {storage_key(leaf) for leaf in arguments if id(leaf) in self._numbers}
         return {self._maker[key] for key in (self.watch.read | self.watch.written) - given if key in self._maker}
+
+    def _unknown(self, tensor: Tensor) -> bool:
+        """Whether it has values that no recorded call made: another axis computes some from whole inputs."""
+        key = storage_key(tensor)
+        return not (is_stand_in(tensor) or key in self._local or key in self._storages)
 
     def _region(self) -> int:
         """Which region of recomputation the forward pass is in, 0 for none; each catches what autograd saves."""

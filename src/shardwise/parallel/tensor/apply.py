@@ -7,6 +7,7 @@ given one of the parameters are shown this rank's piece of it (`SplitTensor`), a
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from inspect import isfunction
 from typing import Any, final
@@ -73,14 +74,15 @@ def apply_split(
         if name in plan.shares and not (sharded_next and parameter.dim() == 1 and plan.shares[name].outer > 1):
             replaced[id(parameter)] = _split_parameter(parameter, plan.shares[name], ring, mesh)
     wires = _Wires(ring)
-    for name, module in model.named_modules():
-        own = False
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in replaced:
-                module._parameters[key] = replaced[id(parameter)]
-                own = True
-        if own or not name:
-            wires.connect(module)
+    made = {id(parameter) for parameter in replaced.values()}
+    around = [module for module in model.modules() if any(id(p) in replaced for p in module.parameters())]
+    for module in model.modules():
+        for key, whole in module._parameters.items():
+            if whole is not None and id(whole) in replaced:
+                module._parameters[key] = replaced[id(whole)]
+    for module in dict.fromkeys([model, *around]):
+        own = any(id(p) in made for p in module._parameters.values())
+        wires.connect(module, forward_only=not own and module is not model)
     return wires.call
 
 
@@ -114,7 +116,7 @@ def piece_of(parameter: DTensor, ring: Ring) -> Tensor:
 class _Wires:
     """Runs forward functions with the mode switched on.
 
-    The model's own forward switches it on for everything below. Modules with split parameters switch it on too, for calls
+    The model's own forward switches it on for everything below. Modules around split parameters switch it on too, for calls
     from elsewhere: an objective that calls a method of the model, or recomputation in the backward pass.
     """
 
@@ -122,15 +124,18 @@ class _Wires:
         self._ring = ring
         self._active = 0
 
-    def connect(self, module: nn.Module) -> None:
+    def connect(self, module: nn.Module, *, forward_only: bool = False) -> None:
         """Let the module's forward, and the other functions that its author wrote, run with the mode."""
         names = {"forward"}
         for kind in type(module).__mro__:
-            if kind.__module__.startswith("torch.") or kind is object:
+            if forward_only or kind.__module__.startswith("torch.") or kind is object:
                 break
             names |= {name for name, value in vars(kind).items() if isfunction(value) and not name.startswith("__")}
         for name in names:
-            setattr(module, name, functools.partial(self.call, getattr(module, name)))
+            function = getattr(module, name)
+            wired: Any = functools.partial(self.call, function)
+            wired.__signature__ = inspect.signature(function)  # some code counts the arguments of what it is given
+            setattr(module, name, wired)
 
     def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a bound function of a module."""
