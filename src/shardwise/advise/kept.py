@@ -14,7 +14,7 @@ import torch
 
 from shardwise.errors import ShardwiseError
 from shardwise.probe.place import cache_folder
-from shardwise.run.build import build_model
+from shardwise.run.build import build_model, without_memory
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 
@@ -30,7 +30,7 @@ def signature(job: Job, *, workers: int | None, threads: int | None, place: Mapp
     None where the model cannot be looked at without memory: then nothing is kept.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), without_memory():
             model = build_model(job, None)
     except Exception:  # noqa: BLE001  # a model may do anything in its constructor; check_job says what is wrong
         return None

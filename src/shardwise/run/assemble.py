@@ -19,7 +19,7 @@ from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
-from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back
+from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
 from shardwise.run.coupled import check_loss, wants_trial
 from shardwise.run.heap import keep_freed_memory
@@ -179,7 +179,7 @@ def check_updates(job: Job, total_steps: int | None) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):
+            with without_memory():
                 optimizer = build_optimizer(job, build_model(job, None))
         except JobError:
             raise
