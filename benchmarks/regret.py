@@ -5,9 +5,8 @@
 
 For every model the planner ranks the plans from counted operations and measured rates; then each plan that can run is tried
 in processes apart, in rounds, so that all plans see the same disturbances. The regret of a choice is its measured step over
-that of the best plan, less 1. "Prediction" takes the plan predicted fastest. "Prediction and trial" takes, of the four
-predicted fastest, the one that was fastest in the first round, and is judged by the other rounds alone, so that luck in the
-round that chose does not count. Memory is compared in short real trainings, each in a process of its own.
+that of the best plan, less 1; the choice is the plan predicted fastest. What trials add is the matter of `trials.py`. Memory is
+compared in short real trainings, each in a process of its own.
 
 A trial is a step without the loop around it, so predictions are compared without that part. Errors are told by kind of plan, as
 what 4 of 5 plans stay within: `shardwise plan` states these (planner/jobstep.py, TIME_WITHIN).
@@ -46,8 +45,6 @@ from shardwise.run.train import train
 from shardwise.spec.job import Job
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
-
-TRIED = 4
 
 
 class Residual(nn.Module):
@@ -222,21 +219,16 @@ def _measured_kind(plan: Plan) -> bool:
 
 
 def judge(result: dict[str, Any]) -> dict[str, Any]:
-    """Regret of both ways to choose; plans that failed in a round are out of the best but not of the choice."""
+    """Regret of the choice, and errors; plans that failed in a round are out."""
     rows = [row for row in result["plans"] if None not in row["measured_seconds"]]
     whole = {row["plan"]: min(row["measured_seconds"]) for row in rows}
     best = min(whole, key=lambda plan: whole[plan])
     by_prediction = min(rows, key=lambda row: row["predicted_seconds"])["plan"]
-    close = sorted(rows, key=lambda row: row["predicted_seconds"])[:TRIED]
-    by_trial = min(close, key=lambda row: row["measured_seconds"][0])["plan"]
-    later = {row["plan"]: min(row["measured_seconds"][1:] or row["measured_seconds"]) for row in rows}
     return {
         "model": result["model"],
         "best": best,
         "by_prediction": by_prediction,
         "prediction_regret": whole[by_prediction] / whole[best] - 1,
-        "by_trial": by_trial,
-        "trial_regret": later[by_trial] / min(later.values()) - 1,
         "step_error": median(errors_of(result).values()),
         "best_error": errors_of(result)[best],
     }
@@ -310,7 +302,7 @@ def main() -> None:
         one = judged[-1]
         print(
             f"{name:12} best {one['best']:22} prediction {one['by_prediction']:22} regret {one['prediction_regret']:6.1%}  "
-            f"trial {one['by_trial']:22} regret {one['trial_regret']:6.1%}  step error {one['step_error']:.0%}",
+            f"step error {one['step_error']:.0%}",
             flush=True,
         )
         memory += [memory_apart(name, layout) for layout in ("serial", "data=2")]
@@ -323,8 +315,6 @@ def main() -> None:
     summary = {
         "prediction_regret_median": median(one["prediction_regret"] for one in judged),
         "prediction_regret_mean": mean(one["prediction_regret"] for one in judged),
-        "trial_regret_median": median(one["trial_regret"] for one in judged),
-        "trial_regret_mean": mean(one["trial_regret"] for one in judged),
         "step_error_median": median(one["step_error"] for one in judged),
         "step_error_mean": mean(one["step_error"] for one in judged),
         "best_error_median": median(one["best_error"] for one in judged),

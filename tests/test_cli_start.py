@@ -46,6 +46,27 @@ def test_the_check_sees_a_heavy_module() -> None:
     assert not loaded(done).isdisjoint(HEAVY)
 
 
+def test_a_model_with_an_embedding_is_looked_at_without_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from torch import nn\n"
+        "from shardwise.run.build import without_memory\n"
+        "with without_memory():\n"
+        "    layer = nn.Embedding(5, 3)\n"
+        "    nn.init.xavier_normal_(layer.weight)\n"
+        "    nn.init.normal_(tensor=layer.weight)\n"
+        "assert layer.weight.is_meta\n"
+        "real = torch.zeros(4)\n"
+        "with without_memory():\n"
+        "    real.normal_()\n"
+        "assert real.abs().sum() > 0, 'what has values gets values'\n"
+        "print('LOADED', *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch._dynamo" not in loaded(done)
+
+
 def test_help_lists_the_verbs_with_what_they_answer() -> None:
     text = start("--help").stdout
     assert "train" in text

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import shardwise as package
 from shardwise.advise import auto, longer
+from shardwise.advise.contest import Contender
 from shardwise.advise.kept import plans_path, recall, remember, signature
-from shardwise.advise.longer import Spending, halve
 from shardwise.advise.trial import Tried, try_plan
 from shardwise.cli.main import shardwise
 from shardwise.data.source import Splits, as_splits
@@ -89,20 +89,29 @@ def test_a_long_run_is_planned_and_says_what_it_expects(monkeypatch: pytest.Monk
 def test_a_long_run_tries_its_best_plans(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     pretend_long(monkeypatch, machine, seconds=1e6)
     monkeypatch.setattr(longer, "BUDGET_SECONDS", 1e4)  # however long counting takes on a busy machine
-    monkeypatch.setattr(longer, "CLOSE", 1e9)
     tried: list[Plan] = []
+    others = 0.0
 
     def attempt(job: Job, splits: Splits, plan: Plan, seconds: float) -> Tried:
         tried.append(plan)
-        return Tried(plan, 0.001 * plan.layout.workers, 0.001, 1e8, 5, 0.1)
+        step = 0.5 if plan.layout.workers == 1 else 50.0
+        return Tried(plan, step, step, 1e8, 5, 0.1, others_cores=others)
 
     monkeypatch.setattr(longer, "_try", attempt)
+    monkeypatch.setattr(longer, "contender", lambda item: Contender(1.0 / item.plan.layout.workers, 0.5, 1, 0.5))
     plan = choose(job_of(), workers=None)
     assert len({str(one) for one in tried}) > 1
     assert plan.layout == Layout()
     assert plan.prediction is not None
-    assert plan.prediction.step_seconds == 0.001
-    assert "tried" in plan.reasons[0]
+    assert plan.prediction.step_seconds == pytest.approx(0.5, rel=0.01)
+    assert plan.reasons[0].startswith(f"tried {len({str(one) for one in tried})} plans")
+    assert "; fastest with a chance of " in plan.reasons[0]
+    # What other programs spoiled is no reason to leave the prediction.
+    plans_path().unlink()
+    others = 10.0
+    spoiled = choose(job_of(), workers=None)
+    assert spoiled.layout != Layout()
+    assert "other programs spoiled the trials" in spoiled.reasons[0]
 
 
 def test_plans_that_cannot_run_are_not_chosen(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
@@ -190,28 +199,6 @@ def test_a_trial_that_is_killed_is_an_answer(plan: Plan) -> None:
     seen = try_plan(job, as_splits(job.data), plan)
     assert seen.failure is not None
     assert "SIGKILL" in seen.failure
-
-
-def test_halving_gives_the_better_half_more_time_and_keeps_to_the_budget() -> None:
-    plans = [Plan(layout=Layout(data=degree)) for degree in (1, 2, 3, 4)]
-    speeds = {1: 0.4, 2: 0.1, 3: 0.2, 4: 0.3}
-    calls: list[tuple[int, float]] = []
-
-    def attempt(plan: Plan, seconds: float) -> Tried:
-        calls.append((plan.layout.data, seconds))
-        if plan.layout.data == 4:
-            return Tried(plan, failure="no memory")
-        return Tried(plan, speeds[plan.layout.data], 0.0, 0.0, 3, 0.0)
-
-    found = halve(plans, attempt, Spending(100.0))
-    assert found[0].plan.layout.data == 2
-    assert [degree for degree, _ in calls[:4]] == [1, 2, 3, 4]
-    assert {degree for degree, _ in calls[4:]} == {2, 3}
-    assert calls[4][1] == 2 * calls[0][1]
-    assert len(found) == 4
-    calls.clear()
-    assert halve(plans, attempt, Spending(0.0)) == []
-    assert calls == []
 
 
 # The seam in `run`

@@ -15,7 +15,7 @@ from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
 from shardwise.planner.jobstages import stage_blocks, stages_of
-from shardwise.planner.jobstep import TIME_WITHIN, estimate_job
+from shardwise.planner.jobstep import LIBRARY_BYTES, REUSED_BYTES, TIME_WITHIN, estimate_job
 from shardwise.planner.operations import Sharing, correction, phase_seconds
 from shardwise.spec.facts import BlockFacts, ModelFacts
 from shardwise.spec.layout import Layout
@@ -254,9 +254,16 @@ def test_memory_is_told_part_by_part() -> None:
     assert serial.memory["optimizer"] == 8e6
     assert shard.memory["optimizer"] == 2e6
     assert shard.memory["parameters"] == 1e6
-    assert data.memory["buckets"] == 4e6
+    # Buckets and libraries find room in what a process freed and keeps: here 100 MB more than a bare one.
+    assert data.memory["buckets"] == 0.0
+    bare = replace(facts(), base_bytes=1e8, peak_sample_bytes=0.0, peak_fixed_bytes=4e6)
+    tight = estimate_job(bare, machine(), plan("data=4"))
+    assert tight.memory["buckets"] == 4e6
+    assert tight.memory["libraries"] - data.memory["libraries"] == REUSED_BYTES
+    loaded_first = estimate_job(facts(), machine(), plan("shard=4")).memory["libraries"]
+    assert loaded_first == LIBRARY_BYTES["shard"] * 2**20
     assert "buckets" not in serial.memory
-    assert serial.memory_bytes == pytest.approx(2e8 + 4e6 + 8e6 + 4e6 + 8e7 + 95 * 2**20)
+    assert serial.memory_bytes == pytest.approx(2e8 + 4e6 + 8e6 + 4e6 + 8e7 + (70 + 46 - 38) * 2**20)
 
 
 def test_a_catalogued_device_counts_launches_and_context() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from shardwise.errors import ShardwiseError
 from shardwise.probe.place import cache_folder
-from shardwise.run.build import build_model
+from shardwise.run.build import build_model, without_memory
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 
@@ -32,7 +32,7 @@ def signature(job: Job, *, workers: int | None, threads: int | None, place: Mapp
     parts: list[Any] = [VERSION, job.batch_size, job.micro_batch, job.precision, job.batch_norm, job.epochs, job.steps]
     parts += [workers, threads, sorted(place.items()), job.name, job.clip_norm is None]
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), without_memory():
             model = build_model(job, None)
         parts += [(name, type(module).__name__) for name, module in model.named_modules()]
         parts += [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]

@@ -1,16 +1,17 @@
-"""Planning a long run within a budget: count, price, and try the best plans by successive halving."""
+"""Planning a long run within a budget: count, price, and try the plans that may be the best."""
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 from shardwise.advise.advice import keep_machine, refusals
-from shardwise.advise.trial import Tried, try_plan
+from shardwise.advise.contest import Contender, Outcome, Seen, hold
+from shardwise.advise.trial import LEAST_STEPS, WARM_STEPS, Tried, try_plan
 from shardwise.data.source import Splits
-from shardwise.planner.jobsearch import JobFound, JobProblem, search_job
+from shardwise.planner.jobsearch import JobCandidate, JobFound, JobProblem, search_job
+from shardwise.planner.jobstep import TIME_WITHIN
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe
 from shardwise.probe.place import cached_machine
@@ -28,10 +29,13 @@ BUDGET_SECONDS = 30.0
 QUICK_PROBE_SECONDS, PROBE_SECONDS, FACTS_SECONDS, TRIAL_SECONDS = 4.5, 15.0, 1.5, 1.0
 """What the parts of planning take here, for staying within the budget (measured on two cores, 2026-11-26)."""
 
-CLOSE = 1.5
-"""Plans predicted within this factor of the best are worth a trial."""
+TRIED_SECONDS, START_SECONDS = 0.25, 0.5
+"""Timed steps of one trial, and what starting and ending its processes takes here (2026-11-26)."""
 
 MOST_TRIED = 4
+
+UNCHECKED_WITHIN = 1.0
+"""What a prediction is taken to be within where no step was seen on this machine."""
 
 AXES = ("data", "context")
 """Axes that may be chosen without being asked for. Sharding, tensor, pipeline and expert parallelism save memory; on the
@@ -85,7 +89,7 @@ def plan_longer(
         base=replace(rule, layout=Plan().layout, threads=None, reasons=()),
     )
     found = search_job(problem, lambda plans: [None for _ in plans], wanted=50)
-    return _settled(job, splits, rule, found, spending, trial=trial, show=show)
+    return _settled(job, splits, rule, found, spending, expected_seconds, trial=trial, show=show)
 
 
 def affordable_machine(spending: Spending, expected_seconds: float, *, show: bool) -> Machine | None:
@@ -107,84 +111,101 @@ def affordable_machine(spending: Spending, expected_seconds: float, *, show: boo
 
 
 def _settled(
-    job: Job, splits: Splits, rule: Plan, found: JobFound, spending: Spending, *, trial: bool, show: bool
+    job: Job,
+    splits: Splits,
+    rule: Plan,
+    found: JobFound,
+    spending: Spending,
+    expected_seconds: float,
+    *,
+    trial: bool,
+    show: bool,
 ) -> Plan:
     """The best plan that the run's own checks accept, after trials where these can pay."""
     ranked = found.plans[: 3 * MOST_TRIED]
     reasons = refusals(job, [item.plan for item in ranked])
-    able = [item for item, reason in zip(ranked, reasons, strict=True) if reason is None]
-    close = [item for item in able if item.estimate.step_seconds <= CLOSE * able[0].estimate.step_seconds][:MOST_TRIED]
-    if not close:
+    able = [item for item, reason in zip(ranked, reasons, strict=True) if reason is None][:MOST_TRIED]
+    if not able:
         return rule
-    best = close[0]
+    best = able[0]
     told = f"predicted {format_seconds(best.estimate.step_seconds)} a step, the least of {found.priced} plans"
-    if not trial or len(close) == 1 or spending.left < 2 * TRIAL_SECONDS:
+    if not trial or len(able) == 1 or spending.left < 2 * TRIAL_SECONDS:
         return best.as_plan((told,))
-    _tell(show, f"trying {len(close)} plans, at most {format_seconds(spending.left)} (--no-trial skips this)")
+    _tell(
+        show, f"trying the best of {len(able)} plans, at most {format_seconds(spending.left)} (--no-trial skips this)"
+    )
     began = time.perf_counter()
-    tried = halve([item.plan for item in close], functools.partial(_try, job, splits), spending)
-    good = [item for item in tried if item.failure is None]
-    if not good:
+    seen: list[list[Tried]] = [[] for _ in able]
+
+    def attempt(index: int) -> Seen:
+        tried = _try(job, splits, able[index].plan, TRIED_SECONDS)
+        seen[index].append(tried)
+        return Seen(tried.step_seconds, tried.seconds, tried.disturbed, tried.failure is not None)
+
+    outcome = hold(
+        [contender(item) for item in able], attempt, training_seconds=expected_seconds, left=lambda: spending.left
+    )
+    if outcome.winner is None:
         return best.as_plan((told,))
-    first = min(good, key=lambda item: item.step_seconds)
-    prediction = next(item.as_plan().prediction for item in close if item.plan == first.plan)
+    winner = able[outcome.winner]
+    quiet = [one for one in seen[outcome.winner] if one.failure is None and not one.disturbed]
+    if not quiet:
+        spoiled = "; other programs spoiled the trials" if outcome.disturbed else ""
+        return winner.as_plan((f"predicted {format_seconds(winner.estimate.step_seconds)} a step{spoiled}",))
+    prediction = winner.as_plan().prediction
     assert prediction is not None
     took = format_seconds(time.perf_counter() - began)
-    others = ", ".join(
-        f"{item.plan} {format_seconds(item.step_seconds) if item.failure is None else 'failed'}"
-        for item in tried
-        if item.plan != first.plan
+    return replace(
+        winner.plan,
+        prediction=_seen(prediction, winner.estimate.seconds["loop"], quiet),
+        reasons=(_sentence(able, seen, outcome, took),),
     )
-    sentence = f"tried {len(tried)} plans in {took}: {format_seconds(first.step_seconds)} a step, against {others}"
-    return replace(first.plan, prediction=_seen(prediction, first), reasons=(sentence,))
 
 
-def halve(plans: list[Plan], attempt: Callable[[Plan, float], Tried], spending: Spending) -> list[Tried]:
-    """Successive halving: all plans for a few steps, the better half for twice as many, until one is left or time is up.
-
-    Args:
-        plans: the most promising first.
-        attempt: tries a plan for so many seconds of steps.
-        spending: no trial is begun that would probably exceed it.
-
-    Returns:
-        The last trial of every plan that was tried, the plans of later rounds first.
-    """
-    latest: dict[int, Tried] = {}
-    left = list(range(len(plans)))
-    seconds = 0.25
-    while left:
-        for index in left:
-            before = latest.get(index)
-            likely = before.seconds + seconds if before is not None else TRIAL_SECONDS
-            if spending.left < likely:
-                return _by_round(latest, left)
-            latest[index] = attempt(plans[index], seconds)
-        ranked = sorted((i for i in left if latest[i].failure is None), key=lambda i: latest[i].step_seconds)
-        if len(ranked) <= 1:
-            return _by_round(latest, ranked)
-        left = ranked[: (len(ranked) + 1) // 2]
-        seconds *= 2
-    return _by_round(latest, left)
+def contender(item: JobCandidate) -> Contender:
+    """A priced plan as the contest takes it. A trial has no loop around its steps, so the prediction goes without it."""
+    found = item.estimate
+    step = max(1e-9, found.step_seconds - found.seconds["loop"])
+    within = TIME_WITHIN[found.kind] if found.measured else UNCHECKED_WITHIN
+    took = START_SECONDS + WARM_STEPS * step + max(TRIED_SECONDS, LEAST_STEPS * step)
+    return Contender(step, within, item.plan.threads or 1, took)
 
 
-def _by_round(latest: dict[int, Tried], left: list[int]) -> list[Tried]:
-    order = sorted(latest, key=lambda index: (index not in left, latest[index].step_seconds))
-    return [latest[index] for index in order]
+def _sentence(able: list[JobCandidate], seen: list[list[Tried]], outcome: Outcome, took: str) -> str:
+    """What was tried and what came out of it."""
+    told = []
+    for index, (item, trials) in enumerate(zip(able, seen, strict=True)):
+        good = [one.step_seconds for one in trials if one.failure is None and not one.disturbed]
+        if good and index != outcome.winner:
+            predicted = format_seconds(item.estimate.step_seconds)
+            told.append(f"{item.plan} {format_seconds(median(good))} (predicted {predicted})")
+        elif index in outcome.failed:
+            told.append(f"{item.plan} failed")
+    assert outcome.winner is not None
+    mine = [one.step_seconds for one in seen[outcome.winner] if one.failure is None and not one.disturbed]
+    text = f"tried {sum(1 for trials in seen if trials)} plans in {took} ({outcome.rounds} rounds): "
+    text += f"{format_seconds(median(mine))} a step"
+    if told:
+        text += f", against {', '.join(told)}"
+    text += f"; fastest with a chance of {outcome.chance:.0%}"
+    if outcome.disturbed:
+        text += f"; {outcome.disturbed} trials left out, which other programs spoiled"
+    return text
 
 
 def _try(job: Job, splits: Splits, plan: Plan, seconds: float) -> Tried:
     return try_plan(job, splits, plan, step_budget_seconds=seconds)
 
 
-def _seen(prediction: Prediction, tried: Tried) -> Prediction:
-    """The prediction with what the trial saw; the parts keep their shares."""
-    scale = tried.step_seconds / prediction.step_seconds
+def _seen(prediction: Prediction, loop_seconds: float, trials: list[Tried]) -> Prediction:
+    """The prediction with what the trials saw and the loop around it; the parts keep their shares."""
+    step = median(one.step_seconds for one in trials) + loop_seconds
+    scale = step / prediction.step_seconds
     return replace(
         prediction,
-        step_seconds=tried.step_seconds,
+        step_seconds=step,
         seconds_by_part={name: value * scale for name, value in prediction.seconds_by_part.items()},
-        confidence=f"tried for {tried.steps} steps",
+        confidence=f"tried for {sum(one.steps for one in trials)} steps",
     )
 
 

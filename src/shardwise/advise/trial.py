@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import RunFailed, ShardwiseError
+from shardwise.probe.place import cores_busy_seconds
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import Assembly, assemble
+from shardwise.run.choose import usable_cores
 from shardwise.run.gauge import peak_memory_bytes
 from shardwise.run.launch import Nodes, launch
 from shardwise.run.loop import next_batch, open_epoch, total_steps
@@ -33,6 +35,10 @@ WARM_STEPS = 2
 """Steps before the clock starts: first calls choose kernels, make optimizer states and fill caches."""
 
 LEAST_STEPS, MOST_STEPS = 3, 200
+
+OTHERS_SHARE = 0.1
+"""Part of the cores that other programs may take during a trial. The system itself takes 0.01 to 0.03 here, and the clock of
+/proc/stat, of hundredths of a second, is off by as much in a trial of a quarter of a second (2026-11-26)."""
 
 _TIMEOUT_SECONDS = 30.0
 
@@ -49,6 +55,7 @@ class Tried:
         seconds: what the whole trial took.
         failure: why it ended early; the other figures are 0 then.
         mean_seconds: mean of the timed steps, for plans whose steps differ.
+        others_cores: cores that other programs kept busy meanwhile, on average; 0 where the system does not say.
     """
 
     plan: Plan
@@ -59,6 +66,12 @@ class Tried:
     seconds: float = 0.0
     failure: str | None = None
     mean_seconds: float = 0.0
+    others_cores: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs took so much of the cores that the figures are theirs, too."""
+        return self.others_cores > OTHERS_SHARE * usable_cores()
 
 
 def try_plan(
@@ -99,12 +112,10 @@ def try_plan(
             )
     except (ShardwiseError, MemoryError) as error:
         return Tried(plan, seconds=time.perf_counter() - began, failure=_reason(error))
-    return Tried(plan, *figures[:4], seconds=time.perf_counter() - began, mean_seconds=figures[4])
+    return replace(figures, plan=plan, seconds=time.perf_counter() - began)
 
 
-def _try(
-    rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budget: float
-) -> tuple[float, float, float, int, float]:
+def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budget: float) -> Tried:
     place = torch.device(device, rank.local_rank) if device != "cpu" else torch.device("cpu")
     with process_group(rank, device, _TIMEOUT_SECONDS):
         world = Group.world()
@@ -116,13 +127,25 @@ def _try(
         once = max(world.gather_objects(walk.step()))
         steps = max(LEAST_STEPS, min(MOST_STEPS, round(budget / max(once, 1e-5))))
         world.barrier()
+        began, own, busy = time.perf_counter(), time.process_time(), cores_busy_seconds()
         times = [walk.step() for _ in range(steps)]
-        slowest = max(world.gather_objects(sorted(times)[len(times) // 4]))
-        fastest = max(world.gather_objects(min(times)))
+        own = sum(world.gather_objects(time.process_time() - own if rank.node == 0 else 0.0))
+        others = _others_cores(busy, own, time.perf_counter() - began)
+        figures = (sorted(times)[len(times) // 4], min(times), float(peak_memory_bytes(place)))
+        slowest, fastest, memory = (max(values) for values in zip(*world.gather_objects(figures), strict=True))
         mean = max(world.gather_objects(sum(times) / len(times)))
-        memory = max(world.gather_objects(float(peak_memory_bytes(place))))
         walk.close()
-        return slowest, fastest, memory, steps, mean
+        return Tried(
+            Plan(), slowest, fastest, memory, steps, mean_seconds=mean, others_cores=world.gather_objects(others)[0]
+        )
+
+
+def _others_cores(busy_before: float | None, own_seconds: float, wall_seconds: float) -> float:
+    """Cores of this machine that others kept busy; 0 where the system does not say."""
+    busy = cores_busy_seconds()
+    if busy is None or busy_before is None:
+        return 0.0
+    return max(0.0, busy - busy_before - own_seconds) / wall_seconds
 
 
 class _Walk:

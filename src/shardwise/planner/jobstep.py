@@ -27,8 +27,12 @@ LIBRARY_BYTES = {"data": 70, "context": 75, "shard": 80, "tensor": 80, "pipeline
 """MiB that a worker holds more towards the end of a run, because it loads distributed checkpoints, FSDP2 or DTensor, by axis;
 one worker holds as much as with data (measured resident memory, 2026-11-26)."""
 
-INLINE_BYTES = 25 * 2**20
+INLINE_BYTES = 46 * 2**20
 """What one worker holds more, because it is the process of the command itself (measured 2026-11-26)."""
+
+REUSED_BYTES = 38 * 2**20
+"""Of the libraries that are loaded towards the end, what finds room in memory that the steps have freed and the allocator kept;
+the rest are mapped files and Python's own arenas (fitted to short trainings of eleven models, 2026-11-26)."""
 
 RING_BYTES = 8 * 2**20
 """Shared memory of one rank, of which a message touches what it needs (dist/exchange.py)."""
@@ -278,10 +282,7 @@ def _memory(
         found["buckets"] = BUCKET_COPIES.get(plan.compression, 1.0) * gradients
     if machine.measured is not None:
         found["process"] = facts.base_bytes or machine.measured.worker_bytes
-        loaded = [size for axis, size in LIBRARY_BYTES.items() if layout.degrees[axis] > 1]
-        found["libraries"] = max(loaded, default=LIBRARY_BYTES["data"]) * 2.0**20
-        if layout.workers == 1:
-            found["libraries"] += INLINE_BYTES
+        found |= _settled(plan, found, machine.measured.worker_bytes)
         if layout.workers > 1:
             message = min(RING_BYTES, 2.0 * gradients)
             found["shared memory"] = layout.workers * message if summed > 1 else 0.0
@@ -289,3 +290,25 @@ def _memory(
         found["slack"] = SLACK * sum(found.values())
         found["context"] = CONTEXT_BYTES
     return found
+
+
+def _settled(plan: Plan, found: dict[str, float], bare_bytes: float) -> dict[str, float]:
+    """Buckets and libraries of a worker, as far as they need memory that it does not hold anyway.
+
+    What a process holds beyond a bare one and its tensors is memory that was freed and kept: what the initial weights were made
+    in, temporaries of operators, blocks of another size. Buckets are made before the steps and take their room there; the
+    libraries of checkpoints are loaded after the steps and find that of the activations, too.
+    """
+    degrees = plan.layout.degrees
+    loaded = [size for axis, size in LIBRARY_BYTES.items() if degrees[axis] > 1]
+    libraries = max(loaded, default=LIBRARY_BYTES["data"]) * 2.0**20
+    if plan.layout.workers == 1:
+        libraries += INLINE_BYTES
+    slack = max(0.0, found["process"] - bare_bytes)
+    buckets = found.get("buckets", 0.0)
+    if plan.layout.workers == degrees["data"] * degrees["context"]:  # others load theirs before the steps
+        libraries -= min(REUSED_BYTES, max(0.0, slack - buckets) + found["activations"])
+    settled = {"libraries": libraries}
+    if buckets:
+        settled["buckets"] = max(0.0, buckets - slack)
+    return settled

@@ -20,7 +20,7 @@ from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
 from shardwise.run.blame import readable_failure
-from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back
+from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
 from shardwise.run.coupled import check_loss, divides_batches, is_cheap
 from shardwise.run.heap import keep_freed_memory
@@ -187,7 +187,7 @@ def check_updates(job: Job, total_steps: int | None) -> None:
 
 def _optimizer_to_look_at(job: Job) -> Optimizer:
     try:
-        with torch.device("meta"):
+        with without_memory():
             return build_optimizer(job, build_model(job, None))
     except JobError:
         raise

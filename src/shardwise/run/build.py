@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from shardwise.dist.collectives import Group
 from shardwise.errors import JobError, PlanError
@@ -89,7 +91,7 @@ def build_to_look_at(job: Job, plan: Plan) -> nn.Module:
         if deferred is None:
             raise _refusal(plan, problem)
     try:
-        with torch.device("meta"):
+        with without_memory():
             return build_model(job, None)
     except (JobError, PlanError):
         raise
@@ -98,6 +100,29 @@ def build_to_look_at(job: Job, plan: Plan) -> nn.Module:
     with readable_failure("Job.model failed"):
         deferred = build_in_parts(job)[0] if defers_weights(plan) else None
         return deferred.model if deferred is not None else build_model(job, None)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Tensors that are made inside have shapes and types, no memory and no values."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+@final
+class _Undrawn(TorchFunctionMode):
+    """Draws no normal values for tensors that hold none: torch 2.13 imports its compiler for it, which takes a second and
+    70 MB of every worker, for any model with an embedding."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_):
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def build_in_parts(job: Job) -> tuple[Deferred | None, str]:

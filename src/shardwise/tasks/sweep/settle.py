@@ -180,10 +180,10 @@ def _parameters(job: Job) -> int:
     """Of its model; 0 where it cannot be built without memory."""
     import torch
 
-    from shardwise.run.build import build_model
+    from shardwise.run.build import build_model, without_memory
 
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), without_memory():
             return sum(parameter.numel() for parameter in build_model(job, None).parameters())
     except Exception:  # noqa: BLE001  # a model may do anything in its constructor
         return 0
