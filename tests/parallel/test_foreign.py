@@ -25,8 +25,12 @@ import shardwise.parallel.pipeline.stages
 import shardwise.parallel.shard
 import shardwise.run.dcp  # once, before ranks are forked
 from shardwise.data.source import Samples, Splits, as_splits
+from shardwise.errors import PlanError
 from shardwise.parallel.grouped import GROUPED, in_parts, in_shape
+from shardwise.run.assemble import check_job
 from shardwise.spec.job import Job
+from shardwise.spec.layout import Layout
+from shardwise.spec.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, TOKENS, WIDTH, HEADS, SAMPLES = 23, 12, 16, 4, 31
@@ -198,3 +202,44 @@ def test_grouped_products() -> None:
     assert in_shape(a, b, offs).shape == expected.shape
     batched = torch.randn(3, 8, 16, generator=generator)
     torch.testing.assert_close(in_parts(batched, b), GROUPED(batched, b))
+
+
+class Adafactor(torch.optim.SGD):
+    """As other libraries call theirs; theirs fail on parts as torch's does."""
+
+
+def small_job(**changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "model": lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
+        "data": (torch.randn(8, 4), torch.randn(8, 2)),
+        "loss": F.mse_loss,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "batch_size": 8,
+        "epochs": 1,
+    }
+    return Job(**{**values, **changes})
+
+
+class TwoTypes(nn.Module):
+    """Trained parameters of two types in one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(4, 2), nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) * self.scale).float()
+
+
+def test_what_cannot_be_split_is_refused_before_a_worker_starts() -> None:
+    shard = Plan(layout=Layout(shard=2))
+    for optimizer in (torch.optim.Adafactor, torch.optim.Rprop, Adafactor):
+        job = small_job(optimizer=lambda parameters, kind=optimizer: kind(parameters, lr=0.1))
+        with pytest.raises(PlanError, match=r"(Adafactor|Rprop) cannot step on parameters .* by the shard axis"):
+            check_job(job, shard)
+        check_job(job, Plan(layout=Layout(data=2)))
+    job = small_job(model=TwoTypes)
+    with pytest.raises(PlanError, match="trained parameters of types float32 and float64"):
+        check_job(job, shard)
+    check_job(job, Plan(layout=Layout(data=2)))
+    check_job(small_job(), shard)

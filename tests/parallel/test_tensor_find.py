@@ -15,9 +15,9 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.dist.split import is_dtensor
 from shardwise.errors import PlanError
+from shardwise.parallel.steps import check_optimizer
 from shardwise.parallel.tensor.apply import apply_split
 from shardwise.parallel.tensor.find import find_split
-from shardwise.parallel.tensor.optimizer import check_optimizer
 from shardwise.parallel.tensor.plan import TensorPlan
 from shardwise.parallel.tensor.ring import Cut
 from shardwise.spec.layout import Layout

@@ -184,7 +184,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
     if plan.layout.shard > 1:
         from shardwise.parallel.shard import check_shard  # FSDP2 takes a second to import: only where it is used
 
-        check_shard(model)
+        check_shard(model, whole=plan.layout.pipeline == 1)
     if plan.recompute != "none":
         from shardwise.parallel.recompute import recomputed_modules
 

@@ -34,12 +34,26 @@ if TYPE_CHECKING:
     from shardwise.parallel.deferred.build import Deferred
 
 
-def check_shard(model: nn.Module) -> None:
+def check_shard(model: nn.Module, *, whole: bool = True) -> None:
     """Refuse what cannot be sharded.
 
+    Args:
+        model: whole still.
+        whole: what lies around the units is split too, as it is without a pipeline.
+
     Raises:
-        PlanError: the model has embeddings with sparse gradients.
+        PlanError: the model has embeddings with sparse gradients, or a unit has trained parameters of several types.
     """
+    seen: set[nn.Parameter] = set()
+    for name in [*unit_names(model), *([""] if whole else [])]:
+        trained = [p for p in model.get_submodule(name).parameters() if p.requires_grad and p not in seen]
+        seen.update(trained)
+        types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
+        if len(types) > 1:
+            raise PlanError(
+                f"{f'module {name!r}' if name else 'the model outside its repeated blocks'} has trained parameters of types "
+                f"{' and '.join(types)}, which FSDP2 cannot gather together: give them one type, or use data="
+            )
     sparse = sorted(sparse_parameters(model))
     if sparse:
         raise PlanError(

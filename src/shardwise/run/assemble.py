@@ -19,6 +19,7 @@ from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
+from shardwise.parallel.steps import check_step
 from shardwise.run.blame import readable_failure
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
@@ -211,6 +212,9 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
         model = build_to_look_at(job, plan)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     layout = plan.layout
+    if layout.shard > 1:
+        with torch.random.fork_rng(devices=[]):
+            check_step(_optimizer_to_look_at(job), "shard")
     cheap = is_cheap(job, model)
     loss_in_parts = cheap and divides_batches(job, plan)
     if cheap and rehearsal:

@@ -108,7 +108,7 @@ def check_tensor_optimizer(optimizer: Optimizer, model: nn.Module, split: Tensor
     """
     if split is None:
         return ()
-    from shardwise.parallel.tensor.optimizer import check_optimizer
+    from shardwise.parallel.steps import check_optimizer
 
     named = {id(parameter) for name, parameter in model.named_parameters() if name in split.shares}
     return check_optimizer(optimizer, lambda parameter: is_dtensor(parameter) or id(parameter) in named)

@@ -10,8 +10,23 @@ from torch.optim import Optimizer
 
 from shardwise.errors import PlanError
 
-UNABLE = (torch.optim.Adafactor, torch.optim.Rprop, torch.optim.SparseAdam, torch.optim.LBFGS)
-"""Optimizers whose step torch (2.13) cannot do on DTensors, or that need the loss several times."""
+UNABLE = ("Adafactor", "Rprop", "SparseAdam", "LBFGS")
+"""Optimizers whose step torch (2.13) cannot do on DTensors, or that need the loss several times; by name, because Adafactor
+comes in several libraries and fails in the same way in all."""
+
+
+def check_step(optimizer: Optimizer, axis: str) -> None:
+    """Refuse an optimizer whose step does not work on parts of parameters.
+
+    Raises:
+        PlanError: torch does not do this optimizer's step on DTensors.
+    """
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in UNABLE:
+            raise PlanError(
+                f"{kind.__name__} cannot step on parameters that are split by the {axis} axis: use SGD, Adam, AdamW or another "
+                f"optimizer that works element by element, or a layout without {axis}"
+            )
 
 
 def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool]) -> tuple[str, ...]:
@@ -30,12 +45,8 @@ def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool]) ->
     """
     if not any(is_split(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         return ()
+    check_step(optimizer, "tensor")
     name = type(optimizer).__name__
-    if isinstance(optimizer, UNABLE):
-        raise PlanError(
-            f"{name} cannot step on parameters that are split by tensor parallelism: use SGD, Adam, AdamW or another optimizer "
-            "that works element by element, or a layout without tensor"
-        )
     for index, group in enumerate(optimizer.param_groups):
         together = [option for option in ("foreach", "fused") if group.get(option)]
         kinds = {is_split(parameter) for parameter in group["params"]}
