@@ -228,7 +228,8 @@ class TwoTypes(nn.Module):
         self.inner, self.scale = nn.Linear(4, 2), nn.Parameter(torch.ones(2, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.inner(x) * self.scale).float()
+        scaled: Tensor = self.inner(x) * self.scale
+        return scaled.float()
 
 
 def test_what_cannot_be_split_is_refused_before_a_worker_starts() -> None:
