@@ -176,7 +176,9 @@ def test_data_and_pipeline(pieces: int, ranks: Callable[..., list[Any]]) -> None
     _check(serial, ranks(4, _hybrid, Layout(data=2, pipeline=2), Tied, _tokens(), _token_loss, pieces))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # by FSDP2 alone, without `shard_model`
+@pytest.mark.filterwarnings(
+    "ignore:FSDP2-wrapped module .* returned a view tensor"
+)  # by FSDP2 alone, without `shard_model`
 def test_shard_and_pipeline(ranks: Callable[..., list[Any]]) -> None:
     serial = _serial(Tied, _tokens(8), _token_loss)
     _check(serial, ranks(4, _hybrid, Layout(shard=2, pipeline=2), Tied, _tokens(8), _token_loss, 2))
