@@ -15,8 +15,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from accuracy import LEFT_OUT_MEMORY_FILE, SWEEP, cluster_machine, load_scorer
 from fit_planner import RIDGE
+from scoring import LEFT_OUT_MEMORY_FILE, SWEEP, cluster_machine, load_scorer
 from shardwise.planner import memory
 from shardwise.planner.case import Case
 from shardwise.planner.predict import predict_runs

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from accuracy import KINDS, LEFT_OUT_FILE, SOURCES, SWEEP, cluster_machine, load_scorer, with_pending_sends
+from scoring import KINDS, LEFT_OUT_FILE, SOURCES, SWEEP, cluster_machine, load_scorer, with_pending_sends
 from shardwise.errors import UserError
 from shardwise.planner.constants import BOUNDS, Constants
 from shardwise.planner.predict import resolve

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from accuracy import load_scorer, percent
+from scoring import load_scorer, percent
 from shardwise.planner.predict import predict_runs, write_csv
 from shardwise.planner.runs import read_runs
 

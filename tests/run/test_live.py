@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ import torch
 from torch import nn
 
 from shardwise import errors, metrics
+from shardwise.run import live
 from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.live import LiveRun, start
+from shardwise.run.options import TrainOptions
 from shardwise.spec.events import (
     CheckpointEvent,
     EpochEvent,
@@ -28,6 +33,7 @@ from shardwise.spec.events import (
     read_events,
 )
 from shardwise.spec.job import Job
+from shardwise.spec.observations import StallEvent
 
 SAMPLES, BATCH, EPOCHS = 22, 4, 3  # the last batch of an epoch is short
 PER_EPOCH = 6
@@ -278,3 +284,25 @@ def test_the_loop_of_the_documentation(
     exec(code, {})
     assert capsys.readouterr().out == ""
     assert (tmp_path / "runs" / "kept" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", ["between", "inside"])
+def test_only_a_step_can_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(live, "TrainOptions", partial(TrainOptions, stall_seconds=0.2))
+    slow = threading.Event()
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if slow.is_set():
+            time.sleep(4.0)  # half a second to notice, one and a half to ask the ranks
+        return nn.functional.cross_entropy(output, target)
+
+    with start(make_job(loss=loss), device="cpu", out=tmp_path / "run") as run:
+        for number, batch in enumerate(run.batches(epochs=1)):
+            if number == 3 and place == "inside":
+                slow.set()
+            run.step(batch)
+            slow.clear()
+            if number == 3 and place == "between":
+                time.sleep(4.0)  # half a second to notice, one and a half to ask the ranks
+    told = [event for event in read_events(tmp_path / "run" / "events.jsonl") if isinstance(event, StallEvent)]
+    assert bool(told) is (place == "inside")
