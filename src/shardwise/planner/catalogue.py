@@ -47,7 +47,10 @@ _MI325 = "AMD Instinct MI325X data sheet (2024)"
 _ADA = "NVIDIA L40S / L4 / RTX datasheets (2023)"
 _TPU = "cloud.google.com/tpu/docs, read 2026; links: half of the bidirectional ICI bandwidth, all ports together"
 _TPU7 = "docs.cloud.google.com/tpu/docs/tpu7x, read 2026; links: half of the bidirectional 1,200 GB/s"
-_TRAINIUM = "awsdocs-neuron.readthedocs-hosted.com, Trainium architecture, read 2026; links and watts typed from memory"
+_TRAINIUM = (
+    "awsdocs-neuron.readthedocs-hosted.com, Trainium architecture, read 2026; links: half of the 1.28 TB/s (2) and 2.56 TB/s (3)"
+    " of NeuronLink; the links of the first and all watts typed from memory"
+)
 _TPU4 = "cloud.google.com/tpu/docs/v4, read 2026; links: 1.1 PB/s all-reduce bandwidth of a pod of 4,096"
 _LEONARDO = (
     "TOP500 system 180128: 1,824,768 cores and 306.31 PFLOP/s are 124 units and 21.5 TFLOP/s (fp64) a part beside 32 CPU"
@@ -57,6 +60,18 @@ _MARENOSTRUM = (
     "TOP500 system 180238: 260 PFLOP/s on 4,480 parts and 89,600 CPU cores are 56.6 TFLOP/s (fp64) a part, 0.845 times the usual"
     " one; memory: four of the six stacks of the 96 GB part with HBM2e"
 )
+_P100 = "NVIDIA Tesla P100 announcement: 80 GB/s of NVLink in a direction, 56 units (hothardware.com, teckknow.com, read 2026)"
+_GA102 = "NVIDIA A40 data sheet, reprinted at ecer.com; RTX A6000: llmperf.net and sysrqmts.com, read 2026"
+_GB202 = (
+    "NVIDIA GeForce RTX 5090 (spheron.network, read 2026): a quarter of 838 TFLOP/s, which are sparse and sum in fp16"
+)
+_B100 = "NVIDIA B100 beside B200, full specifications (hmc-tech.com, read 2026); memory as B200"
+_MI210 = "AMD Instinct MI210 (AnandTech 17326, read 2026)"
+_MI300A = (
+    "AMD Instinct MI300A: 228 of the 304 units of MI300X, 128 GB at 5.3 TB/s (emergentmind.com, read 2026); watts and links typed"
+    " from memory"
+)
+_ASCEND = "Huawei Ascend 910B: 320 TFLOP/s and 64 GB (boardor.com, read 2026); memory rate and links typed from memory"
 _SIDE = "vendor's data sheet, typed from memory, not looked up again"
 
 _PARTS: dict[str, _Part] = {
@@ -72,15 +87,15 @@ _PARTS: dict[str, _Part] = {
     "a100-40gb-pcie": _Part(312, 312, None, 156, 39.4, 1555, 25, 100, 8, 108, 250, 0.8106, 0.52, _A100),
     "a100-80gb-pcie": _Part(312, 312, None, 156, 79.2, 1935, 25, 100, 8, 108, 300, 0.8106, 0.52, _A100),
     "a800-80gb-sxm": _Part(312, 312, None, 156, 79.2, 2039, 200, 100, 8, 108, 400, 0.8692, 0.58, _A100),
-    "p100-16gb": _Part(21.2, 10.6, None, 10.6, 15.9, 732, 80, 25, 8, 56, 300, None, 0.4, _SIDE),
-    "a40-48gb": _Part(150, 150, None, 75, 44.5, 696, 25, 25, 8, 84, 300, None, 0.5, _SIDE),
-    "a6000-48gb": _Part(155, 155, None, 77, 47.5, 768, 25, 25, 8, 84, 300, None, 0.5, _SIDE),
+    "p100-16gb": _Part(21.2, 10.6, None, 10.6, 15.9, 720, 80, 25, 8, 56, 300, None, 0.4, _P100),
+    "a40-48gb": _Part(150, 150, None, 75, 44.5, 696, 25, 25, 8, 84, 300, None, 0.5, _GA102),
+    "a6000-48gb": _Part(155, 155, None, 77, 47.5, 768, 25, 25, 8, 84, 300, None, 0.5, _GA102),
     "a10g-24gb": _Part(70, 70, None, 35, 22.2, 600, 12, 25, 8, 80, 300, None, 0.5, "NVIDIA A10 datasheet (2021)"),
     "l4-24gb": _Part(121, 121, 242, 60, 22.2, 300, 12, 25, 8, 58, 72, None, 0.4, _ADA),
     "l40s-48gb": _Part(362, 362, 733, 183, 44.5, 864, 25, 100, 8, 142, 350, None, 0.4, _ADA),
     "rtx3090-24gb": _Part(71, 71, None, 35.6, 23.7, 936, 12, 12.5, 8, 82, 350, None, 0.6, _ADA),
     "rtx4090-24gb": _Part(165, 165, 330, 82.6, 23.6, 1008, 12, 12.5, 8, 128, 450, None, 0.6, _ADA),
-    "rtx5090-32gb": _Part(209, 209, 419, 105, 31.3, 1792, 25, 12.5, 8, 170, 575, None, 0.6, _SIDE),
+    "rtx5090-32gb": _Part(209, 209, 419, 105, 31.3, 1792, 25, 12.5, 8, 170, 575, None, 0.6, _GB202),
     "a30-24gb": _Part(165, 165, None, 82, 23.6, 933, 25, 25, 8, 56, 165, None, 0.5, _SIDE),
     "h100-80gb-sxm": _Part(989, 989, 1979, 494, 79.2, 3350, 450, 400, 8, 132, 700, 0.8033, 0.33, _H100, 0.7087),
     "h100-96gb-sxm": _Part(989, 989, 1979, 494, 95.0, 2400, 450, 400, 8, 132, 500, 0.718, 0.33, _H100, 0.634),
@@ -100,7 +115,7 @@ _PARTS: dict[str, _Part] = {
     ),
     "b300-sxm": _Part(2250, 2250, 4500, 1125, 268.0, 8000, 900, 800, 8, 148, 1100, 0.7862, 0.42, _B300, 0.7452, 13125),
     "b100-192gb-sxm": _Part(
-        1750, 1750, 3500, 875, 178.3, 8000, 900, 400, 8, 148, 700, 0.7756, 0.42, _SIDE, 0.7628, 7000
+        1750, 1750, 3500, 875, 178.3, 8000, 900, 400, 8, 148, 700, 0.7756, 0.42, _B100, 0.7628, 7000
     ),
     "gb200-186gb-nvl72": _Part(
         2500,
@@ -141,9 +156,9 @@ _PARTS: dict[str, _Part] = {
     "mi250x-64gb": _Part(
         191.5, 191.5, None, 47.9, 64.0, 1638, 100, 100, 8, 110, 280, None, 0.3, "AMD Instinct MI250X data sheet (2021)"
     ),
-    "mi210-64gb": _Part(181, 181, None, 45.3, 64.0, 1638, 100, 100, 8, 104, 300, None, 0.3, _SIDE),
-    "mi300a-128gb": _Part(980, 980, 1961, 123, 127.5, 5300, 384, 200, 4, 228, 550, 0.5142, 0.22, _SIDE),
-    "ascend910b-64gb": _Part(320, 320, None, 80, 61.0, 1600, 196, 200, 8, 24, 400, None, 0.45, _SIDE),
+    "mi210-64gb": _Part(181, 181, None, 45.3, 64.0, 1638, 100, 100, 8, 104, 300, None, 0.3, _MI210),
+    "mi300a-128gb": _Part(980, 980, 1961, 123, 127.5, 5300, 384, 200, 4, 228, 550, 0.5142, 0.22, _MI300A),
+    "ascend910b-64gb": _Part(320, 320, None, 80, 61.0, 1600, 196, 200, 8, 24, 400, None, 0.45, _ASCEND),
     "mi300x-192gb": _Part(1307, 1307, 2615, 163, 191.5, 5300, 448, 400, 8, 304, 750, 0.5142, 0.22, _MI300),
     "mi325x-256gb": _Part(1307, 1307, 2615, 163, 255.5, 6000, 448, 400, 8, 304, 1000, 0.6038, 0.25, _MI325),
     "mi355x-288gb": _Part(
