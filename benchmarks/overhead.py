@@ -108,7 +108,7 @@ def _shardwise(case: Case, rank: int, ranks: int) -> Step:
     from shardwise.run.live import start
     from shardwise.run.step import take_step
 
-    run = start(case.job(case.batch * 8), group_exists=True)
+    run = start(case.job(case.batch * 8))
     stream = run.batches(epochs=1_000_000)
 
     def step() -> None:

@@ -133,7 +133,7 @@ def ours(kind: str, ranks: int, batch: int) -> tuple[Step, nn.Module, torch.opti
     axis = {} if ranks == 1 else {kind: ranks}
     staged = {"cuts": (f"blocks.{CUT}",), "micro_batch": MICRO} if axis and kind == "pipeline" else {}
     plan = shardwise.Plan(layout=shardwise.Layout(**axis), recompute=cast(Any, recompute), **cast(Any, staged))
-    run = shardwise.start(job, plan=plan, device="cpu", group_exists=ranks > 1)
+    run = shardwise.start(job, plan=plan, device="cpu")
     stream = run.batches(epochs=1_000_000)
     return lambda: void(take_step(run.assembly, next(stream))), run.model, run.optimizer
 

@@ -188,6 +188,7 @@ def test_plan_file_that_is_a_folder(folder: Path, capfd: pytest.CaptureFixture[s
         (["--timeout", "0"], "give more than 0"),
         (["--seed", "99999999999999999999"], "Job.seed is 99999999999999999999"),
         (["--resume"], "give the one to continue with --out"),
+        (["--auto-resume"], "give the one to continue with --out"),
         (["--epochs", "x"], "not a valid integer"),
         (["--set", "lr=fast"], "lr is a number"),
     ],

@@ -6,11 +6,12 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from shardwise import errors
 from shardwise.dist.group import process_group
@@ -118,3 +119,33 @@ def test_other_errors_pass_unchanged() -> None:
             return str(error)
 
     assert in_ranks(fail) == [["boom", "boom"]]
+
+
+def test_a_group_that_is_there_is_used_and_left() -> None:
+    def take_and_leave(rank: Rank) -> Any:
+        host, _, port = str(rank.endpoint).rpartition(":")
+        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        dist.init_process_group("gloo", store=store, rank=rank.rank, world_size=2)
+        return [meet(rank), meet(rank)]
+
+    assert in_ranks(take_and_leave) == [[[("gloo", 3.0, True)] * 2] * 2]
+
+
+def test_a_group_of_other_ranks_or_without_the_backend_is_refused() -> None:
+    def refuse(rank: Rank) -> Any:
+        messages = []
+        for backend, number in (("gloo", 1 - rank.rank), ("cuda:gloo", rank.rank)):
+            store = HashStore()  # nobody talks, so nobody needs to meet
+            with patch.object(dist, "get_rank", return_value=number):
+                dist.init_process_group("fake", store=store, rank=0, world_size=2)
+                config = patch.object(dist, "get_backend_config", return_value=backend)
+                with config, pytest.raises(errors.UserError) as caught, process_group(rank, "cpu", 5.0):
+                    pass
+                dist.destroy_process_group()
+            messages.append(str(caught.value))
+        return messages
+
+    ((first, second), _) = in_ranks(refuse)[0]
+    assert first.startswith("the process group that is there already makes this process rank 1 of 2, but RANK and WORLD_SIZE")
+    assert "(backend cuda:gloo) cannot send tensors on cpu" in second
+    assert second.endswith("Make it with backend 'gloo'.")

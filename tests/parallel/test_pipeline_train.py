@@ -221,7 +221,7 @@ def _own_loop(folder: str) -> tuple[list[float], dict[str, float]]:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="1",
     )
-    with shardwise.start(_job(), plan="pipeline=2", device="cpu", group_exists=True) as run:
+    with shardwise.start(_job(), plan="pipeline=2", device="cpu") as run:
         losses = [run.step(batch) for batch in run.batches()]
         metrics = run.evaluate()
         run.save_weights(f"{folder}/weights.safetensors")

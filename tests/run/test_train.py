@@ -63,8 +63,32 @@ def _job(**changes: Any) -> Job:
     return Job(**settings)
 
 
-def _train(job: Job, out: Path, plan: str = "data=2", **options: Any) -> shardwise.Run:
+def _train(job: Job, out: Path, plan: str | None = "data=2", **options: Any) -> shardwise.Run:
     return shardwise.train(job, plan=plan, out=out, progress=False, **options)
+
+
+def test_resumes_if_there_is_a_run(tmp_path: Path) -> None:
+    whole = _train(_job(), tmp_path / "whole", "serial")
+    first = _train(_job(epochs=1), tmp_path / "run", "serial", resume="auto")
+    assert first.history == whole.history[:9]
+    assert _train(_job(), tmp_path / "run", None, resume="auto").history == whole.history
+    with pytest.raises(FolderError, match="resume needs the run folder"):
+        shardwise.train(_job(), plan="serial", resume="auto")
+
+
+def _train_in_a_given_group(folder: str) -> tuple[list[float], bool]:
+    rank = str(torch.distributed.get_rank())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody listens there
+    run = _train(_job(), Path(folder))
+    return run.history, torch.distributed.is_initialized()
+
+
+def test_in_the_process_group_of_another_launcher(tmp_path: Path, ranks: Callable[..., list[Any]]) -> None:
+    """Ray Train and scripts that start torch's group themselves: it is used, and not ended."""
+    expected = _train(_job(), tmp_path / "own").history
+    for history, still_there in ranks(2, _train_in_a_given_group, str(tmp_path / "given")):
+        assert (history, still_there) == (expected, True)
 
 
 def test_same_run_under_every_plan(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def _own_loop(plan: Plan | None = None) -> list[float]:
     if (world := Group.world()).size > 1:  # as torchrun would say
         os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.rank))
         os.environ.update(LOCAL_WORLD_SIZE=str(world.size), MASTER_ADDR="localhost", MASTER_PORT="0")
-    with shardwise.start(_job(), plan=plan, group_exists=True) as run:
+    with shardwise.start(_job(), plan=plan) as run:
         losses = [run.step(batch) for batch, _ in zip(run.batches(), range(4), strict=False)]
         return [*losses, run.evaluate()["bits"]]
 

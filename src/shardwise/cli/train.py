@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, metavar="N", help="Of initial weights, sample order and randomness.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder. Default: runs/JOB-DATE-N.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
+@click.option("--auto-resume", is_flag=True, help="The same if --out holds a run, else begin one.")
 @click.option(
     "--checkpoint-every",
     default="10m",
@@ -97,6 +98,7 @@ def train(
     trace: str | None,
     prove_first: bool,
     no_trial: bool,
+    auto_resume: bool,
     as_json: bool,
     quiet: bool,
     **rest: Any,
@@ -126,6 +128,7 @@ def train(
         options={
             **rest,
             "plan": rest["plan"] or "auto",
+            "resume": "auto" if auto_resume else rest["resume"],
             "out": out,
             "nodes": Nodes(count=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, run_id=rdzv_id),
             "timeout_seconds": parse_seconds(timeout),
@@ -133,7 +136,7 @@ def train(
             "recording": parse_trace(trace) if trace is not None else None,
             "progress": not quiet,
         },
-        given=_given(),
+        given=_given() | ({"resume"} if auto_resume else set()),
     )
     with stdout_to_stderr(as_json):
         chooser = functools.partial(_planned, trial=not no_trial, show=not quiet)

@@ -25,7 +25,8 @@ _TIMEOUT_TEXTS = ("timed out", "timeout")
 def process_group(rank: Rank, device: str, timeout_seconds: float) -> Iterator[None]:
     """The default process group of all workers, while the block runs: gloo, and on an accelerator its own backend too.
 
-    One worker gets no group at all: a serial run talks to nobody.
+    One worker gets no group at all: a serial run talks to nobody. A group that is there already (made by the script, or by
+    what started it: Ray Train does) is taken as it is, and left to who made it.
 
     Args:
         rank: who this process is.
@@ -35,11 +36,17 @@ def process_group(rank: Rank, device: str, timeout_seconds: float) -> Iterator[N
 
     Raises:
         RunFailed: the other ranks did not come to a collective (or to the start) in time.
+        UserError: the group that is there already is one of other ranks, or has no backend for what the run sends.
     """
     if rank.workers == 1:
         if device != "cpu":
             torch.accelerator.set_device_index(rank.local_rank)
         yield
+        return
+    if dist.is_initialized():
+        _check_given(rank, device)
+        with _timeouts_explained(rank, timeout_seconds):
+            yield
         return
     timeout = timedelta(seconds=timeout_seconds)
     with _timeouts_explained(rank, timeout_seconds):
@@ -47,6 +54,26 @@ def process_group(rank: Rank, device: str, timeout_seconds: float) -> Iterator[N
         yield
     # Left out when the block raised: the process is about to end, and leaving a group can wait for ranks that are gone.
     dist.destroy_process_group()
+
+
+def _check_given(rank: Rank, device: str) -> None:
+    """Is the group that somebody else made the one this run needs?"""
+    found, workers = dist.get_rank(), dist.get_world_size()
+    if (found, workers) != (rank.rank, rank.workers):
+        raise errors.UserError(
+            f"the process group that is there already makes this process rank {found} of {workers}, but RANK and WORLD_SIZE "
+            f"in the environment rank {rank.rank} of {rank.workers}. Both must agree, or end the group before."
+        )
+    backend = dist.get_backend_config()
+    needed = {"cpu", device}
+    if missing := needed - set(dist.BackendConfig(dist.Backend(backend)).get_device_backend_map()):
+        wanted = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
+        raise errors.UserError(
+            f"the process group that is there already (backend {backend}) cannot send tensors on {sorted(missing)[0]}, "
+            f"which a run on {device} does. Make it with backend {wanted!r}."
+        )
+    if device != "cpu":
+        torch.accelerator.set_device_index(rank.local_rank)
 
 
 def _init(rank: Rank, device: str, timeout: timedelta) -> None:

@@ -223,7 +223,6 @@ def start(
     resume: bool | Literal["auto"] = False,
     checkpoint_every: str = "10m",
     keep_last: int = 2,
-    group_exists: bool = False,
     **fields_of_job: Any,
 ) -> LiveRun:
     """Make a job ready for a loop of your own.
@@ -239,7 +238,6 @@ def start(
             after a failure always do.
         checkpoint_every: with `out`, `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
         keep_last: number of checkpoints kept.
-        group_exists: the script has started torch's process group itself, and will end it.
         fields_of_job: `model=..., optimizer=..., loss=..., data=..., batch_size=...`. `model` may be a module itself
             and `optimizer` must then be a function of its parameters.
 
@@ -253,9 +251,6 @@ def start(
         raise JobError(f"start was given a job and its field {next(iter(fields_of_job))!r}: give one or the other")
     kind = choose_device(device)
     rank = current_rank() or SERIAL
-    if resume == "auto":
-        # All look before any of them has joined the others, and so before rank 0 makes the folder.
-        resume = out is not None and (Path(out) / "run.json").exists()
     options = make_options(
         TrainOptions(checkpoint_every=checkpoint_every, keep_last=keep_last, progress=False),
         {"plan": plan, "device": kind, "out": out, "resume": resume},
@@ -266,8 +261,7 @@ def start(
     check_division(splits, settled)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest()) if out is not None else StopRequest()
-        if not group_exists:
-            stack.enter_context(process_group(rank, kind, options.timeout_seconds))
+        stack.enter_context(process_group(rank, kind, options.timeout_seconds))
         if rank.workers > 1 and settled.threads is not None:
             torch.set_num_threads(settled.threads)
         if options.out is None:

@@ -33,7 +33,7 @@ class TrainOptions:
         recompute: what is computed again in backward passes (`none`, `selective`, `full`), instead of what the plan says.
         device: `auto`, `cpu`, or the name of an accelerator such as `cuda`.
         out: the run folder; None makes a new one under `runs/`.
-        resume: go on from the last checkpoint in `out`.
+        resume: go on from the last checkpoint in `out`. `make_options` takes `auto` for it: if `out` holds a run.
         checkpoint_every: `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
         keep_last: number of checkpoints kept.
         max_restarts: how often all workers are started again from the last checkpoint after one failed.
@@ -79,6 +79,9 @@ def make_options(options: TrainOptions | None, given: Mapping[str, Any]) -> Trai
     if unknown:
         raise UserError(f"train has no option {unknown[0]!r}; options are {', '.join(known)}")
     made = replace(options or TrainOptions(), **given)
+    if given.get("resume") == AUTO:
+        # All ranks look before they join the others, and so before rank 0 makes the folder.
+        made = replace(made, resume=made.out is None or (Path(made.out) / "run.json").exists())
     if made.max_restarts < 0:
         raise UserError(f"max_restarts={made.max_restarts}: it must be 0 or more")
     if made.evaluate_every < 0:
