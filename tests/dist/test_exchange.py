@@ -23,14 +23,15 @@ def _group(timeout_seconds: float = 30.0) -> Group:
     return group
 
 
-def _own(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-    values = torch.rand(size, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+def _own(rank: int, size: int, dtype: torch.dtype, index: int) -> torch.Tensor:
+    """What a rank sends as its tensor number `index`: others than in any other."""
+    values = torch.rand(size, generator=torch.Generator().manual_seed(100 * rank + index), dtype=torch.float64)
     return (values * 100).to(dtype)
 
 
 def _sums(sizes: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
     group = _group()
-    tensors = [_own(group.rank, size, dtype) for size in sizes]
+    tensors = [_own(group.rank, size, dtype, index) for index, size in enumerate(sizes)]
     works = [group.start_sum_(tensor) for tensor in tensors]
     # Waited for from both ends: messages need not be finished in the order in which they were put.
     for work in works[::2] + works[1::2][::-1]:
@@ -44,9 +45,9 @@ def test_sums(size: int, dtype: torch.dtype, ranks: Callable[..., list[Any]]) ->
     sizes = [1, 7, 15, 1000, 64, 3]
     answers = ranks(size, _sums, sizes, dtype)
     for index, length in enumerate(sizes):
-        expected = _own(0, length, dtype)
+        expected = _own(0, length, dtype, index)
         for rank in range(1, size):
-            expected = expected + _own(rank, length, dtype)
+            expected = expected + _own(rank, length, dtype, index)
         for answer in answers:
             assert torch.equal(answer[index], expected)
 
@@ -57,7 +58,17 @@ def test_messages_that_do_not_fit_the_ring_together(ranks: Callable[..., list[An
     assert length * 4 > 2 * PIECE_BYTES
     first, second = ranks(2, _sums, [length, 5, length, length], torch.float32)
     for index, size in enumerate((length, 5, length, length)):
-        assert torch.equal(first[index], _own(0, size, torch.float32) + _own(1, size, torch.float32))
+        assert torch.equal(first[index], _own(0, size, torch.float32, index) + _own(1, size, torch.float32, index))
+        assert torch.equal(first[index], second[index])
+
+
+def test_end_of_the_ring_that_was_not_used_again(ranks: Callable[..., list[Any]]) -> None:
+    """The third message stays at the end of the ring when the last goes back to the beginning, where the fourth still is."""
+    sizes = [PIECE_BYTES // 64 * part for part in (16, 14, 1, 12, 16, 8)]
+    assert 4 * sum(sizes[:3]) < RING_BYTES and 4 * sum(sizes[3:5]) < 4 * sum(sizes[:2]) < RING_BYTES < 4 * sum(sizes[3:])
+    first, second = ranks(2, _sums, sizes, torch.float32)
+    for index, size in enumerate(sizes):
+        assert torch.equal(first[index], _own(0, size, torch.float32, index) + _own(1, size, torch.float32, index))
         assert torch.equal(first[index], second[index])
 
 

@@ -143,15 +143,25 @@ class Exchange:
         return self._rings[rank][start : start + like.numel() * like.element_size()].view(like.dtype)
 
     def _take(self, size: int) -> int:
-        start = self._next if self._next + size <= RING_BYTES else 0
+        """Where a message of that size goes, once nothing that somebody may still read is there."""
+        if self._next + size <= RING_BYTES:
+            start = self._next
+        else:
+            start = 0
+            # What is left of the lap before lies behind this end, and is older than all that lies at the beginning.
+            while self._in_ring and self._in_ring[0].start >= self._next:
+                self._retire_oldest()
         self._next = start + size
-        # Messages lie in the ring in order: those in the way are the oldest ones. All ranks come to this point with the
-        # same messages, so each first finishes its own reading and then waits for the others to do the same.
+        # Messages lie in the ring in order: those in the way are the oldest ones.
         while self._in_ring and self._in_ring[0].start < start + size and self._in_ring[0].stop > start:
-            oldest = self._in_ring.popleft()
-            oldest.sum_()
-            self._wait(self._finished, oldest.number)
+            self._retire_oldest()
         return start
+
+    def _retire_oldest(self) -> None:
+        """All ranks come here with the same messages, so each first finishes its own reading and then waits for the others."""
+        oldest = self._in_ring.popleft()
+        oldest.sum_()
+        self._wait(self._finished, oldest.number)
 
     def _wait(self, counters: NDArray[np.int64], number: int) -> None:
         for _ in range(_SPINS):
