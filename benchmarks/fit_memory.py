@@ -56,7 +56,7 @@ def peaks(tables: Path, name: str) -> list[Peak]:
 def error(chosen: Sequence[Peak]) -> float:
     """Mean |predicted / printed - 1| with the constants as they are set."""
     return statistics.mean(
-        abs(memory.rank_memory(case, flight, memory.rank_shares(case)).total / printed - 1)
+        abs(memory.rank_memory(case, flight, memory.rank_shares(case)).first / printed - 1)
         for case, flight, printed in chosen
     )
 

@@ -206,6 +206,10 @@ to 2.4 times as fast as they are.
 Looked at and left: the runs of bloom_topologies are slower by a steady 15 %, on one node too; their page says that kernels were
 launched one at a time where the machine hung otherwise. Runs sharded inside a node only are predicted as if sharded over all.
 
+Memory was gone through later, the single rows of A and B included, so no memory figure below is held out. Changed, each with its
+reason: what is printed is the memory of rank 0, not of the fullest; Megatron-DeepSpeed keeps fp16 gradients in 2 bytes,
+makes 6 bytes a value of its shard in the update, and has more slack; a stage keeps its output.
+
 What the columns cannot say decides much of what is left: the attention kernel and its year, fp8 with one scale or many,
 reductions in bf16 or fp32, sharding inside a node (`shard_group` in the notes), activations moved to the host (TPU recipes),
 what the NVIDIA tables recompute, heads wider than hidden over heads, shared experts, latent attention.

@@ -34,10 +34,14 @@ def case(**changes: object) -> Case:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+def flash(**changes: object) -> Case:
+    return case(attention="flash", precision="bf16", **changes)
+
+
 def test_states_by_zero_stage() -> None:
     # ZeRO, arXiv:1910.02054, figure 1, with gradients summed in 4 bytes: 2 + 4 + 12 bytes, each part over 8 ranks in turn
     million = 1e6
-    found = {stage: state_bytes(case(data=8, zero_stage=stage), million, 0.0) for stage in (0, 1, 2, 3)}
+    found = {stage: state_bytes(flash(data=8, zero_stage=stage), million, 0.0) for stage in (0, 1, 2, 3)}
     assert found[0] == (2e6, 4e6, 12e6)
     assert found[1] == (2e6, 4e6, 1.5e6)
     assert found[2] == (2e6, 0.5e6, 1.5e6)
@@ -47,11 +51,11 @@ def test_states_by_zero_stage() -> None:
 
 def test_experts_are_sharded_over_the_ranks_that_hold_the_same_ones() -> None:
     # 8 data ranks, experts over 4 of them: expert states have 2 copies to share, dense ones 8
-    assert state_bytes(case(data=8, expert=4, zero_stage=1), 0.0, 1e6) == (2e6, 4e6, 6e6)
+    assert state_bytes(flash(data=8, expert=4, zero_stage=1), 0.0, 1e6) == (2e6, 4e6, 6e6)
 
 
 def test_gradients_of_a_pipeline_stay_whole_until_the_last_micro_batch() -> None:
-    layout = case(data=8, zero_stage=2, pipeline=2, global_batch=64, micro_batch=4)
+    layout = flash(data=8, zero_stage=2, pipeline=2, global_batch=64, micro_batch=4)
     assert layout.micro_batches == 2
     assert state_bytes(layout, 1e6, 0.0) == (2e6, 4e6, 1.5e6)
     assert state_bytes(replace(layout, micro_batch=8), 1e6, 0.0) == (2e6, 0.5e6, 1.5e6)
@@ -153,3 +157,52 @@ def test_the_least_estimate_is_never_above_the_usual_one() -> None:
         found = rank_memory(case(data=8, zero_stage=stage), (1,), rank_shares(case()))
         assert 0 < found.least < found.total
         assert found.total == pytest.approx(sum(found.by_part().values()))
+
+
+def test_deepspeed_keeps_fp16_gradients_and_makes_flat_copies_of_its_shard() -> None:
+    # stage_1_and_2.py: 2 N parameters, 2 N gradients, 12 N / D states, in the update 2 + 4 bytes a value of the shard
+    assert state_bytes(case(data=8, zero_stage=1), 1e6, 0.0) == (2e6, 2e6, 1.5e6)
+    assert state_bytes(case(data=8, zero_stage=2), 1e6, 0.0) == (2e6, 0.25e6, 1.5e6)
+    # its optimizer for bf16 sums in fp32
+    assert state_bytes(case(data=8, zero_stage=1, precision="bf16"), 1e6, 0.0) == (2e6, 4e6, 1.5e6)
+    layout = case(data=2, zero_stage=1, micro_batch=1, seq_len=256)
+    found = rank_memory(layout, (1,), rank_shares(layout))
+    assert found.update == pytest.approx(6.0 * GPT.parameters / 2)
+    assert found.gathered == 1e9  # 5e8 gradients of 2 bytes
+    assert found.spare == 0.0  # the software is known: the best can do no better
+    changing = found.activations + found.logits + found.gathered + found.update
+    assert found.slack == pytest.approx(0.3 * changing + 0.4 * 2**30)
+    plain = case(data=2, micro_batch=1, seq_len=256)
+    replicated = rank_memory(plain, (1,), rank_shares(plain))
+    assert (replicated.update, replicated.gathered) == (0.0, 0.0)
+    assert replicated.slack == pytest.approx(0.03 * (replicated.activations + replicated.logits) + 0.4 * 2**30)
+
+
+def test_a_stage_keeps_its_output_for_the_backward_pass_unless_megatron_frees_it() -> None:
+    shared = {"pipeline": 2, "recompute": "full", "data": 2}
+    output = 2.0 * 4 * 2048 * 1024
+
+    def kept(**changes: object) -> float:
+        layout = case(**{**shared, **changes})
+        found = rank_memory(layout, (3, 1), rank_shares(layout))
+        entry, whole = kept_bytes(layout)
+        return found.activations - 3 * 4 * entry - whole  # 3 in flight on the first rank, 4 layers, one computed again
+
+    assert kept(zero_stage=1) == pytest.approx(3 * output)
+    assert kept() == pytest.approx(0.0)  # Megatron-LM
+    assert kept(attention="flash", precision="bf16") == pytest.approx(3 * output)
+    assert kept(attention="flash", precision="fp8", compile=None) == pytest.approx(0.0)  # Transformer Engine
+
+
+def test_what_is_printed_is_rank_0_and_what_must_fit_is_the_fullest_rank() -> None:
+    layout = case(model=replace(GPT, vocab=200_000), pipeline=2, attention="flash", precision="bf16", micro_batch=4)
+    shares = rank_shares(layout)
+    found = rank_memory(layout, (1, 1), shares)
+    assert found.logits == 14.0 * 200_000 * layout.tokens  # the last rank is the fuller one
+    both = [rank_memory(layout, (flights, 1), shares) for flights in (1, 2)]
+    one, entry = shares[0].layers * kept_bytes(layout)[0], 2.0 * layout.tokens * 1024
+    assert both[1].first - both[0].first == pytest.approx(1.03 * (one + entry))  # its layers and the output, with slack
+    assert found.first < found.total
+    single = case(pipeline=1)
+    first = rank_memory(single, (1,), rank_shares(single))
+    assert first.first == first.total

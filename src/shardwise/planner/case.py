@@ -104,6 +104,13 @@ class Case:
         return self.attention == "math" and self.precision == "fp16"
 
     @property
+    def deepspeed(self) -> bool:
+        """Megatron-DeepSpeed: until 2022 nobody else sharded states beside an attention that writes its scores."""
+        return (
+            self.attention == "math" and self.zero_stage > 0 and self.precision in ("fp16", "bf16") and not self.engine
+        )
+
+    @property
     def engine(self) -> bool:
         """Software built on NVIDIA's Transformer Engine (Megatron-LM, NeMo, from 2023 on).
 

@@ -18,6 +18,14 @@ CONTEXT_BYTES = 1.6 * 2**30
 SLACK = 0.03
 """Allocator: reserved over allocated bytes less one, of everything that changes during the step."""
 
+OLD_SLACK = 0.3
+"""The same of Megatron-DeepSpeed: before segments could grow (PyTorch 2.1), what is freed between the activations of a
+pipeline stays cut up.
+
+Over the 51 fp16 runs of the BigScience tables least squares give 4.3 GiB + 4.4 N + 18.3 N / D + 1.5 A, where N are a
+rank's parameters and A its layer inputs in flight; the code says 4 N + 18 N / D, and 1.1 to 1.2 A with the stage's output.
+"""
+
 WORKSPACE_BYTES = 0.4 * 2**30
 """Buffers of matrix libraries that the allocator counts."""
 
@@ -31,6 +39,16 @@ fused AdamW in its default configuration).
 
 HALF_GRADIENT_BYTES = 2.0
 """Bytes per value of the gradient in the working precision, which stays beside its sum in fp32."""
+
+FLAT_STEP_BYTES = 6.0
+"""Bytes per value of its shard that DeepSpeed's optimizer for fp16 makes in the update.
+
+The gradients of the shard as one flat tensor of 2, and its fp32 copy of 4 (DeepSpeed, `stage_1_and_2.py`, `step`: flatten,
+then `.to(dtype)`); the kernel itself (FusedAdam) needs none.
+"""
+
+BUCKET_VALUES = 5e8
+"""Gradients reduced by one call while the backward pass goes on (reduce_bucket_size of DeepSpeed, default)."""
 
 SELECTIVE_KEEPS = 0.4
 """Share of a layer's activations that selective recomputation keeps where it is not the attention core alone."""
@@ -46,8 +64,10 @@ FUSED_LOGIT_BYTES = 6.0
 class MemoryParts:
     """Bytes of the fullest rank of a layout.
 
-    `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `halved_gradients`
-    is what gradients kept once and in 2 bytes would save, `moved` what compilers for TPUs keep off the chip.
+    `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `spare` is what gradients
+    kept once and in 2 bytes and an update without temporaries would save, where the software is not known; `moved` is what
+    some software keeps off the chip. `first` is the total of the first pipeline rank: most software prints the memory of
+    rank 0, and with fewer micro-batches than stages the last rank can be fuller.
     """
 
     parameters: float
@@ -58,14 +78,15 @@ class MemoryParts:
     gathered: float
     update: float
     slack: float
-    halved_gradients: float = 0.0
+    spare: float = 0.0
     moved: float = 0.0
+    first: float = 0.0
 
     @property
     def least(self) -> float:
         """The same with the best software: fused loss and update, no allocator slack, replicated gradients in 2 bytes."""
         saved = self.slack + self.logits * (1.0 - FUSED_LOGIT_BYTES / LOGIT_BYTES)
-        return self.total - saved - self.halved_gradients - self.update - self.moved
+        return self.total - saved - self.spare - self.moved
 
     @property
     def total(self) -> float:
@@ -129,7 +150,7 @@ def rank_shares(case: Case) -> tuple[RankShare, ...]:
 def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float, float]:
     """(parameters, gradients, optimizer) bytes of one rank for these parameters (ZeRO, arXiv:1910.02054, section 5).
 
-    Mixed precision: working copy 2, gradient summed in 4, master and two Adam moments 12 bytes a parameter. With
+    Mixed precision: working copy 2, gradient (`gradient_bytes`), master and two Adam moments 12 bytes a parameter. With
     everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8. In a pipeline the gradients of
     stage 2 are summed over the micro-batches before they are reduced, so they stay whole.
     """
@@ -138,7 +159,7 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
     if case.precision == "fp32":
         sizes = (4.0, 4.0, 8.0)
     else:
-        sizes = (4.0, 4.0, 8.0) if case.zero_stage == 3 else (2.0, 4.0, 12.0)
+        sizes = (4.0, 4.0, 8.0) if case.zero_stage == 3 else (2.0, gradient_bytes(case), 12.0)
     from_stage = (3, 2, 1)
     totals = [0.0, 0.0, 0.0]
     whole_gradients = case.zero_stage == 2 and case.pipeline > 1 and case.micro_batches > 1
@@ -147,6 +168,11 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
             split = case.zero_stage >= stage and not (index == 1 and whole_gradients)
             totals[index] += parameters * size / (ways if split else 1)
     return totals[0], totals[1], totals[2]
+
+
+def gradient_bytes(case: Case) -> float:
+    """Bytes of a gradient before the step: summed in fp32, but in fp16 by DeepSpeed's fp16 optimizer (`stage_1_and_2.py`)."""
+    return 2.0 if case.deepspeed and case.precision == "fp16" else 4.0
 
 
 def optimizer_bytes(case: Case) -> float:
@@ -213,10 +239,13 @@ def gathered_bytes(case: Case) -> float:
     """Whole parameters and gradients that sharded data parallelism holds for a moment.
 
     Two blocks are gathered at a time (the one in use and the one ahead), and the gradient of one is waiting to be
-    reduced. Classic software holds one block and its gradient, 2 bytes each.
+    reduced. Classic software holds one block and its gradient, 2 bytes each; with parameters whole, the bucket of
+    gradients that DeepSpeed reduces.
     """
-    if case.zero_stage != 3 or case.data * case.context == 1:
+    if case.data * case.context == 1:
         return 0.0
+    if case.zero_stage != 3:
+        return 2.0 * BUCKET_VALUES if case.deepspeed and case.precision == "fp16" else 0.0
     dense, experts = layer_parameters(case)
     if case.classic:
         return (dense + experts) * 4.0
@@ -225,9 +254,23 @@ def gathered_bytes(case: Case) -> float:
     return block * (2.0 * size + 4.0)
 
 
-def _updates_in_steps(case: Case) -> bool:
-    """Whether the optimizer step is not one fused kernel; see `UPDATE_BYTES`."""
-    return not case.classic and (case.zero_stage > 0 or case.precision == "fp32")
+def _update_bytes(case: Case) -> float:
+    """Temporary bytes per value of the update; none if it is one fused kernel. See `UPDATE_BYTES`, `FLAT_STEP_BYTES`."""
+    if case.deepspeed:
+        return FLAT_STEP_BYTES if case.precision == "fp16" and case.zero_stage < 3 else 0.0
+    return UPDATE_BYTES if not case.classic and (case.zero_stage > 0 or case.precision == "fp32") else 0.0
+
+
+def _handed_on(case: Case) -> float:
+    """Bytes of the output of a stage, which waits for its backward pass with the micro-batch in flight.
+
+    (DeepSpeed, `PipelineEngine`, `pipe_buffers["outputs"]`; PyTorch, `PipelineStage.fwd_cache`.) Megatron-LM frees it once it
+    is sent (Korthikanti et al. 2022, appendix B; `deallocate_pipeline_outputs`).
+    """
+    if case.pipeline == 1 or case.engine or (case.classic and not case.deepspeed):
+        return 0.0
+    size = 2.0 * case.tokens * case.model.hidden * (2.0 if case.precision == "fp32" else 1.0)
+    return size / (case.tensor if case.sequence_parallel else 1)
 
 
 def _reusable(case: Case, activations: float, logits: float) -> float:
@@ -273,10 +316,10 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
     best: MemoryParts | None = None
     kept, working = kept_bytes(case)
     logits = LOGIT_BYTES * case.tokens * math.ceil(case.model.vocab / case.tensor)
-    gathered = gathered_bytes(case)
+    gathered, handed_on = gathered_bytes(case), _handed_on(case)
     whole = 8.0 * case.tokens * case.model.hidden if case.sequence_parallel else 0.0
     end = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
-    most = -1
+    most, first, known = -1, 0.0, case.deepspeed
     for rank, share in enumerate(shares):
         if rank not in (0, end) and share.layers <= most and in_flight[rank] <= in_flight[rank - 1]:
             continue  # an earlier rank holds as many layers and as many micro-batches
@@ -287,17 +330,20 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
             copies = HALF_GRADIENT_BYTES * (share.dense + share.experts)
         layers = share.layers / case.virtual_stages
         head = logits if rank == end else 0.0
-        activations = in_flight[rank] * layers * kept + whole
+        activations = in_flight[rank] * (layers * kept + handed_on) + whole
         activations += max(0.0, working - head) if layers else 0.0
-        temporary = UPDATE_BYTES * optimizer / optimizer_bytes(case) if _updates_in_steps(case) else 0.0
+        temporary = _update_bytes(case) * optimizer / optimizer_bytes(case)
         update = max(0.0, temporary - _reusable(case, activations, head))
-        slack = SLACK * (activations + head + gathered + update) + WORKSPACE_BYTES
-        spare = copies + (0.5 * gradients if case.zero_stage in (1, 2) and case.precision != "fp32" else 0.0)
+        slack = (OLD_SLACK if known else SLACK) * (activations + head + gathered + update) + WORKSPACE_BYTES
+        spare = 0.0 if known else copies + update
+        if not known and case.zero_stage in (1, 2) and case.precision != "fp32":
+            spare += 0.5 * gradients
         moved = _off_chip(case, head, in_flight[rank] * layers * kept)
         found = MemoryParts(
             parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare, moved
         )
+        first = found.total if rank == 0 else first
         if best is None or found.total > best.total:
             best = found
     assert best is not None, "a case has at least one pipeline rank"
-    return best
+    return replace(best, first=first)

@@ -51,6 +51,7 @@ class RunPrediction:
                 "run_id": self.run_id,
                 "step_seconds": None,
                 "memory_gib": None,
+                "fullest_gib": None,
                 "fits": None,
                 "reason": self.reason,
                 "assumed": list(self.assumed),
@@ -58,7 +59,8 @@ class RunPrediction:
         return {
             "run_id": self.run_id,
             "step_seconds": self.estimate.step_seconds,
-            "memory_gib": self.estimate.memory.total / GIB,
+            "memory_gib": self.estimate.memory.first / GIB,
+            "fullest_gib": self.estimate.memory.total / GIB,
             "fits": self.estimate.fits,
             "certain": self.estimate.certain,
             "assumed": list(self.assumed),
@@ -88,7 +90,10 @@ def predict_runs(
 
 
 def write_csv(predictions: Iterable[RunPrediction]) -> str:
-    """The predictions as the text of a table `run_id,step_seconds,memory_gib,fits`; blank where there is none."""
+    """The predictions as the text of a table `run_id,step_seconds,memory_gib,fits`; blank where there is none.
+
+    `memory_gib` is that of rank 0, which is what training frameworks print; `fits` asks the fullest rank.
+    """
     handle = io.StringIO()
     writer = csv.writer(handle, lineterminator="\n")
     writer.writerow(("run_id", "step_seconds", "memory_gib", "fits"))
@@ -98,7 +103,7 @@ def write_csv(predictions: Iterable[RunPrediction]) -> str:
         else:
             found = item.estimate
             writer.writerow(
-                (item.run_id, f"{found.step_seconds:.7g}", f"{found.memory.total / GIB:.6g}", int(found.fits))
+                (item.run_id, f"{found.step_seconds:.7g}", f"{found.memory.first / GIB:.6g}", int(found.fits))
             )
     return handle.getvalue()
 

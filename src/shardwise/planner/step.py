@@ -20,6 +20,7 @@ from shardwise.planner.compute import Device, Work, adam_seconds, device_rates
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.layers import LayerWork, embedding_work, head_work, layer_work
 from shardwise.planner.memory import (
+    BUCKET_VALUES,
     CONTEXT_BYTES,
     MemoryParts,
     RankShare,
@@ -42,9 +43,6 @@ CALLS_PER_REDUCE = 3.0
 
 CALLS_PER_PART = 12.0
 """Host calls around one gather or scatter of sequence parallelism, with its buffers, views and autograd function."""
-
-BUCKET_VALUES = 5e8
-"""Gradients reduced by one call while the backward pass goes on (reduce_bucket_size of DeepSpeed, default)."""
 
 INPUT_GRADIENT_SHARE = 0.3
 """Share of a layer's backward products that is the gradient of the inputs of query, key and value and of the first
