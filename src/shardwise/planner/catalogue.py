@@ -61,7 +61,8 @@ _SIDE = "vendor's data sheet, typed from memory, not looked up again"
 
 _PARTS: dict[str, _Part] = {
     # name: fp16, bf16, fp8, fp32, GiB, HBM GB/s, link GB/s, net Gbit/s, per node, units, W, matmul, attention, source
-    # h100-96gb-sxm: the measured 0.8033 and 0.7087 of the 700 W part times (500 W / 700 W)^(1/3), power grows as clock cubed
+    # h100-96gb-sxm: the measured 0.8033 and 0.7087 of the 700 W part times (500 W / 700 W)^(1/3), power grows as clock cubed;
+    # gb300: the measured 0.7288 and 0.7231 of GB200 at 1,200 W times (1,400 W / 1,200 W)^(1/3)
     "v100-16gb-sxm": _Part(125, 15.7, None, 15.7, 15.8, 900, 150, 50, 8, 80, 300, None, 0.45, _V100),
     "v100-32gb-sxm": _Part(125, 15.7, None, 15.7, 31.7, 900, 150, 50, 8, 80, 300, None, 0.45, _V100),
     "v100-32gb-pcie": _Part(112, 14, None, 14, 31.7, 900, 12, 12.5, 8, 80, 250, None, 0.45, _V100),
@@ -132,10 +133,10 @@ _PARTS: dict[str, _Part] = {
         72,
         148,
         1400,
-        0.7288,
+        0.7672,
         0.42,
         "NVIDIA GB300 NVL72 datasheet (2025)",
-        0.7231,
+        0.7612,
         15000,
     ),
     "mi250x-64gb": _Part(
