@@ -14,7 +14,7 @@ from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.repair import repair
 from shardwise.planner.runs import REQUIRED, Row
-from shardwise.planner.step import Estimate, estimate
+from shardwise.planner.step import Estimate, Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import V_SHAPED
@@ -118,9 +118,10 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
     choices = list(candidates(row, base))
     case = choices[0]
     if len(choices) > 1:
-        quick = estimate(case, constants, quick=True)
+        memo: Memo = {}
+        quick = estimate(case, constants, quick=True, memo=memo)
         for other in choices[1:]:
-            found = estimate(other, constants, quick=True)
+            found = estimate(other, constants, quick=True, memo=memo)
             if _better(found, quick):
                 case, quick = other, found
     return case, estimate(case, constants)
@@ -148,7 +149,7 @@ def candidates(row: Row, base: Case) -> Iterator[Case]:
         chunks = [count for count in (2, 3, 4, 5, 6) if count * base.pipeline <= base.model.layers] or [1]
     interleaves = base.engine and base.pipeline > 1 and "schedule" not in row and "virtual_stages" not in row
     if interleaves:
-        chunks = [count for count in (1, 2, 3, 4, 5, 6) if count * base.pipeline <= base.model.layers] or [1]
+        chunks = [count for count in (1, 2, 4) if count * base.pipeline <= base.model.layers] or [1]
     repeats = (base.recompute,) if "recompute" in row else ("none", "selective", "full")
     stages = (base.zero_stage,) if "zero_stage" in row or base.data == 1 else (0, 1, 3)
     ways = [base.expert]

@@ -124,7 +124,7 @@ def _layer_key(case: Case) -> tuple[object, ...]:
     """What the time of one layer depends on beside model, machine and precision."""
     sharded = case.data if case.zero_stage == 3 else 0
     split = (case.tensor, case.context, case.expert, sharded, case.sequence_parallel, _crosses_nodes(case))
-    return (*split, case.micro_batch, case.micro_batches > 1, case.recompute, case.schedule == "dualpipev")
+    return (*split, case.micro_batch, case.micro_batches > 1, case.recompute, case.engine, exchange_overlaps(case))
 
 
 def _passes(
