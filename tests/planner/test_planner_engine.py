@@ -180,6 +180,11 @@ def test_times_of_layers_are_shared_only_by_cases_that_agree_on_the_software() -
             base, pipeline=stages, virtual_stages=chunks, schedule="interleaved1f1b" if chunks > 1 else "1f1b"
         )
         assert estimate(layout, quick=True, memo=memo) == estimate(layout, quick=True)
+    memo = {}
+    for stages in (1, 2):  # on two stages of one node the engine runs, on one it need not
+        layout = case(data=4, pipeline=stages, global_batch=64)
+        assert layout.engine is (stages > 1)
+        assert estimate(layout, quick=True, memo=memo) == estimate(layout, quick=True)
 
 
 def test_the_output_projection_is_never_cast() -> None:
