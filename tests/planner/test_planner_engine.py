@@ -7,11 +7,14 @@ import pytest
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case
 from shardwise.planner.collectives import Group, all_to_all, network
-from shardwise.planner.compute import HOPPER_ENGINE_GAIN, device_rates
+from shardwise.planner.compute import ENGINE_ATTENTION, attention_core, device_rates
 from shardwise.planner.constants import DEFAULT
+from shardwise.planner.layers import LayerWork, head_work, layer_work
 from shardwise.planner.memory import layer_activation_bytes
+from shardwise.planner.overlap import exchange_overlaps, shards_in_a_loop
+from shardwise.planner.predict import base_case, candidates
 from shardwise.planner.runs import parse_runs
-from shardwise.planner.step import estimate
+from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
 
 MODEL = Transformer(layers=8, hidden=4096, heads=32, kv_heads=8, ffn_hidden=14336, gated_ffn=True, vocab=32000)
@@ -39,6 +42,11 @@ def case(hardware: str = "h100-80gb-sxm", **changes: object) -> Case:
         ("h100-80gb-sxm", {"precision": "fp8", "compile": False, "zero_stage": 3}, False),
         ("h100-80gb-sxm", {"precision": "fp8", "compile": True}, False),
         ("h100-80gb-sxm", {"precision": "bf16"}, False),
+        ("h100-80gb-sxm", {"precision": "bf16", "tensor": 2}, True),
+        ("h100-80gb-sxm", {"precision": "bf16", "pipeline": 2}, True),
+        ("h100-80gb-sxm", {"precision": "bf16", "tensor": 2, "compile": False}, False),
+        ("h100-80gb-sxm", {"precision": "bf16", "tensor": 2, "zero_stage": 3}, False),
+        ("a100-80gb-sxm", {"precision": "bf16", "tensor": 2}, False),
         ("b200-180gb-sxm", {"precision": "bf16"}, True),
         ("b200-180gb-sxm", {"precision": "bf16", "compile": True}, False),
         ("b200-180gb-sxm", {"precision": "fp32"}, False),
@@ -49,16 +57,26 @@ def test_the_row_tells_the_software(hardware: str, changes: dict[str, object], e
     assert case(hardware, **changes).graphs is (engine and hardware.startswith("b"))
 
 
-def test_attention_of_the_engine_is_faster_on_hopper_and_the_same_elsewhere() -> None:
-    def gain(name: str) -> float:
-        part = catalogue.accelerator(name)
-        return (
-            device_rates(part, "fp8", DEFAULT, engine=True).attention_flops
-            / device_rates(part, "fp8", DEFAULT).attention_flops
-        )
+def works(layout: Case) -> LayerWork:
+    device = device_rates(layout.machine.accelerator, layout.precision, DEFAULT, layout.engine)
+    return layer_work(layout, device, DEFAULT)
 
-    assert gain("h100-80gb-sxm") == pytest.approx(HOPPER_ENGINE_GAIN)
-    assert gain("b200-180gb-sxm") == gain("a100-80gb-sxm") == 1.0
+
+def test_attention_of_the_engine_has_the_measured_rate_of_its_generation() -> None:
+    def rate(name: str, engine: bool) -> float:
+        part = catalogue.accelerator(name)
+        found = device_rates(part, "fp8", DEFAULT, engine=engine).attention_flops
+        return found / part.peak_flops["bf16"].value / DEFAULT.attention_rate
+
+    hopper, blackwell, ultra = ENGINE_ATTENTION.values()
+    for names, found in (
+        (("h100-80gb-sxm", "h200"), hopper),
+        (("gb200", "b200"), blackwell),
+        (("gb300", "b300"), ultra),
+    ):
+        assert [rate(name, True) for name in names] == pytest.approx([found, found])
+    assert rate("h100-80gb-sxm", False) == pytest.approx(0.33)
+    assert rate("a100-80gb-sxm", True) == rate("a100-80gb-sxm", False)
 
 
 def test_the_engine_keeps_inputs_of_fp8_products_in_one_byte() -> None:
@@ -93,8 +111,8 @@ def test_tokens_go_once_to_every_node() -> None:
     assert all_to_all(8e9, ranks, net, 3.6e9) < all_to_all(8e9, ranks, net)
     assert all_to_all(8e9, ranks, net, 8e9) == all_to_all(8e9, ranks, net)
     once, every = (
-        estimate(case(model=MIXTURE, data=32, expert=32, global_batch=32, precision=precision))
-        for precision in ("fp8", "bf16")
+        estimate(case(model=MIXTURE, data=32, expert=32, global_batch=32, compile=compiled))
+        for compiled in (None, False)
     )
     assert once.seconds["tensor"] < 0.6 * every.seconds["tensor"]
 
@@ -121,3 +139,139 @@ def test_a_tpu_may_keep_layer_inputs_on_the_host(recompute: str, fits: bool) -> 
     large = replace(MODEL, layers=80, hidden=8192, heads=64, ffn_hidden=28672, vocab=128256)
     layout = replace(case("tpu-v6e"), model=large, data=64, zero_stage=3, global_batch=128, micro_batch=2, seq_len=8192)
     assert estimate(replace(layout, recompute=recompute)).fits is fits
+
+
+def test_graphs_hold_the_dense_part_of_a_layer_and_never_its_experts() -> None:
+    dense, mixture = works(case("b200-180gb-sxm")), works(case("b200-180gb-sxm", model=MIXTURE, expert=8))
+    assert dense.forward.kernels == dense.backward.kernels == 0
+    # 8 experts on the rank, two products each, and what moves the tokens
+    assert mixture.forward.kernels == mixture.inner_forward.kernels == 8 * 2 + 8
+    assert works(case(model=MIXTURE, expert=8, tensor=2)).forward.kernels > mixture.forward.kernels
+
+
+def test_the_host_queues_nothing_behind_a_router() -> None:
+    # 64 experts of few tokens each: launching them takes longer than they do, and attention before them hides none of it
+    layout = case(model=MIXTURE, expert=1, recompute="none")
+    work = works(layout)
+    before, behind = work.forward - work.inner_forward, work.inner_forward
+    launches = behind.kernels * DEFAULT.launch_seconds
+    assert launches > behind.seconds and before.seconds > before.kernels * DEFAULT.launch_seconds
+    back = max(work.backward.seconds, work.backward.kernels * DEFAULT.launch_seconds)
+    plain = estimate(layout).seconds["compute"]
+    none = estimate(replace(layout, model=replace(MIXTURE, layers=7))).seconds["compute"]
+    assert plain - none == pytest.approx(before.seconds + launches + back, rel=1e-6)
+
+
+def test_exchanges_between_nodes_overlap_in_pipelines_of_several_chunks() -> None:
+    layout = case(model=MIXTURE, data=32, expert=32, pipeline=2, precision="fp8", schedule="interleaved1f1b")
+    assert exchange_overlaps(replace(layout, virtual_stages=2))
+    assert not exchange_overlaps(layout)
+    assert not exchange_overlaps(replace(layout, virtual_stages=2, expert=8))
+    assert not exchange_overlaps(replace(layout, virtual_stages=2, precision="bf16", compile=False))
+    apart, beside = (estimate(replace(layout, virtual_stages=chunks, global_batch=512)) for chunks in (1, 2))
+    assert beside.seconds["tensor"] < 0.8 * apart.seconds["tensor"]
+
+
+def test_times_of_layers_are_shared_only_by_cases_that_agree_on_the_software() -> None:
+    base = case(model=MIXTURE, data=16, expert=16, global_batch=512, schedule="interleaved1f1b", zero_stage=1)
+    memo: Memo = {}
+    for stages, chunks in ((1, 1), (2, 1), (2, 2)):
+        layout = replace(
+            base, pipeline=stages, virtual_stages=chunks, schedule="interleaved1f1b" if chunks > 1 else "1f1b"
+        )
+        assert estimate(layout, quick=True, memo=memo) == estimate(layout, quick=True)
+    memo = {}
+    for stages in (1, 2):  # on two stages of one node the engine runs, on one it need not
+        layout = case(data=4, pipeline=stages, global_batch=64)
+        assert layout.engine is (stages > 1)
+        assert estimate(layout, quick=True, memo=memo) == estimate(layout, quick=True)
+
+
+def test_the_output_projection_is_never_cast() -> None:
+    part = catalogue.accelerator("gb300")
+    wide, eight, four = (
+        head_work(case("gb300", precision=name), device_rates(part, name, DEFAULT, engine=True))[0].seconds
+        for name in ("bf16", "fp8", "fp4")
+    )
+    assert wide == eight == four
+
+
+def test_casting_to_four_bits_takes_two_passes_over_inputs_and_gradients() -> None:
+    part = catalogue.accelerator("gb300")
+    eight, four = (device_rates(part, name, DEFAULT, engine=True).cast_bytes for name in ("fp8", "fp4"))
+    assert eight == pytest.approx(2 / 3) and four == pytest.approx(2.5 * 2 / 3)
+    assert device_rates(part, "bf16", DEFAULT, engine=True).cast_bytes == 0
+
+
+def test_updated_parameters_are_gathered_beside_the_first_forward_pass() -> None:
+    layout = case(data=64, tensor=2, zero_stage=1, global_batch=64, model=replace(MODEL, layers=32))
+    ours, eager = estimate(layout), estimate(replace(layout, compile=False))
+    assert layout.engine and not replace(layout, compile=False).engine
+    # gathering takes half of the bytes of scattering; both are hidden up to gradient_overlap, at the price of overlap_cost
+    shown = 1.0 - DEFAULT.gradient_overlap * (1.0 - DEFAULT.overlap_cost)
+    ratio = ours.seconds["gradients"] / eager.seconds["gradients"]
+    assert ratio == pytest.approx((2 * shown + shown) / (2 * shown + 1), rel=0.05)
+
+
+def test_a_pipeline_of_the_engine_whose_schedule_is_unknown_may_be_interleaved() -> None:
+    text = ["run_id,hardware,layers,hidden,seq_len,gpus,tensor,pipeline,global_batch,virtual_stages,schedule\n"]
+    text += [
+        "a,h100,32,4096,4096,16,2,4,64,,\n",
+        "b,h100,32,4096,4096,16,2,4,64,1,\n",
+        "c,h100,32,4096,4096,16,2,4,64,,1f1b\n",
+    ]
+    open_row, *stated = parse_runs(text, "t")
+    found = {(one.virtual_stages, one.schedule) for one in candidates(open_row, base_case(open_row))}
+    assert found == {(1, "1f1b"), *((count, "interleaved1f1b") for count in (2, 4))}
+    for row in stated:
+        assert {one.virtual_stages for one in candidates(row, base_case(row))} == {1}
+
+
+def test_heads_are_padded_to_the_width_of_a_systolic_array() -> None:
+    def seconds(hardware: str, heads: int) -> float:
+        layout = case(hardware, model=replace(MODEL, heads=heads, kv_heads=heads))
+        return attention_core(layout, device_rates(layout.machine.accelerator, "bf16", DEFAULT))[0].seconds
+
+    assert seconds("tpu-v5p", 64) == pytest.approx(
+        2 * seconds("tpu-v5p", 32)
+    )  # width 64 takes as long as 128, twice as often
+    assert seconds("a100", 64) < 1.3 * seconds("a100", 32)
+
+
+def test_shards_of_a_compiled_loop_are_not_gathered_ahead_of_their_layer() -> None:
+    dense, mixture = (case("tpu-v5p", model=model, compile=True, zero_stage=3) for model in (MODEL, MIXTURE))
+    assert dense.loops and not case("h100", compile=True).loops and not replace(dense, compile=False).loops
+    share = MODEL.attention_parameters / (MODEL.attention_parameters + MODEL.expert_parameters)
+    forward, backward = shards_in_a_loop(dense, works(dense), 1e-4, 2e-4, DEFAULT)
+    hidden = (1 - share) * (1 - DEFAULT.overlap_cost)
+    assert forward == pytest.approx(1e-4 * (1 - hidden))
+    assert backward == pytest.approx(
+        1e-4 + forward
+    )  # gathered again with nothing before it, then scattered beside attention
+    again = shards_in_a_loop(replace(dense, recompute="full"), works(dense), 1e-4, 2e-4, DEFAULT)[1]
+    assert again == pytest.approx(2 * forward)
+    work = works(mixture)
+    room = (work.forward - work.inner_forward).seconds
+    assert shards_in_a_loop(mixture, work, 1.0, 2.0, DEFAULT)[0] == pytest.approx(
+        1.0 - room * (1 - DEFAULT.overlap_cost)
+    )
+
+
+def test_masks_move_tokens_to_their_experts_on_a_tpu() -> None:
+    device = device_rates(catalogue.accelerator("tpu-v5p"), "bf16", DEFAULT)
+    layout = case("tpu-v5p", model=MIXTURE, compile=True, zero_stage=3)
+    more = works(layout).forward.seconds - works(replace(layout, compile=False)).forward.seconds
+    flops = 2 * 2.0 * 4096 * (8 * 4096) * MIXTURE.hidden
+    assert more == pytest.approx(flops / device.matmul_flops, rel=0.1)
+
+
+def test_modules_of_the_engine_launch_the_exchanges_of_tensor_ranks() -> None:
+    def launches(compiled: bool | None) -> float:
+        layout = case(tensor=4, data=1, global_batch=1, sequence_parallel=True, compile=compiled)
+        slow, slower = (
+            replace(DEFAULT, launch_seconds=seconds) for seconds in (1.0, 2.0)
+        )  # so that nothing else counts
+        return estimate(layout, slower).step_seconds - estimate(layout, slow).step_seconds
+
+    # eager: two gathers and two scatters of 12 calls each in 8 layers and 2 passes
+    assert launches(False) - launches(None) == pytest.approx(8 * 2 * 4 * 12, rel=0.01)

@@ -18,8 +18,11 @@ NARROW = ("fp8", "fp4")
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2, "fp4": 2}
 """Bytes of one activation."""
 
-BLACKWELL = ("b200", "b300", "gb200", "gb300")
+BLACKWELL = ("b100", "b200", "b300", "gb200", "gb300")
 """Catalogue names of that generation."""
+
+HOPPER = ("h100", "h200", "h800", "gh200")
+"""Catalogue names of the generation before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +118,38 @@ class Case:
         """Software built on NVIDIA's Transformer Engine (Megatron-LM, NeMo, from 2023 on).
 
         fp8 without a compiler is theirs, unless the row says that it is PyTorch's fully sharded training run eagerly, which
-        takes no more than their linear layers. Blackwell parts are younger than what was used before. They bring fused
-        kernels for everything beside the products, the attention kernels of cuDNN, collectives of tensor parallelism cut up
+        takes no more than their linear layers. So are layers split over ranks of Hopper parts, unless the row says otherwise:
+        it is the default of Megatron-LM (--transformer-impl), and other software that splits layers there is published as
+        eager, compiled or sharded. Blackwell parts are younger than what was used before. They bring fused kernels for
+        everything beside the products, the attention kernels of cuDNN, collectives of tensor parallelism cut up
         and hidden behind the products they feed, and token exchanges with one copy a node; they keep the inputs of fp8
-        products in fp8 only, and let the products add into the fp32 gradient.
+        products in fp8 only, let the products add into the fp32 gradient, and gather parameters beside the forward pass.
         """
         if self.compile or self.precision == "fp32":
             return False
         if self.machine.accelerator.name.startswith(BLACKWELL):
             return True
-        return self.precision in NARROW and (self.compile is None or self.zero_stage < 3)
+        if self.compile is None and self.precision in NARROW:
+            return True
+        if self.zero_stage == 3:
+            return False
+        split = self.tensor * self.pipeline * self.expert > 1
+        hopper = self.compile is None and self.machine.accelerator.name.startswith(HOPPER)
+        return self.precision in NARROW or (hopper and split)
+
+    @property
+    def loops(self) -> bool:
+        """Layers are the rounds of a compiled loop, as `jax.lax.scan` makes them on TPUs (MaxText, scan_layers)."""
+        return bool(self.compile) and self.machine.accelerator.name.startswith("tpu")
 
     @property
     def graphs(self) -> bool:
         """Layers are launched as CUDA graphs: what the recipes of that software do on Blackwell, and not on older parts.
 
         (NVIDIA NeMo, recommended model configurations, column cuda_graphs, 2025; Megatron Bridge, performance recipes, 2026.)
+        Experts are not part of them: how many tokens each one gets is known when the router has run, so that their kernels
+        have no fixed shapes (Megatron Bridge, performance guide, "Lowering host overhead": dropless mixtures of experts have
+        graphs for their dense modules alone).
         """
         return self.engine and self.machine.accelerator.name.startswith(BLACKWELL)
 

@@ -4,7 +4,7 @@ Letters: M, N, K are rows, columns and inner dimension of a product; T tokens of
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from shardwise.planner.case import BYTES, NARROW, Case
@@ -24,11 +24,19 @@ CAST_BYTES = 2.0
 """Bytes moved per operand value of an fp8 product. A tensor is cast and transposed in one pass, reading 2 and writing 1 + 1,
 and serves two of the three products of a linear map (Transformer Engine, fused cast and transpose)."""
 
+FP4_CAST_BYTES = 2.5
+"""The same for fp4, whose scale for the whole tensor has to be known before the blocks are scaled: reading 2 for the maximum of
+the rotated values, then reading 2 and writing 1/2 + 1/2 (arXiv:2509.25149, section 2 and 4; Transformer Engine,
+`hadamard_transform_amax`)."""
+
 A100_UNIT_FLOPS = 312e12 / 108
 """FLOP/s of one multiprocessor of the part for which `matmul_inner_half` is stated (NVIDIA A100 datasheet)."""
 
 FEW_UNITS = 32
 """Parts with fewer units than this are not built of multiprocessors."""
+
+ARRAY_WIDTH = 128
+"""Rows and columns of a systolic array; kernels pad heads to multiples of it (JAX, splash attention, issues 26433 and 30861)."""
 
 SMALL_HEAD = 128
 """Width of a head below which fused attention loses rate (FlashAttention-2, figure 4: 64 against 128)."""
@@ -36,7 +44,10 @@ SMALL_HEAD = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Rates of one accelerator at one precision, with the constants applied: FLOP/s and bytes/s."""
+    """Rates of one accelerator at one precision, with the constants applied: FLOP/s and bytes/s.
+
+    `batched_flops` and `batched_inner_half` are those of products that stay in 16 bits.
+    """
 
     matmul_flops: float
     attention_flops: float
@@ -44,9 +55,14 @@ class Device:
     memory_bytes: float
     units: int
     inner_half: float
+    batched_inner_half: float
     kernel_seconds: float
     element: int
     cast_bytes: float
+
+    def unquantized(self) -> "Device":
+        """The same for a product whose operands stay in 16 bits."""
+        return replace(self, matmul_flops=self.batched_flops, inner_half=self.batched_inner_half, cast_bytes=0.0)
 
 
 @dataclass(frozen=True)
@@ -59,21 +75,34 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.seconds + other.seconds, self.kernels + other.kernels)
 
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.seconds - other.seconds, self.kernels - other.kernels)
+
     def times(self, factor: float) -> "Work":
         """So many repetitions."""
         return Work(self.seconds * factor, self.kernels * factor)
 
+    def graphed(self) -> "Work":
+        """The same in a graph that the host launches with one call."""
+        return Work(self.seconds)
 
-ENGINE_CASTS = 1.0 / 3.0
+
+ENGINE_CASTS = {"fp8": 1.0 / 3.0, "fp4": 2.0 / 3.0}
 """Share of the casts that Transformer Engine does by themselves: those of output gradients. Inputs are cast by the norm or the
-activation before, weights once a step (its documentation, `fp8_autocast` and `is_first_microbatch`)."""
+activation before, unless their scale depends on all of them; weights once a step (its documentation, `fp8_autocast` and
+`is_first_microbatch`)."""
 
-HOPPER = ("h100", "h200", "h800", "gh200")
-"""Catalogue names of that generation."""
+ENGINE_ATTENTION = {
+    ("h100", "h200", "h800", "gh200"): 0.54,
+    ("b100", "b200", "gb200"): 0.58,
+    ("b300", "gb300"): 0.64,
+}
+"""Rate of cuDNN's attention, forward and backward, over the half-precision peak; generation by the start of the name.
 
-HOPPER_ENGINE_GAIN = 1.64
-"""Attention of cuDNN over FlashAttention-2 on Hopper parts: 609 against 370 TFLOP/s at 4,096 tokens and head width 128
-(FlashAttention-3, arXiv:2407.08608, figure 5)."""
+Hopper: FlashAttention-2's rate there times 609/370, the ratio of both at 4,096 tokens and head width 128 (FlashAttention-3,
+arXiv:2407.08608, figure 5). Blackwell: causal, head width 128, 4,096 to 16,384 tokens, 3.5 / (1 / forward + 2.5 / backward)
+extended to endless sequences: 1,450 TFLOP/s on GB200, 1,600 on GB300, whose units for exponentials are twice as fast (NVIDIA,
+cudnn-frontend, benchmark/sdpa_benchmark_training/results/llama3.1, 2026; the same gives 600 on H200)."""
 
 
 def device_rates(accelerator: Accelerator, precision: str, constants: Constants, engine: bool = False) -> Device:
@@ -88,19 +117,32 @@ def device_rates(accelerator: Accelerator, precision: str, constants: Constants,
     half = "bf16" if precision in NARROW else used
     half_rate = peaks[half].value * accelerator.matmul_fraction[half].value * constants.matmul_rate
     rate = peaks[used].value * accelerator.matmul_fraction[used].value * constants.matmul_rate
-    gain = HOPPER_ENGINE_GAIN if engine and accelerator.name.startswith(HOPPER) else 1.0
+    attention = accelerator.attention_fraction.value
+    if engine:
+        known = (rate for names, rate in ENGINE_ATTENTION.items() if accelerator.name.startswith(names))
+        attention = next(known, attention)
+    units = int(accelerator.multiprocessors.value)
     scale = peaks[half].value if precision != "fp32" else peaks["fp32"].value
     return Device(
         matmul_flops=rate,
-        attention_flops=scale * accelerator.attention_fraction.value * constants.attention_rate * gain,
+        attention_flops=scale * attention * constants.attention_rate,
         batched_flops=half_rate,
         memory_bytes=accelerator.memory_bytes_per_second.value * constants.memory_rate,
-        units=int(accelerator.multiprocessors.value),
-        inner_half=constants.matmul_inner_half * _startup_factor(peaks[used].value, accelerator.multiprocessors.value),
+        units=units,
+        inner_half=constants.matmul_inner_half * _startup_factor(peaks[used].value, units),
+        batched_inner_half=constants.matmul_inner_half * _startup_factor(peaks[half].value, units),
         kernel_seconds=constants.kernel_seconds,
         element=BYTES[precision],
-        cast_bytes=CAST_BYTES * (ENGINE_CASTS if engine else 1.0) if used in NARROW else 0.0,
+        cast_bytes=_cast_bytes(used, engine),
     )
+
+
+def _cast_bytes(precision: str, engine: bool) -> float:
+    """Bytes moved per operand value of a product at `precision`."""
+    if precision not in NARROW:
+        return 0.0
+    whole = FP4_CAST_BYTES if precision == "fp4" else CAST_BYTES
+    return whole * (ENGINE_CASTS[precision] if engine else 1.0)
 
 
 def _startup_factor(peak_flops: float, units: float) -> float:
@@ -165,6 +207,8 @@ def attention_core(case: Case, device: Device) -> tuple[Work, Work]:
     if case.attention == "flash":
         flops = 2.0 * tokens * seq_len * width
         narrow = min(1.0, model.head_dim / SMALL_HEAD) ** 0.25
+        if device.units < FEW_UNITS:
+            narrow = model.head_dim / (ARRAY_WIDTH * math.ceil(model.head_dim / ARRAY_WIDTH))
         saturation = 1.0 + 512.0 / seq_len
         forward = flops * saturation / (device.attention_flops * narrow)
         moved = 4.0 * tokens * width * device.element / device.memory_bytes

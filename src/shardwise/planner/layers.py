@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from shardwise.planner.case import Case
-from shardwise.planner.compute import Device, Work, attention_core, product, traffic
+from shardwise.planner.compute import Device, Work, attention_core, matmul_seconds, product, traffic
 from shardwise.planner.constants import Constants
 
 FUSED_KERNELS = 8.0
@@ -20,17 +20,25 @@ ROUTER_CALLS = 30.0
 """The same for a router and its exchange: scores, choice, counts, sorting, the copy of the counts to the host, views. Beside
 them the host launches the products of every expert on the rank one after the other."""
 
+GROUP_TOKENS = 8192
+"""Tokens that choose their experts together at most, where masks move them: a sequence, as in MaxText, unless it is longer."""
+
 EAGER_LOSS_BYTES = 12.0
 """Bytes a logit that the backward pass of an eager cross entropy moves beyond a fused one."""
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """Forward and backward work of one layer, and what selective recomputation repeats."""
+    """Forward and backward work of one layer, and what selective recomputation repeats.
+
+    `inner_forward` and `inner_backward` are the parts of the feed-forward layer, with the router.
+    """
 
     forward: Work
     backward: Work
     core_forward: Work
+    inner_forward: Work
+    inner_backward: Work
 
 
 def layer_work(case: Case, device: Device, constants: Constants) -> LayerWork:
@@ -45,13 +53,17 @@ def layer_work(case: Case, device: Device, constants: Constants) -> LayerWork:
     for rows, columns, inner in ((tokens, joint, model.hidden), (tokens, model.hidden, query)):
         ahead, back = product(rows, columns, inner, device)
         forward, backward = forward + ahead, backward + back
-    ahead, back = _feed_forward(case, device)
-    forward, backward = forward + ahead, backward + back
     core_ahead, core_back = attention_core(case, device)
     ahead, back = _element_wise(case, device, constants)
     calls = 0.0 if case.compile else HOST_CALLS - FUSED_KERNELS
     forward, backward = forward + core_ahead + ahead, backward + core_back + back
-    return LayerWork(forward + Work(0.0, calls), backward + Work(0.0, 1.5 * calls), core_ahead)
+    forward, backward = forward + Work(0.0, calls), backward + Work(0.0, 1.5 * calls)
+    feed, feed_back = _feed_forward(case, device)
+    if case.graphs:
+        forward, backward, core_ahead = forward.graphed(), backward.graphed(), core_ahead.graphed()
+        if not model.experts:
+            feed, feed_back = feed.graphed(), feed_back.graphed()
+    return LayerWork(forward + feed, backward + feed_back, core_ahead, feed, feed_back)
 
 
 def _feed_forward(case: Case, device: Device) -> tuple[Work, Work]:
@@ -65,15 +77,32 @@ def _feed_forward(case: Case, device: Device) -> tuple[Work, Work]:
         tokens = math.ceil(case.tokens * model.experts_per_token / groups)
         moved = 4.0 * case.tokens * model.experts_per_token * model.hidden * device.element
         router = traffic(moved, 8, device), traffic(moved, 12, device)
+        if case.loops:
+            masks, masks_back = _masks(case, device)
+            router = router[0] + masks, router[1] + masks_back
     up, up_back = product(tokens, wide, model.hidden, device, groups)
     down, down_back = product(tokens, model.hidden, inner, device, groups)
     if model.experts and not case.compile:
         extra = groups - 1.0
+        calls = 0.0 if case.graphs else ROUTER_CALLS
         router = (
-            router[0] + Work(0.0, ROUTER_CALLS + extra * (up.kernels + down.kernels)),
-            router[1] + Work(0.0, 1.5 * ROUTER_CALLS + extra * (up_back.kernels + down_back.kernels)),
+            router[0] + Work(0.0, calls + extra * (up.kernels + down.kernels)),
+            router[1] + Work(0.0, 1.5 * calls + extra * (up_back.kernels + down_back.kernels)),
         )
     return up + down + router[0], up_back + down_back + router[1]
+
+
+def _masks(case: Case, device: Device) -> tuple[Work, Work]:
+    """Tokens to their experts and back on a TPU: products with one-hot masks (GShard, arXiv:2006.16668, algorithm 2).
+
+    A group of G tokens has k G places; the mask (k G x G) times the tokens (G x h) fills them, its transpose brings the results
+    back, and the backward pass has a product for each and one more for the weights in the second mask. They stay in 16 bits.
+    Software that sorts the tokens instead gathers rows, for which these parts have no fast path either.
+    """
+    group = min(GROUP_TOKENS, math.ceil(case.seq_len / case.context), case.tokens)
+    places, groups = group * case.model.experts_per_token, math.ceil(case.tokens / group)
+    once = matmul_seconds(places, case.model.hidden, group, device.unquantized(), groups)
+    return Work(2.0 * once, 2), Work(3.0 * once, 3)
 
 
 def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Work, Work]:
@@ -94,14 +123,15 @@ def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Wor
 
 
 def head_work(case: Case, device: Device) -> tuple[Work, Work]:
-    """Output projection and cross entropy over the logits.
+    """Output projection and cross entropy over the logits. The projection is never cast to fewer than 16 bits.
 
+    (arXiv:2509.25149, section 4.1: output head and embedding keep their precision; torchtitan and Transformer Engine the same.)
     Fused passes, bytes a logit: copy to fp32 6, maximum 4, sum of exponentials 4, log-softmax 8 forward; backward
     softmax less target 8, back to 2 bytes 6. Not compiled, the gradient of the loss is a tensor of its own: filled with
     zeros 4, and read twice 8 (PyTorch, nll_loss and log_softmax backward).
     """
     columns = vocab_columns(case)
-    ahead, back = product(case.tokens, columns, case.model.hidden, device)
+    ahead, back = product(case.tokens, columns, case.model.hidden, device.unquantized())
     logits = float(case.tokens) * columns
     return ahead + traffic(22.0 * logits, END_CALLS, device), back + traffic(
         (14.0 + EAGER_LOSS_BYTES * (1.0 - case.fusion)) * logits, END_CALLS, device

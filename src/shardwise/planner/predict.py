@@ -14,7 +14,7 @@ from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.repair import repair
 from shardwise.planner.runs import REQUIRED, Row
-from shardwise.planner.step import Estimate, estimate
+from shardwise.planner.step import Estimate, Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import V_SHAPED
@@ -112,8 +112,9 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
     """The case a row describes and its estimate, with what the row leaves open chosen.
 
     Degrees: a blank degree is 1, except one that follows from the others and `gpus`. Micro-batch, virtual stages of an
-    interleaved schedule, recomputation, ZeRO stage and ways to split the experts, where blank, are chosen as a careful
-    user would: the fastest candidate among those predicted to fit, the smallest in memory if none does.
+    interleaved schedule (on the engine of `Case.engine` also of an unknown one), recomputation, ZeRO stage and ways to split
+    the experts, where blank, are chosen as a careful user would: the fastest candidate among those predicted to fit, the
+    smallest in memory if none does.
 
     Raises:
         UserError: the row lacks what a prediction needs, or contradicts itself.
@@ -122,9 +123,10 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
     choices = list(candidates(row, base))
     case = choices[0]
     if len(choices) > 1:
-        quick = estimate(case, constants, quick=True)
+        memo: Memo = {}
+        quick = estimate(case, constants, quick=True, memo=memo)
         for other in choices[1:]:
-            found = estimate(other, constants, quick=True)
+            found = estimate(other, constants, quick=True, memo=memo)
             if _better(found, quick):
                 case, quick = other, found
     return case, estimate(case, constants)
@@ -150,6 +152,9 @@ def candidates(row: Row, base: Case) -> Iterator[Case]:
     chunks: Sequence[int] = (base.virtual_stages,)
     if base.schedule == "interleaved1f1b" and "virtual_stages" not in row and base.classic:
         chunks = [count for count in (2, 3, 4, 5, 6) if count * base.pipeline <= base.model.layers] or [1]
+    interleaves = base.engine and base.pipeline > 1 and "schedule" not in row and "virtual_stages" not in row
+    if interleaves:
+        chunks = [count for count in (1, 2, 4) if count * base.pipeline <= base.model.layers] or [1]
     repeats = (base.recompute,) if "recompute" in row else ("none", "selective", "full")
     stages = (base.zero_stage,) if "zero_stage" in row or base.data == 1 else (0, 1, 3)
     ways = [base.expert]
@@ -157,7 +162,16 @@ def candidates(row: Row, base: Case) -> Iterator[Case]:
         widest = math.gcd(base.model.experts, base.data)
         ways = sorted({1, widest, math.gcd(widest, base.machine.gpus_per_node)})
     for size, count, repeat, stage, way in itertools.product(sizes, chunks, repeats, stages, ways):
-        yield replace(base, micro_batch=size, virtual_stages=count, recompute=repeat, zero_stage=stage, expert=way)
+        kind = "interleaved1f1b" if interleaves and count > 1 else base.schedule
+        yield replace(
+            base,
+            micro_batch=size,
+            virtual_stages=count,
+            schedule=kind,
+            recompute=repeat,
+            zero_stage=stage,
+            expert=way,
+        )
 
 
 def base_case(row: Row, machine: Machine | None = None) -> Case:

@@ -30,6 +30,7 @@ from shardwise.planner.memory import (
     rank_shares,
     state_bytes,
 )
+from shardwise.planner.overlap import exchange_overlaps, hidden, shards_in_a_loop
 from shardwise.planner.schedule import simulate
 
 UNCERTAIN = 1.2
@@ -106,8 +107,8 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     memory = rank_memory(case, timeline.in_flight, shares)
     layers = _busiest_layers(case, shares, layer, ends)
     seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline)
-    last_backward = max(backward[rank] for rank in range(ranks))
-    seconds["gradients"] = _gradient_seconds(case, shares[0], net, last_backward, constants)
+    first, last = (max(passes[rank] for rank in range(ranks)) for passes in (forward, backward))
+    seconds["gradients"] = _gradient_seconds(case, shares[0], net, first, last, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
     owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
     seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
@@ -121,7 +122,7 @@ def _layer_key(case: Case) -> tuple[object, ...]:
     """What the time of one layer depends on beside model, machine and precision."""
     sharded = case.data if case.zero_stage == 3 else 0
     split = (case.tensor, case.context, case.expert, sharded, case.sequence_parallel, _crosses_nodes(case))
-    return (*split, case.micro_batch, case.micro_batches > 1, case.recompute, case.schedule == "dualpipev")
+    return (*split, case.micro_batch, case.micro_batches > 1, case.recompute, case.engine, exchange_overlaps(case))
 
 
 def _passes(
@@ -136,32 +137,38 @@ def _passes(
         repeat = work.core_forward if case.repeats_core else work.forward.times(SELECTIVE_REPEAT)
     tensor_forward = _tensor_seconds(case, net)
     exchange = _exchange_seconds(case, net)
-    if case.schedule == "dualpipev":
-        # the other direction's micro-batch computes meanwhile (DeepSeek-V3, arXiv:2412.19437, section 3.2.1)
-        exchange = max(0.0, exchange - work.forward.seconds) + constants.overlap_cost * exchange
+    if exchange_overlaps(case):
+        room = 0.5 * (work.forward.seconds + work.backward.seconds)  # of a forward and a backward pass side by side
+        exchange = max(0.0, exchange - room) + constants.overlap_cost * min(exchange, room)
     ahead, back = work.forward, work.backward + repeat
     if case.micro_batches > 1:
         back = back + Work(_summing_bytes(case) * sum(layer_parameters(case)) / device.memory_bytes)
     rounds = 2 if case.recompute == "full" else 1
     inner_f, inner_b = tensor_forward + exchange, rounds * (tensor_forward + exchange)
     calls = 2.0 * CALLS_PER_REDUCE if case.expert > 1 else 0.0
-    if case.tensor > 1:
-        calls += 4.0 * CALLS_PER_PART if case.sequence_parallel else 2.0 * CALLS_PER_REDUCE
+    if case.tensor > 1 and not case.graphs:
+        calls += _tensor_calls(case)
     ahead, back = ahead + Work(0.0, calls), back + Work(0.0, rounds * calls)
     if case.sequence_parallel and not case.classic:
-        hidden = (case.tensor - 1) / case.tensor if case.engine else constants.tensor_overlap
-        inner_f = max((1.0 - hidden) * inner_f, inner_f - 0.5 * ahead.seconds)
-        inner_b = max((1.0 - hidden) * inner_b, inner_b - 0.5 * back.seconds)
+        covered = (case.tensor - 1) / case.tensor if case.engine else constants.tensor_overlap
+        inner_f = max((1.0 - covered) * inner_f, inner_f - 0.5 * ahead.seconds)
+        inner_b = max((1.0 - covered) * inner_b, inner_b - 0.5 * back.seconds)
     stall = _stall_seconds(case, net)
-    compute_f = _device_or_host(ahead, constants, case, inner_f - stall)
+    compute_f = _forward_seconds(ahead, work, constants, case, inner_f - stall)
     compute_b = _device_or_host(back, constants, case, inner_b - rounds * stall)
     inner_b += _regather_seconds(case, net, work, constants)
     ring_f = max(0.0, _ring_seconds(case, net) - work.core_forward.seconds)
     shard_f, shard_b = _shard_seconds(case, net, sum(layer_parameters(case)))
-    total_f = _hidden(compute_f + inner_f + ring_f, shard_f, case, constants)
-    total_b = _hidden(compute_b + inner_b + 2 * ring_f, shard_b, case, constants)
+    total_f, total_b = compute_f + inner_f + ring_f, compute_b + inner_b + 2 * ring_f
+    if case.loops:
+        exposed_f, exposed_b = shards_in_a_loop(case, work, shard_f, shard_b, constants)
+        total_f, total_b = total_f + exposed_f, total_b + exposed_b
+    else:
+        total_f, total_b = hidden(total_f, shard_f, case, constants), hidden(total_b, shard_b, case, constants)
     embed_f, embed_b = embedding_work(case, device)
     head_f, head_b = head_work(case, device)
+    if case.graphs:
+        embed_f, embed_b, head_f, head_b = (end.graphed() for end in (embed_f, embed_b, head_f, head_b))
     table = case.model.embedding_parameters / case.tensor
     end_f, end_b = _shard_seconds(case, net, table)
     if case.tensor > 1:
@@ -174,8 +181,8 @@ def _passes(
     )
     shared = 0.0 if case.model.tied_embeddings else 1.0
     head = _Pass(
-        _hidden(_device_or_host(head_f, constants, case), shared * end_f, case, constants),
-        _hidden(_device_or_host(head_b, constants, case) + embed_comm, shared * end_b, case, constants),
+        hidden(_device_or_host(head_f, constants, case), shared * end_f, case, constants),
+        hidden(_device_or_host(head_b, constants, case) + embed_comm, shared * end_b, case, constants),
     )
     parts = {
         "recompute": repeat.seconds,
@@ -205,7 +212,7 @@ def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float
     wait for the slowest host, so near balance neither hides the other in full: a norm between maximum and sum, nearer to
     the sum the more ranks there are, and the maximum for one. A compiled layer launches in cheaper calls, a graph in one.
     """
-    launches = 0.0 if case.graphs else work.kernels * (0.5 if case.compile else 1.0)
+    launches = work.kernels * (0.5 if case.compile else 1.0)
     host = max(0.0, launches * constants.launch_seconds - waiting)
     if case.tensor == 1:
         return max(work.seconds, host)
@@ -213,11 +220,27 @@ def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float
     return float((work.seconds**norm + host**norm) ** (1.0 / norm))
 
 
-def _hidden(compute: float, communication: float, case: Case, constants: Constants) -> float:
-    """Time of compute and communication side by side; classic software does one after the other."""
-    if case.classic:
-        return compute + communication
-    return max(compute, communication) + constants.overlap_cost * min(compute, communication)
+def _tensor_calls(case: Case) -> float:
+    """Host calls around the exchanges of tensor ranks in one layer and pass.
+
+    The engine's own modules send the parts between the tiles of their products (Megatron Bridge, performance guide: userbuffers
+    of Transformer Engine for sequence-parallel exchanges), so that no function of the framework stands around them.
+    """
+    if not case.sequence_parallel:
+        return 2.0 * CALLS_PER_REDUCE
+    return 0.0 if case.engine else 4.0 * CALLS_PER_PART
+
+
+def _forward_seconds(ahead: Work, work: LayerWork, constants: Constants, case: Case, waiting: float) -> float:
+    """As `_device_or_host`, in two parts where the host has to know how many tokens each expert gets.
+
+    The copy of these counts to the host waits for the device, so that nothing of what is `behind` the router can be queued
+    while the device works at what comes before. Backward the counts are known.
+    """
+    behind = work.inner_forward
+    if not case.model.experts or case.compile:
+        return _device_or_host(ahead, constants, case, waiting)
+    return _device_or_host(ahead - behind, constants, case) + _device_or_host(behind, constants, case, waiting)
 
 
 def _summing_bytes(case: Case) -> float:
@@ -321,9 +344,13 @@ def _wires(case: Case, net: Network, stages: int) -> tuple[Wire, ...]:
     return even(stages, latency, whole - latency)
 
 
-def _gradient_seconds(case: Case, share: RankShare, net: Network, last_backward: float, constants: Constants) -> float:
+def _gradient_seconds(
+    case: Case, share: RankShare, net: Network, first_forward: float, last_backward: float, constants: Constants
+) -> float:
     """Exposed reduction of gradients over replicas, and the gather of updated parameters with sharded optimizer states.
 
+    That gather runs beside the first forward pass of the next step in the engine's software (Megatron Bridge, performance
+    guide, "Communication overlaps": overlap_param_gather), and by itself elsewhere.
     Experts are reduced over fewer ranks; their bytes are charged at the rate of the whole group, which is close.
     """
     replicas = case.data * case.context
@@ -342,8 +369,11 @@ def _gradient_seconds(case: Case, share: RankShare, net: Network, last_backward:
         )
     if case.classic:
         return whole + after
-    hidden = min(constants.gradient_overlap * whole, last_backward)
-    return whole - hidden * (1.0 - constants.overlap_cost) + after
+    if case.engine:
+        gathered = min(constants.gradient_overlap * after, first_forward)
+        after -= gathered * (1.0 - constants.overlap_cost)
+    covered = min(constants.gradient_overlap * whole, last_backward)
+    return whole - covered * (1.0 - constants.overlap_cost) + after
 
 
 def _busiest_layers(case: Case, shares: Sequence[RankShare], layer: _Pass, ends: tuple[_Pass, _Pass]) -> int:
