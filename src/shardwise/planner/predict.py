@@ -14,7 +14,7 @@ from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.repair import repair
 from shardwise.planner.runs import REQUIRED, Row
-from shardwise.planner.step import Estimate, estimate
+from shardwise.planner.step import Estimate, Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import V_SHAPED
@@ -115,14 +115,14 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
     """
     base = base_case(row, machine)
     choices = list(candidates(row, base))
-    case = choices[0]
+    case, memo = choices[0], Memo()
     if len(choices) > 1:
-        quick = estimate(case, constants, quick=True)
+        quick = estimate(case, constants, quick=True, memo=memo)
         for other in choices[1:]:
-            found = estimate(other, constants, quick=True)
+            found = estimate(other, constants, quick=True, memo=memo)
             if _better(found, quick):
                 case, quick = other, found
-    return case, estimate(case, constants)
+    return case, estimate(case, constants, memo=memo)
 
 
 def _better(new: Estimate, old: Estimate) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardwise.planner.case import Case
 from shardwise.planner.closedform import Timeline, Wire, closed_form, even, rank_of
@@ -18,7 +18,7 @@ from shardwise.planner.collectives import (
 )
 from shardwise.planner.compute import Device, Work, adam_seconds, device_rates
 from shardwise.planner.constants import DEFAULT, Constants
-from shardwise.planner.layers import LayerWork, embedding_work, head_work, layer_work
+from shardwise.planner.layers import LayerWork, Works, works_of
 from shardwise.planner.memory import (
     CONTEXT_BYTES,
     MemoryParts,
@@ -83,7 +83,16 @@ class _Pass:
     backward: float
 
 
-Memo = dict[tuple[object, ...], tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]]
+@dataclass(frozen=True)
+class Memo:
+    """What is the same for many cases of one model, machine, length, precision, attention and software: found once, by what it
+    depends on beside these."""
+
+    devices: dict[bool, Device] = field(default_factory=dict)
+    works: dict[tuple[object, ...], Works] = field(default_factory=dict)
+    passes: dict[tuple[object, ...], tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]] = field(default_factory=dict)
+    shares: dict[tuple[object, ...], tuple[RankShare, ...]] = field(default_factory=dict)
+    timelines: dict[tuple[object, ...], tuple[Timeline, float]] = field(default_factory=dict)
 
 
 def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False, memo: Memo | None = None) -> Estimate:
@@ -93,22 +102,28 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
         quick: take the pipeline's closed form instead of simulating its table.
         memo: times of single layers, shared between the cases of one search over one model, machine and precision.
     """
-    device = device_rates(case.machine.accelerator, case.precision, constants, case.engine)
-    net = network(case.machine, constants)
-    memo = {} if memo is None else memo
+    memo = Memo() if memo is None else memo
+    if case.engine not in memo.devices:
+        memo.devices[case.engine] = device_rates(case.machine.accelerator, case.precision, constants, case.engine)
+    device, net = memo.devices[case.engine], network(case.machine, constants)
     key = _layer_key(case)
-    if key not in memo:
-        memo[key] = _passes(case, device, net, constants)
-    layer, ends, parts = memo[key]
-    forward, backward = _stages(case, layer, ends)
-    wires = _wires(case, net, len(forward))
-    ranks = case.pipeline
-    timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, wires, ranks)
-    shares = rank_shares(case)
+    if key not in memo.passes:
+        done = (case.tensor, case.context, case.expert, case.micro_batch, case.sequence_parallel, case.engine)
+        if done not in memo.works:
+            memo.works[done] = works_of(case, device, constants)
+        memo.passes[key] = _passes(case, device, net, constants, memo.works[done])
+    layer, ends, parts = memo.passes[key]
+    piped = (*key, case.pipeline, case.virtual_stages, case.schedule, case.micro_batches, quick)
+    if piped not in memo.timelines:
+        memo.timelines[piped] = _timeline(case, net, layer, ends, quick)
+    timeline, last_backward = memo.timelines[piped]
+    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule)
+    if split not in memo.shares:
+        memo.shares[split] = rank_shares(case)
+    shares = memo.shares[split]
     memory = rank_memory(case, timeline.in_flight, shares)
     layers = _busiest_layers(case, shares, layer, ends)
     seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline)
-    last_backward = max(backward[rank] for rank in range(ranks))
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, last_backward, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
     owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
@@ -127,10 +142,10 @@ def _layer_key(case: Case) -> tuple[object, ...]:
 
 
 def _passes(
-    case: Case, device: Device, net: Network, constants: Constants
+    case: Case, device: Device, net: Network, constants: Constants, works: Works
 ) -> tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]:
     """Seconds of one layer and of both ends (embedding, output projection) for one micro-batch; parts of a layer's time."""
-    work = layer_work(case, device, constants)
+    work = works.layer
     repeat = Work()
     if case.recompute == "full":
         repeat = work.forward
@@ -162,8 +177,7 @@ def _passes(
     shard_f, shard_b = _shard_seconds(case, net, sum(layer_parameters(case)))
     total_f = _hidden(compute_f + inner_f + ring_f, shard_f, case, constants)
     total_b = _hidden(compute_b + inner_b + 2 * ring_f, shard_b, case, constants)
-    embed_f, embed_b = embedding_work(case, device)
-    head_f, head_b = head_work(case, device)
+    (embed_f, embed_b), (head_f, head_b) = works.embedding, works.head
     table = case.model.embedding_parameters / case.tensor
     end_f, end_b = _shard_seconds(case, net, table)
     if case.tensor > 1:
@@ -303,6 +317,15 @@ def _gradient_bytes(case: Case) -> float:
     """
     half = case.precision == "fp16" or (case.zero_stage == 3 and case.precision != "fp32")
     return 2.0 if half else 4.0
+
+
+def _timeline(case: Case, net: Network, layer: _Pass, ends: tuple[_Pass, _Pass], quick: bool) -> tuple[Timeline, float]:
+    """The pipeline's timeline, and the longest backward pass that is the last one of a rank."""
+    forward, backward = _stages(case, layer, ends)
+    find = closed_form if quick else simulate
+    wires = _wires(case, net, len(forward))
+    timeline = find(case.schedule, case.micro_batches, forward, backward, wires, case.pipeline)
+    return timeline, max(backward[: case.pipeline])
 
 
 def _stages(case: Case, layer: _Pass, ends: tuple[_Pass, _Pass]) -> tuple[tuple[float, ...], tuple[float, ...]]:
