@@ -16,8 +16,9 @@ from shardwise.planner.compute import (
     product,
 )
 from shardwise.planner.constants import DEFAULT
+from shardwise.planner.exchanges import GATHERS_PER_LAYER
 from shardwise.planner.layers import head_work, layer_work, vocab_columns
-from shardwise.planner.step import GATHERS_PER_LAYER, estimate
+from shardwise.planner.step import estimate
 from shardwise.spec.facts import Transformer
 
 GPT = Transformer(layers=4, hidden=8192, heads=64, kv_heads=64, ffn_hidden=32768, vocab=51200)

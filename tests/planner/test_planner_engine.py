@@ -174,13 +174,13 @@ def test_exchanges_between_nodes_overlap_in_pipelines_of_several_chunks() -> Non
 
 def test_times_of_layers_are_shared_only_by_cases_that_agree_on_the_software() -> None:
     base = case(model=MIXTURE, data=16, expert=16, global_batch=512, schedule="interleaved1f1b", zero_stage=1)
-    memo: Memo = {}
+    memo = Memo()
     for stages, chunks in ((1, 1), (2, 1), (2, 2)):
         layout = replace(
             base, pipeline=stages, virtual_stages=chunks, schedule="interleaved1f1b" if chunks > 1 else "1f1b"
         )
         assert estimate(layout, quick=True, memo=memo) == estimate(layout, quick=True)
-    memo = {}
+    memo = Memo()
     for stages in (1, 2):  # on two stages of one node the engine runs, on one it need not
         layout = case(data=4, pipeline=stages, global_batch=64)
         assert layout.engine is (stages > 1)

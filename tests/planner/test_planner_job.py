@@ -15,7 +15,7 @@ from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
 from shardwise.planner.jobstages import stage_blocks, stages_of
-from shardwise.planner.jobstep import LIBRARY_BYTES, REUSED_BYTES, TIME_WITHIN, estimate_job
+from shardwise.planner.jobstep import LIBRARY_BYTES, REUSED_BYTES, TIME_WITHIN, JobMemo, estimate_job
 from shardwise.planner.operations import Sharing, correction, phase_seconds
 from shardwise.spec.facts import BlockFacts, ModelFacts
 from shardwise.spec.layout import Layout
@@ -132,6 +132,20 @@ def facts(*, blocks: int = 4, flops: float = 1e8, parameters: int = 1_000_000, b
 
 def plan(text: str, **settings: object) -> Plan:
     return Plan.from_dict({"layout": text, "threads": 1, **settings})
+
+
+@pytest.mark.parametrize("place", ["h100", "measured"])
+def test_sharing_the_times_of_blocks_changes_nothing(place: str) -> None:
+    seen = (StepSeen(samples=2, seconds=0.2, threads=1), StepSeen(samples=8, seconds=0.5, threads=4))
+    job = replace(facts(batch_size=16), seen=seen, place=PLACE, expert_bytes=1e5, norm_layers=0)
+    where = machine() if place == "measured" else catalogue.machine("h100")
+    problem, memo = JobProblem(facts=job, machine=where, workers=8), JobMemo()
+    plans = list(plans_of(problem))
+    assert len(plans) > 50
+    for item in plans:
+        shared = estimate_job(job, where, item, memo=memo)
+        assert shared == estimate_job(job, where, item), str(item)
+    assert len(memo.known) < len(plans) / 4
 
 
 def test_one_worker_takes_its_operations() -> None:

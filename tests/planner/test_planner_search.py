@@ -85,13 +85,11 @@ def test_the_best_plan_is_the_fastest_that_fits() -> None:
 
 
 def test_sharing_the_times_of_layers_changes_nothing() -> None:
-    memo: Memo = {}
     for text in (SMALL, SMALL.replace("seq=8192", "seq=65536"), SMALL + ",experts=4"):
-        asked = problem(text, 16, 16)
+        asked, memo = problem(text, 16, 16), Memo()
         for case in list(cases(asked))[::7]:
             shared = estimate(case, quick=True, memo=memo)
             assert shared == estimate(case, quick=True), str(case)
-        memo.clear()
 
 
 def test_a_small_model_on_a_fast_node_is_not_split() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from shardwise.errors import PlanError
 from shardwise.spec.facts import Transformer
@@ -86,17 +86,17 @@ class Case:
         """Ranks in all."""
         return self.data * self.tensor * self.pipeline * self.context
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         """Forward passes of one rank per optimizer step."""
         return max(1, math.ceil(self.global_batch / (self.data * self.micro_batch)))
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of one micro-batch on one rank: sequences x its part of the sequence."""
         return self.micro_batch * math.ceil(self.seq_len / self.context)
 
-    @property
+    @cached_property
     def classic(self) -> bool:
         """Software of the time before fused attention and bf16 (until 2022).
 
@@ -113,7 +113,7 @@ class Case:
             self.attention == "math" and self.zero_stage > 0 and self.precision in ("fp16", "bf16") and not self.engine
         )
 
-    @property
+    @cached_property
     def engine(self) -> bool:
         """Software built on NVIDIA's Transformer Engine (Megatron-LM, NeMo, from 2023 on).
 
@@ -203,6 +203,7 @@ class Case:
         )
 
 
+@lru_cache(maxsize=4096)
 def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
     """Split `layers` equal layers and an output projection worth `head` layers over stages, in model order.
 

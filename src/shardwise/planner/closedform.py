@@ -101,7 +101,7 @@ def closed_form(
             bound = _in_groups(micro_batches, once, busiest, chunks, ways, loads, ranks)
             seconds = max(seconds + there_and_back / chunks, bound)
     busy = micro_batches * busiest
-    return Timeline(seconds, busy, _flight(schedule, micro_batches, chunks, ranks))
+    return Timeline(seconds, busy, flight(schedule, micro_batches, chunks, ranks))
 
 
 def _one_by_one(
@@ -141,7 +141,7 @@ def _in_groups(
     return once + (first - 1) * max(busiest / chunks, filled) + (micro_batches - first) * pace
 
 
-def _flight(schedule: str, micro_batches: int, chunks: int, ranks: int) -> tuple[int, ...]:
+def flight(schedule: str, micro_batches: int, chunks: int, ranks: int) -> tuple[int, ...]:
     """Chunks in flight on every rank."""
     if schedule == "gpipe":
         return (micro_batches,) * ranks

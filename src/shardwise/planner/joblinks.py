@@ -1,6 +1,7 @@
 """Seconds of messages between the workers of a job: measured ones on the machine at hand, formulas on a catalogued one."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 from shardwise.planner import collectives
@@ -131,8 +132,12 @@ class Links:
             stride *= self.layout.degrees[axis]
         return stride
 
+    @cached_property
+    def _network(self) -> Network:
+        return network(self.machine, self.constants)
+
     def _formula(self, collective: str, size_bytes: float, ranks: int, axes: tuple[str, ...]) -> float:
-        net: Network = network(self.machine, self.constants)
+        net = self._network
         per_node = max(1, min(ranks, self.machine.gpus_per_node // self._stride(axes)))
         group = Group(ranks, per_node)
         if collective == "all_reduce":

@@ -1,6 +1,7 @@
 """Messages of one optimizer step of a job: what each axis of the layout sends, how often, and what it costs to prepare."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 from shardwise.planner.constants import Constants
@@ -80,8 +81,12 @@ def message_seconds(
         sums += _bucket_seconds(facts, machine, plan, dense)
     found["gradients"] = sums
     if layout.tensor > 1:
+        products: Counter[int] = Counter()
+        for item in facts.operations:
+            if item.phase == "forward" and item.weighted:
+                products[item.block] += item.calls
         found["tensor"] = passes * sum(
-            _tensor_calls(facts, index)
+            _tensor_calls(products[index])
             * (links.seconds("all_reduce", micro * block.output_bytes, ("tensor",)) + MESSAGE_SECONDS)
             for index, block in enumerate(facts.model.blocks)
             if block.tensor_fraction > 0
@@ -156,9 +161,8 @@ def _split_seconds(facts: JobFacts, passes: int) -> float:
     return passes * each_pass + SPLIT_UPDATE_SECONDS * updates
 
 
-def _tensor_calls(facts: JobFacts, index: int) -> float:
+def _tensor_calls(products: int) -> float:
     """All-reduces of one block over both passes: one for each product with a weight, at most two (Megatron-LM, section 3)."""
-    products = sum(i.calls for i in facts.operations if i.block == index and i.phase == "forward" and i.weighted)
     return float(min(2, max(1, products)))
 
 

@@ -7,7 +7,7 @@ from itertools import product
 
 from shardwise.errors import PlanError
 from shardwise.planner.constants import DEFAULT, Constants
-from shardwise.planner.jobstep import JobEstimate, estimate_job
+from shardwise.planner.jobstep import JobEstimate, JobMemo, estimate_job
 from shardwise.spec.layout import AXES, Layout
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan, Prediction
@@ -116,8 +116,9 @@ def search_job(problem: JobProblem, check: Check, constants: Constants = DEFAULT
 
     The fastest of every family is checked too, so that there is a word about each.
     """
-    priced = [price(problem, plan, constants, nodes) for plan, nodes in placed_plans(problem)]
-    priced = _with_room(problem, priced, constants)
+    memo = JobMemo()
+    priced = [price(problem, plan, constants, nodes, memo) for plan, nodes in placed_plans(problem)]
+    priced = _with_room(problem, priced, constants, memo)
     priced.sort(key=_order)
     firsts = {item.family: item for item in reversed(priced)}
     plans: list[JobCandidate] = []
@@ -132,9 +133,11 @@ def search_job(problem: JobProblem, check: Check, constants: Constants = DEFAULT
     return JobFound(tuple(plans), tuple(refused), len(priced))
 
 
-def price(problem: JobProblem, plan: Plan, constants: Constants = DEFAULT, nodes: int = 1) -> JobCandidate:
-    """What a plan is expected to cost; `nodes`: measured machines that its workers are spread over."""
-    found = estimate_job(problem.facts, problem.machine, plan, constants, nodes=nodes)
+def price(
+    problem: JobProblem, plan: Plan, constants: Constants = DEFAULT, nodes: int = 1, memo: JobMemo | None = None
+) -> JobCandidate:
+    """What a plan is expected to cost; `nodes`: measured machines that its workers are spread over; `memo`: of this problem."""
+    found = estimate_job(problem.facts, problem.machine, plan, constants, nodes=nodes, memo=memo)
     if problem.memory_bytes is not None:
         found = replace(found, room_bytes=min(found.room_bytes, problem.memory_bytes))
     return JobCandidate(plan, found, problem.facts.batch_size, nodes)
@@ -181,12 +184,21 @@ def _node_counts(problem: JobProblem, workers: int) -> list[int]:
 def layouts(workers: int, axes: Sequence[str], batch_size: int) -> Iterator[Layout]:
     """All ways to write `workers` as a product of degrees of `axes` in which every worker has a sample."""
     used = [axis for axis in AXES if axis in axes]
-    divisors = [value for value in range(1, workers + 1) if workers % value == 0]
-    for degrees in product(divisors, repeat=len(used)):
-        if math.prod(degrees) == workers:
-            layout = Layout(**dict(zip(used, degrees, strict=True)))
-            if layout.replicas <= batch_size:
-                yield layout
+    for degrees in _products(workers, len(used)):
+        layout = Layout(**dict(zip(used, degrees, strict=True)))
+        if layout.replicas <= batch_size:
+            yield layout
+
+
+def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `number` as a product of so many whole numbers, in order."""
+    if factors == 0:
+        yield from [()] if number == 1 else []
+    elif factors == 1:
+        yield (number,)
+    else:
+        for first in (value for value in range(1, number + 1) if number % value == 0):
+            yield from ((first, *rest) for rest in _products(number // first, factors - 1))
 
 
 def family_of(plan: Plan) -> str:
@@ -223,7 +235,9 @@ def too_large(found: JobEstimate) -> str:
     )
 
 
-def _with_room(problem: JobProblem, priced: list[JobCandidate], constants: Constants) -> list[JobCandidate]:
+def _with_room(
+    problem: JobProblem, priced: list[JobCandidate], constants: Constants, memo: JobMemo
+) -> list[JobCandidate]:
     """Plans that do not fit, with the largest micro-batch (a half, a quarter, ... of a share) at which they do."""
     found = []
     for item in priced:
@@ -232,7 +246,7 @@ def _with_room(problem: JobProblem, priced: list[JobCandidate], constants: Const
         micro = item.plan.micro_batch or share
         while not smaller.estimate.fits and micro > 1 and problem.facts.norm_layers == 0:
             micro = math.ceil(micro / 2)
-            smaller = price(problem, replace(item.plan, micro_batch=micro), constants, item.nodes)
+            smaller = price(problem, replace(item.plan, micro_batch=micro), constants, item.nodes, memo)
         found.append(smaller if smaller.estimate.fits else item)
     return found
 

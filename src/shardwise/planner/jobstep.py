@@ -5,7 +5,7 @@ Letters: B samples of a global batch, b those of one rank, m those of one forwar
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardwise.planner.closedform import Timeline, rank_of
 from shardwise.planner.constants import DEFAULT, Constants
@@ -13,12 +13,22 @@ from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import MESSAGE_SECONDS, message_seconds
 from shardwise.planner.jobstages import Stages, stages_of
 from shardwise.planner.memory import CONTEXT_BYTES, SLACK
-from shardwise.planner.operations import PhaseSeconds, Sharing, correction, divided_norms, phase_seconds, turns
+from shardwise.planner.operations import (
+    NO_SIDES,
+    PhaseSeconds,
+    Sharing,
+    Sides,
+    block_seconds,
+    correction,
+    divided_norms,
+    joined,
+    turns,
+)
 from shardwise.planner.schedule import simulate
 from shardwise.planner.step import UNCERTAIN
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
-from shardwise.spec.work import JobFacts, OperationFacts
+from shardwise.spec.work import JobFacts
 
 STEP_SECONDS = 1.5e-4
 """The loop around a step: batch, clock, ledger (measured on one core, 2026-11-26)."""
@@ -112,8 +122,23 @@ class JobEstimate:
         return sum(self.seconds.get(name, 0.0) for name in names) / self.step_seconds
 
 
+@dataclass(frozen=True)
+class JobMemo:
+    """What is the same for many plans of one job on one machine: found once, by what it depends on beside these."""
+
+    blocks: dict[tuple[object, ...], dict[int, Sides]] = field(default_factory=dict)
+    known: dict[tuple[int, int], float] = field(default_factory=dict)
+
+
 def estimate_job(
-    facts: JobFacts, machine: Machine, plan: Plan, constants: Constants = DEFAULT, *, copies: int = 1, nodes: int = 1
+    facts: JobFacts,
+    machine: Machine,
+    plan: Plan,
+    constants: Constants = DEFAULT,
+    *,
+    copies: int = 1,
+    nodes: int = 1,
+    memo: JobMemo | None = None,
 ) -> JobEstimate:
     """Predict one optimizer step of `facts` under `plan` on `machine`; the plan's threads must be settled on CPU.
 
@@ -121,8 +146,9 @@ def estimate_job(
         copies: such trainings that compute at once on the measured machine, and share its cores, caches and memory. Their
             messages are priced as if they had the links for themselves.
         nodes: measured machines that the workers are spread over, evenly and in order.
+        memo: shared between the plans of one search over one job and machine.
     """
-    layout = plan.layout
+    layout, memo = plan.layout, memo or JobMemo()
     samples = math.ceil(facts.batch_size / layout.replicas)
     micro = min(samples, plan.micro_batch or samples)
     passes = math.ceil(samples / micro)
@@ -130,9 +156,13 @@ def estimate_job(
     sharing = Sharing(workers=local * copies, threads=plan.threads or 1)
     links = Links(machine, layout, constants, nodes)
     split = tensor_parts(facts, layout.tensor)
-    known = correction(facts, machine, micro, sharing.threads)
+    if (micro, sharing.threads) not in memo.known:
+        memo.known[micro, sharing.threads] = correction(facts, machine, micro, sharing.threads)
+    known = memo.known[micro, sharing.threads]
     stages = stages_of(facts, plan)
-    timeline, work = _pipeline(facts, machine, plan, sharing, links, micro, passes, split, stages, known, constants)
+    timeline, work = _pipeline(
+        facts, machine, plan, sharing, links, micro, passes, split, stages, known, memo, constants
+    )
     seconds = dict.fromkeys(PART_NAMES, 0.0)
     seconds["compute"] = timeline.busiest_seconds
     seconds["bubble"] = timeline.seconds - timeline.busiest_seconds
@@ -190,36 +220,21 @@ def _pipeline(
     split: dict[int, float],
     stages: Stages,
     known: float,
+    memo: JobMemo,
     constants: Constants,
 ) -> tuple[Timeline, PhaseSeconds]:
     """Forward and backward passes of all micro-batches, and the work of the busiest stage with its optimizer step."""
     layout = plan.layout
-    every = facts.operations
-    if facts.norm_layers and layout.replicas * layout.context > 1 and machine.measured is not None:
-        every = tuple(divided_norms(every))
-
-    def work(operations: Sequence[OperationFacts]) -> PhaseSeconds:
-        return phase_seconds(
-            operations,
-            micro,
-            machine,
-            sharing,
-            split=split,
-            fraction=1.0 / layout.context,
-            owned=_owned(facts, plan),
-            together=facts.message_parts,
-            constants=constants,
-        )
-
+    blocks = _blocks(facts, machine, plan, sharing, micro, split, memo, constants)
     if len(stages.parts) == 1:
-        whole = work(every).times(known)
+        whole = joined(blocks.values()).times(known)
         return Timeline(passes * whole.passes, passes * whole.passes, (1,)), whole
     works = []
     for parts in stages.parts:
-        found = work([item for item in every if parts.get(item.block, 0.0) == 1.0])
+        found = joined(blocks[block] for block, part in parts.items() if part == 1.0 and block in blocks)
         for block, part in parts.items():
-            if part < 1.0:
-                found = found.plus(work([item for item in every if item.block == block]).times(part))
+            if part < 1.0 and block in blocks:
+                found = found.plus(joined((blocks[block],)).times(part))
         works.append(found.times(known))
     forward, backward = ([getattr(one, name) for one in works] for name in ("forward", "backward"))
     optimizer = sum(one.optimizer for one in works) / stages.ranks
@@ -231,6 +246,47 @@ def _pipeline(
     meeting = machine.measured is not None
     timeline = simulate(stages.schedule, passes, tuple(forward), tuple(backward), tuple(wires), stages.ranks, meeting)
     return timeline, PhaseSeconds(max(stages.by_rank(forward)), max(stages.by_rank(backward)), optimizer)
+
+
+def _blocks(
+    facts: JobFacts,
+    machine: Machine,
+    plan: Plan,
+    sharing: Sharing,
+    micro: int,
+    split: dict[int, float],
+    memo: JobMemo,
+    constants: Constants,
+) -> dict[int, Sides]:
+    """Seconds of every block for one micro-batch, and of its optimizer step; each depends on other parts of the plan."""
+    layout, owned = plan.layout, _owned(facts, plan)
+    crowd = sharing if machine.measured is not None else None  # devices are shared by nobody
+    normed = bool(facts.norm_layers) and layout.replicas * layout.context > 1 and machine.measured is not None
+    both = []
+    for optimizer, key in (
+        (False, (micro, crowd, layout.tensor, layout.context, normed)),
+        (True, (micro, crowd, layout.tensor, owned)),
+    ):
+        if key not in memo.blocks:
+            every = [item for item in facts.operations if (item.phase == "optimizer") == optimizer]
+            memo.blocks[key] = block_seconds(
+                divided_norms(every) if normed else every,
+                micro,
+                machine,
+                sharing,
+                split=split,
+                fraction=1.0 / layout.context,
+                owned=owned,
+                together=facts.message_parts,
+                constants=constants,
+            )
+        both.append(memo.blocks[key])
+    passes, updates = both
+    found = dict(passes)
+    for block, (_, _, updating, _, _, launching) in updates.items():
+        forward, backward, _, ahead, behind, _ = passes.get(block, NO_SIDES)
+        found[block] = (forward, backward, updating, ahead, behind, launching)
+    return found
 
 
 def _owned(facts: JobFacts, plan: Plan) -> float:

@@ -41,6 +41,20 @@ class LayerWork:
     inner_backward: Work
 
 
+@dataclass(frozen=True)
+class Works:
+    """Device work for one micro-batch: of one layer, and forward and backward of both ends."""
+
+    layer: LayerWork
+    embedding: tuple[Work, Work]
+    head: tuple[Work, Work]
+
+
+def works_of(case: Case, device: Device, constants: Constants) -> Works:
+    """What one rank computes for a micro-batch; recomputation, schedule and, by itself, sharding leave it as it is."""
+    return Works(layer_work(case, device, constants), embedding_work(case, device), head_work(case, device))
+
+
 def layer_work(case: Case, device: Device, constants: Constants) -> LayerWork:
     """One transformer layer. Tensor ranks split heads and feed-forward columns (Megatron-LM, arXiv:1909.08053, section 3)."""
     model, tensor = case.model, case.tensor

@@ -91,7 +91,8 @@ class MemoryParts:
     @property
     def total(self) -> float:
         """What the framework's allocator reports at its peak; without driver context."""
-        return sum(self.by_part().values())
+        states = self.parameters + self.gradients + self.optimizer
+        return states + self.activations + self.logits + self.gathered + self.update + self.slack
 
     def by_part(self) -> dict[str, float]:
         """Part -> bytes."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from shardwise.planner.compute import device_rates
+from shardwise.planner.compute import Device, device_rates
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.spec.machine import Machine
 from shardwise.spec.measured import Measured
@@ -51,7 +51,34 @@ class PhaseSeconds:
         )
 
 
+Sides = tuple[float, float, float, float, float, float]
+"""Seconds of some operations in the forward pass, the backward pass and the optimizer step: on the device, then those that the
+host takes to launch them (0 on a measured machine, whose times hold both)."""
+
+NO_SIDES: Sides = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+_PLACES = {"forward": 0, "backward": 1, "optimizer": 2}
+
+
 def phase_seconds(
+    operations: Iterable[OperationFacts],
+    samples: float,
+    machine: Machine,
+    sharing: Sharing,
+    *,
+    constants: Constants = DEFAULT,
+) -> PhaseSeconds:
+    """Seconds of these operations for one pass of `samples` samples, of one worker alone with the model."""
+    return joined(block_seconds(operations, samples, machine, sharing, constants=constants).values())
+
+
+def joined(sides: Iterable[Sides]) -> PhaseSeconds:
+    """Operations one after the other; the host launches some while the device computes others: the longer of both counts."""
+    sums = [sum(column) for column in zip(*sides, strict=True)] or NO_SIDES
+    return PhaseSeconds(max(sums[0], sums[3]), max(sums[1], sums[4]), max(sums[2], sums[5]))
+
+
+def block_seconds(
     operations: Iterable[OperationFacts],
     samples: float,
     machine: Machine,
@@ -62,8 +89,8 @@ def phase_seconds(
     owned: float = 1.0,
     together: int = 1,
     constants: Constants = DEFAULT,
-) -> PhaseSeconds:
-    """Seconds of these operations for one pass of `samples` samples, of one worker.
+) -> dict[int, Sides]:
+    """Block -> seconds of its operations for one pass of `samples` samples, of one worker.
 
     Args:
         split: block -> the part of its work that this worker does.
@@ -71,20 +98,24 @@ def phase_seconds(
         owned: the part of all parameters that this worker updates.
         together: parameters that one launch on a device updates (torch's default there; on CPU each has its own calls).
     """
-    found = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-    if machine.measured is not None:
-        crowd = turns(sharing, machine.measured.cores)
-        for item in operations:
-            part = (split or {}).get(item.block, 1.0) * (owned if item.phase == "optimizer" else fraction)
-            found[item.phase] += crowd * _measured_seconds(item, samples, machine.measured, sharing, part)
-        return PhaseSeconds(**found)
-    host = dict(found)
+    found: dict[int, list[float]] = {}
+    devices: dict[str, Device] = {}
+    crowd = turns(sharing, machine.measured.cores) if machine.measured is not None else 1
     for item in operations:
+        sides = found.setdefault(item.block, [0.0] * 6)
+        place = _PLACES[item.phase]
         part = (split or {}).get(item.block, 1.0) * (owned if item.phase == "optimizer" else fraction)
+        if machine.measured is not None:
+            sides[place] += crowd * _measured_seconds(item, samples, machine.measured, sharing, part)
+            continue
         calls = item.calls / (together if item.phase == "optimizer" else 1)
-        found[item.phase] += _device_seconds(item, samples, machine, part, calls, constants)
-        host[item.phase] += calls * constants.launch_seconds * (1.0 if item.kind != "view" else 0.2)
-    return PhaseSeconds(**{name: max(found[name], host[name]) for name in found})
+        sides[3 + place] += calls * constants.launch_seconds * (1.0 if item.kind != "view" else 0.2)
+        if item.kind != "view":
+            if item.precision not in devices:
+                known = item.precision if item.precision in machine.accelerator.peak_flops else "fp32"
+                devices[item.precision] = device_rates(machine.accelerator, known, constants)
+            sides[place] += _device_seconds(item, samples, devices[item.precision], part, calls)
+    return {block: (a, b, c, d, e, f) for block, (a, b, c, d, e, f) in found.items()}
 
 
 def turns(sharing: Sharing, cores: int) -> int:
@@ -121,13 +152,7 @@ def _measured_seconds(item: OperationFacts, samples: float, measured: Measured, 
     return item.calls * (max(measured.call_seconds, size / rate) + overhead)
 
 
-def _device_seconds(
-    item: OperationFacts, samples: float, machine: Machine, part: float, calls: float, constants: Constants
-) -> float:
-    if item.kind == "view":
-        return 0.0
-    precision = item.precision if item.precision in machine.accelerator.peak_flops else "fp32"
-    device = device_rates(machine.accelerator, precision, constants)
+def _device_seconds(item: OperationFacts, samples: float, device: Device, part: float, calls: float) -> float:
     rate = device.attention_flops if item.kind.startswith("attention") else device.matmul_flops
     compute = part * item.flops(samples) / rate
     traffic = part * item.moved_bytes(samples) / device.memory_bytes

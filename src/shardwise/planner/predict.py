@@ -121,15 +121,14 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
     """
     base = base_case(row, machine)
     choices = list(candidates(row, base))
-    case = choices[0]
+    case, memo = choices[0], Memo()
     if len(choices) > 1:
-        memo: Memo = {}
         quick = estimate(case, constants, quick=True, memo=memo)
         for other in choices[1:]:
             found = estimate(other, constants, quick=True, memo=memo)
             if _better(found, quick):
                 case, quick = other, found
-    return case, estimate(case, constants)
+    return case, estimate(case, constants, memo=memo)
 
 
 def _better(new: Estimate, old: Estimate) -> bool:

@@ -10,7 +10,8 @@ from functools import lru_cache
 from math import inf
 
 from shardwise.errors import PlanError
-from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, even, rank_of
+from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, even, flight, rank_of
+from shardwise.planner.inorder import spans, warm_up
 from shardwise.spec.plan import HALVED, V_SHAPED
 
 Action = tuple[str, int, int]
@@ -111,38 +112,70 @@ def simulate(
     if ranks == 1 or too_long:
         return closed_form(schedule, micro_batches, forward_seconds, backward_seconds, wires, ranks)
 
-    def run(count: int) -> Timeline:
-        if schedule in V_SHAPED and not meeting:
-            return _greedy(schedule, count, forward_seconds, backward_seconds, wires, ranks)
-        return _run(schedule, count, forward_seconds, backward_seconds, wires, ranks, meeting)
-
     settle = (4 if ranks <= 16 else 3) * ranks
-    if micro_batches >= settle + ranks:
-        extra = (micro_batches - settle) % ranks
-        short, shorter = run(settle + extra), run(settle + extra - ranks)
-        groups = (micro_batches - settle - extra) // ranks
-        pace = short.busiest_seconds * ranks / (settle + extra)
-        return Timeline(
-            short.seconds + groups * max(pace, short.seconds - shorter.seconds),
-            short.busiest_seconds * micro_batches / (settle + extra),
-            short.in_flight if schedule != "gpipe" else tuple(micro_batches for _ in range(ranks)),
+    groups, extra = divmod(micro_batches - settle, ranks) if micro_batches >= settle + ranks else (0, 0)
+    counts = (settle + extra, settle + extra - ranks) if groups else (micro_batches,)
+    found = _runs(schedule, counts, forward_seconds, backward_seconds, wires, ranks, meeting)
+    if not groups:
+        return found[0]
+    short, shorter = found
+    pace = short.busiest_seconds * ranks / counts[0]
+    return Timeline(
+        short.seconds + groups * max(pace, short.seconds - shorter.seconds),
+        short.busiest_seconds * micro_batches / counts[0],
+        short.in_flight if schedule != "gpipe" else tuple(micro_batches for _ in range(ranks)),
+    )
+
+
+def _runs(
+    schedule: str,
+    counts: tuple[int, ...],
+    forward: tuple[float, ...],
+    backward: tuple[float, ...],
+    wires: tuple[Wire, ...],
+    ranks: int,
+    meeting: bool,
+) -> list[Timeline]:
+    """The table run with each of these numbers of micro-batches."""
+    if meeting:
+        return [_meeting(schedule, count, forward, backward, wires, ranks) for count in counts]
+    if schedule in V_SHAPED:
+        return [_greedy(schedule, count, forward, backward, wires, ranks) for count in counts]
+    owner = [rank_of(stage, ranks, schedule) for stage in range(len(forward))]
+    return [
+        Timeline(
+            seconds,
+            _busiest(count, forward, backward, owner),
+            _in_flight(schedule, count, len(forward) // ranks, ranks),
         )
-    return run(micro_batches)
+        for count, seconds in zip(counts, spans(schedule, counts, forward, backward, wires, ranks), strict=True)
+    ]
 
 
-def _run(
+def _in_flight(schedule: str, micro_batches: int, chunks: int, ranks: int) -> tuple[int, ...]:
+    """Chunks in flight on every rank; where a last group has gaps that the first backward passes meet, counted in the table."""
+    if schedule != "interleaved1f1b":
+        return flight(schedule, micro_batches, chunks, ranks)
+    if micro_batches % ranks and micro_batches < 2 * ranks:
+        return tuple(_peak(row) for row in table(schedule, ranks, micro_batches, chunks))
+    return tuple(
+        min(micro_batches * chunks, warm_up(schedule, rank, ranks, chunks, micro_batches)) for rank in range(ranks)
+    )
+
+
+def _meeting(
     schedule: str,
     micro_batches: int,
     forward: Sequence[float],
     backward: Sequence[float],
     wires: Sequence[Wire],
     ranks: int,
-    meeting: bool,
 ) -> Timeline:
+    """Action by action, with messages that wait until they are asked for: what a rank asks for depends on the order."""
     stages = len(forward)
     rows = _rows(schedule, ranks, micro_batches, stages // ranks)
     owner = [rank_of(stage, ranks, schedule) for stage in range(stages)]
-    asked = _asked(schedule, ranks, micro_batches, stages // ranks) if meeting else None
+    asked = _asked(schedule, ranks, micro_batches, stages // ranks)
     split = schedule in HALVED
     weights = [time * WEIGHT_SHARE if split else 0.0 for time in backward]
     done_f = [[-1.0] * micro_batches for _ in range(stages)]
@@ -170,14 +203,13 @@ def _run(
             if 0 <= source < stages and owner[source] != rank:
                 wire, sender = wires[min(stage, source)], owner[source]
                 begin = made if made > free[sender][rank] else free[sender][rank]
-                if asked is not None:
-                    wished = min(ends[rank][asked[rank][place[rank]]], taken[sender][rank])
-                    way = under_way[rank][sender]
-                    last = bisect_right(way, (wished, inf)) - 1
-                    if last >= 0 and way[last][1] > wished:
-                        wished = way[last][1]  # the wish travels behind what is under way to the sender
-                    begin = max(begin, wished + wire.latency)
-                    under_way[sender][rank].append((begin, begin + (wire.forward if kind == "F" else wire.backward)))
+                wished = min(ends[rank][asked[rank][place[rank]]], taken[sender][rank])
+                way = under_way[rank][sender]
+                last = bisect_right(way, (wished, inf)) - 1
+                if last >= 0 and way[last][1] > wished:
+                    wished = way[last][1]  # the wish travels behind what is under way to the sender
+                begin = max(begin, wished + wire.latency)
+                under_way[sender][rank].append((begin, begin + (wire.forward if kind == "F" else wire.backward)))
                 free[sender][rank] = begin + (wire.forward if kind == "F" else wire.backward)
                 ready = free[sender][rank] + wire.latency
             if split and ready > now and pending[rank]:
@@ -198,10 +230,8 @@ def _run(
             place[rank] += 1
             ends[rank].append(now)
             if wakes != rank and wakes not in waiting:
-                if asked is not None:  # the other rank first: what it takes now is under way when this one asks
-                    waiting += [rank, wakes]
-                    break
-                waiting.append(wakes)
+                waiting += [rank, wakes]  # the other rank first: what it takes now is under way when this one asks
+                break
         clock[rank] = now
     if split:
         clock = [now + pending[rank] * weights[rank] for rank, now in enumerate(clock)]
@@ -281,23 +311,27 @@ def _greedy(
     clock, pending = [0.0] * ranks, [[0.0] * 0 for _ in range(ranks)]
     level, peak = [0] * ranks, [0] * ranks
     free = [[0.0] * ranks for _ in range(ranks)]
-    ready: list[list[tuple[float, str, int, int]]] = [[] for _ in range(ranks)]
-    for index in range(micro_batches):
-        ready[0].append((0.0, "F", 0, index))
+    # of the forward passes through the first stage, all of which could begin, the first is enough
+    ready: list[list[tuple[float, str, int, int]]] = [[(0.0, "F", 0, 0)], *([] for _ in range(ranks - 1))]
+    nothing: _Choice = (inf, 0, 0, 0, 0, "", 0)
+    best, changed = [nothing] * ranks, {0}
     left = 2 * stages * micro_batches
     while left:
-        chosen: tuple[float, int, int, int, int, str, int] | None = None
-        for rank in range(ranks):
+        for rank in changed:  # those of the other ranks are as they were
+            best[rank] = nothing
             for time, kind, stage, index in ready[rank]:
                 if kind == "F" and stage < ranks and level[rank] >= 2 * ranks - 1:
                     continue
-                start = max(time, clock[rank])
+                start = time if time > clock[rank] else clock[rank]
                 key = (start, 0 if kind == "B" else 1, -stage if kind == "F" else stage, index, rank, kind, stage)
-                chosen = key if chosen is None or key < chosen else chosen
-        if chosen is None:
+                best[rank] = min(best[rank], key)
+        chosen = min(best)
+        if chosen is nothing:
             raise AssertionError("the greedy schedule is stuck")
         start, _, _, index, rank, kind, stage = chosen
         ready[rank] = [item for item in ready[rank] if item[1:] != (kind, stage, index)]
+        if kind == "F" and stage == 0 and index + 1 < micro_batches:
+            ready[0].append((0.0, "F", 0, index + 1))
         while pending[rank] and clock[rank] + pending[rank][0] <= start:
             clock[rank] += pending[rank].pop(0)
         seconds = forward[stage] if kind == "F" else backward[stage] - weights[stage]
@@ -308,11 +342,15 @@ def _greedy(
         peak[rank] = max(peak[rank], level[rank])
         if kind == "B":
             pending[rank].append(weights[stage])
-        _release(ready, free, (kind, stage, index), clock[rank], wires, ranks, schedule)
+        changed = {rank, _release(ready, free, (kind, stage, index), clock[rank], wires, ranks, schedule)}
         left -= 1
     ends = [clock[rank] + sum(pending[rank]) for rank in range(ranks)]
     owner = [rank_of(stage, ranks, schedule) for stage in range(stages)]
     return Timeline(max(ends), _busiest(micro_batches, forward, backward, owner), tuple(peak))
+
+
+_Choice = tuple[float, int, int, int, int, str, int]
+"""An action that could be next; the smallest one is."""
 
 
 def _release(
@@ -323,19 +361,20 @@ def _release(
     wires: Sequence[Wire],
     ranks: int,
     schedule: str,
-) -> None:
-    """What an action that ended makes possible, when its message is there."""
+) -> int:
+    """What an action that ended makes possible, when its message is there; the rank that can do it."""
     kind, stage, index = action
     here = rank_of(stage, ranks, schedule)
     if kind == "F" and stage == len(wires):
         ready[here].append((end, "B", stage, index))
-        return
+        return here
     following = stage + 1 if kind == "F" else stage - 1
     if following < 0:
-        return
+        return here
     there = rank_of(following, ranks, schedule)
     if there != here:
         wire = wires[min(stage, following)]
         free[here][there] = max(end, free[here][there]) + (wire.forward if kind == "F" else wire.backward)
         end = free[here][there] + wire.latency
     ready[there].append((end, kind, following, index))
+    return there

@@ -89,7 +89,7 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
     least: dict[tuple[int, ...], Candidate] = {}
     priced = 0
     settled: Setting | None = None
-    memo: Memo = {}
+    memo = Memo()
     for case in cases(problem):
         key = (case.data, case.tensor, case.pipeline, case.context, case.expert, case.zero_stage)
         setting = (*key, case.micro_batch, case.virtual_stages)
@@ -104,7 +104,7 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
         elif key not in least or found.estimate.memory.least < least[key].estimate.memory.least:
             least[key] = found
     ranked = sorted(best.values(), key=lambda item: item.estimate.step_seconds)
-    head = [Candidate(item.case, estimate(item.case, constants)) for item in ranked[:SIMULATED]]
+    head = [Candidate(item.case, estimate(item.case, constants, memo=memo)) for item in ranked[:SIMULATED]]
     head.sort(key=lambda item: item.estimate.step_seconds)
     lost = [item for key, item in least.items() if key not in best]
     lost.sort(key=lambda item: item.estimate.step_seconds)

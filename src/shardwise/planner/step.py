@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardwise.planner.case import Case
 from shardwise.planner.closedform import Timeline, Wire, closed_form, even, rank_of
@@ -10,7 +10,6 @@ from shardwise.planner.collectives import (
     Network,
     all_gather,
     all_reduce,
-    all_to_all,
     group,
     network,
     reduce_scatter,
@@ -18,7 +17,15 @@ from shardwise.planner.collectives import (
 )
 from shardwise.planner.compute import Device, Work, adam_seconds, device_rates
 from shardwise.planner.constants import DEFAULT, Constants
-from shardwise.planner.layers import LayerWork, embedding_work, head_work, layer_work
+from shardwise.planner.exchanges import (
+    crosses_nodes,
+    exchange_seconds,
+    gradient_bytes,
+    ring_seconds,
+    shard_seconds,
+    tensor_seconds,
+)
+from shardwise.planner.layers import LayerWork, Works, works_of
 from shardwise.planner.memory import (
     BUCKET_VALUES,
     CONTEXT_BYTES,
@@ -35,9 +42,6 @@ from shardwise.planner.schedule import simulate
 
 UNCERTAIN = 1.2
 """Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
-
-GATHERS_PER_LAYER = 12
-"""Tensors of a transformer layer; sharded training of the classic kind gathers each by itself."""
 
 CALLS_PER_REDUCE = 3.0
 """Host calls around one all-reduce or all-to-all: the collective and the events that order it against compute."""
@@ -82,7 +86,16 @@ class _Pass:
     backward: float
 
 
-Memo = dict[tuple[object, ...], tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]]
+@dataclass(frozen=True)
+class Memo:
+    """What is the same for many cases of one model, machine, length, precision, attention and software: found once, by what it
+    depends on beside these."""
+
+    devices: dict[bool, Device] = field(default_factory=dict)
+    works: dict[tuple[object, ...], Works] = field(default_factory=dict)
+    passes: dict[tuple[object, ...], tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]] = field(default_factory=dict)
+    shares: dict[tuple[object, ...], tuple[RankShare, ...]] = field(default_factory=dict)
+    timelines: dict[tuple[object, ...], tuple[Timeline, float, float]] = field(default_factory=dict)
 
 
 def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False, memo: Memo | None = None) -> Estimate:
@@ -92,22 +105,28 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
         quick: take the pipeline's closed form instead of simulating its table.
         memo: times of single layers, shared between the cases of one search over one model, machine and precision.
     """
-    device = device_rates(case.machine.accelerator, case.precision, constants, case.engine)
-    net = network(case.machine, constants)
-    memo = {} if memo is None else memo
+    memo = Memo() if memo is None else memo
+    if case.engine not in memo.devices:
+        memo.devices[case.engine] = device_rates(case.machine.accelerator, case.precision, constants, case.engine)
+    device, net = memo.devices[case.engine], network(case.machine, constants)
     key = _layer_key(case)
-    if key not in memo:
-        memo[key] = _passes(case, device, net, constants)
-    layer, ends, parts = memo[key]
-    forward, backward = _stages(case, layer, ends)
-    wires = _wires(case, net, len(forward))
-    ranks = case.pipeline
-    timeline = (closed_form if quick else simulate)(case.schedule, case.micro_batches, forward, backward, wires, ranks)
-    shares = rank_shares(case)
+    if key not in memo.passes:
+        done = (case.tensor, case.context, case.expert, case.micro_batch, case.sequence_parallel, case.engine)
+        if done not in memo.works:
+            memo.works[done] = works_of(case, device, constants)
+        memo.passes[key] = _passes(case, device, net, constants, memo.works[done])
+    layer, ends, parts = memo.passes[key]
+    piped = (*key, case.pipeline, case.virtual_stages, case.schedule, case.micro_batches, quick)
+    if piped not in memo.timelines:
+        memo.timelines[piped] = _timeline(case, net, layer, ends, quick)
+    timeline, first, last = memo.timelines[piped]
+    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule)
+    if split not in memo.shares:
+        memo.shares[split] = rank_shares(case)
+    shares = memo.shares[split]
     memory = rank_memory(case, timeline.in_flight, shares)
     layers = _busiest_layers(case, shares, layer, ends)
     seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline)
-    first, last = (max(passes[rank] for rank in range(ranks)) for passes in (forward, backward))
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, first, last, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
     owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
@@ -121,22 +140,22 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
 def _layer_key(case: Case) -> tuple[object, ...]:
     """What the time of one layer depends on beside model, machine and precision."""
     sharded = case.data if case.zero_stage == 3 else 0
-    split = (case.tensor, case.context, case.expert, sharded, case.sequence_parallel, _crosses_nodes(case))
+    split = (case.tensor, case.context, case.expert, sharded, case.sequence_parallel, crosses_nodes(case))
     return (*split, case.micro_batch, case.micro_batches > 1, case.recompute, case.engine, exchange_overlaps(case))
 
 
 def _passes(
-    case: Case, device: Device, net: Network, constants: Constants
+    case: Case, device: Device, net: Network, constants: Constants, works: Works
 ) -> tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]:
     """Seconds of one layer and of both ends (embedding, output projection) for one micro-batch; parts of a layer's time."""
-    work = layer_work(case, device, constants)
+    work = works.layer
     repeat = Work()
     if case.recompute == "full":
         repeat = work.forward
     elif case.recompute == "selective":
         repeat = work.core_forward if case.repeats_core else work.forward.times(SELECTIVE_REPEAT)
-    tensor_forward = _tensor_seconds(case, net)
-    exchange = _exchange_seconds(case, net)
+    tensor_forward = tensor_seconds(case, net)
+    exchange = exchange_seconds(case, net)
     if exchange_overlaps(case):
         room = 0.5 * (work.forward.seconds + work.backward.seconds)  # of a forward and a backward pass side by side
         exchange = max(0.0, exchange - room) + constants.overlap_cost * min(exchange, room)
@@ -157,20 +176,19 @@ def _passes(
     compute_f = _forward_seconds(ahead, work, constants, case, inner_f - stall)
     compute_b = _device_or_host(back, constants, case, inner_b - rounds * stall)
     inner_b += _regather_seconds(case, net, work, constants)
-    ring_f = max(0.0, _ring_seconds(case, net) - work.core_forward.seconds)
-    shard_f, shard_b = _shard_seconds(case, net, sum(layer_parameters(case)))
+    ring_f = max(0.0, ring_seconds(case, net) - work.core_forward.seconds)
+    shard_f, shard_b = shard_seconds(case, net, sum(layer_parameters(case)))
     total_f, total_b = compute_f + inner_f + ring_f, compute_b + inner_b + 2 * ring_f
     if case.loops:
         exposed_f, exposed_b = shards_in_a_loop(case, work, shard_f, shard_b, constants)
         total_f, total_b = total_f + exposed_f, total_b + exposed_b
     else:
         total_f, total_b = hidden(total_f, shard_f, case, constants), hidden(total_b, shard_b, case, constants)
-    embed_f, embed_b = embedding_work(case, device)
-    head_f, head_b = head_work(case, device)
+    (embed_f, embed_b), (head_f, head_b) = works.embedding, works.head
     if case.graphs:
         embed_f, embed_b, head_f, head_b = (end.graphed() for end in (embed_f, embed_b, head_f, head_b))
     table = case.model.embedding_parameters / case.tensor
-    end_f, end_b = _shard_seconds(case, net, table)
+    end_f, end_b = shard_seconds(case, net, table)
     if case.tensor > 1:
         embed_comm = all_reduce(2.0 * case.tokens * case.model.hidden, group(case, "tensor"), net)
     else:
@@ -196,13 +214,9 @@ def _passes(
 def _stall_seconds(case: Case, net: Network) -> float:
     """Host delay of the tensor collectives of one layer and pass while pipeline transfers between nodes are pending."""
     pending = case.machine.pending_send_seconds
-    if pending is None or case.tensor == 1 or not _crosses_nodes(case):
+    if pending is None or case.tensor == 1 or not crosses_nodes(case):
         return 0.0
     return (4.0 if case.sequence_parallel else 2.0) * case.tensor * pending.value
-
-
-def _crosses_nodes(case: Case) -> bool:
-    return case.pipeline > 1 and case.workers > case.machine.gpus_per_node and group(case, "pipeline").nodes > 1
 
 
 def _device_or_host(work: Work, constants: Constants, case: Case, waiting: float = 0.0) -> float:
@@ -254,17 +268,6 @@ def _summing_bytes(case: Case) -> float:
     return 12.0 if case.precision == "fp32" else (6.0 if case.classic else 10.0)
 
 
-def _tensor_seconds(case: Case, net: Network) -> float:
-    """Two all-reduces a layer and pass, or as many gathers and scatters (Megatron-LM, arXiv:1909.08053, figure 4)."""
-    if case.tensor == 1:
-        return 0.0
-    ranks = group(case, "tensor")
-    size = 2.0 * case.tokens * case.model.hidden
-    if case.sequence_parallel:
-        return 2.0 * (all_gather(size, ranks, net) + reduce_scatter(size, ranks, net))
-    return 2.0 * all_reduce(size, ranks, net)
-
-
 def _regather_seconds(case: Case, net: Network, work: LayerWork, constants: Constants) -> float:
     """What the backward pass exposes of gathering the inputs of both split products once more for their weight gradients.
 
@@ -278,52 +281,16 @@ def _regather_seconds(case: Case, net: Network, work: LayerWork, constants: Cons
     return max(0.0, gather - room) + constants.overlap_cost * min(gather, room)
 
 
-def _exchange_seconds(case: Case, net: Network) -> float:
-    """Tokens to their experts and back: two all-to-alls a layer and pass.
-
-    Kernels that know the nodes send a token once to every node with an expert it visits, and copy it there (DeepSeek-V3,
-    arXiv:2412.19437, section 3.2.2): of n nodes k random experts touch n (1 - (1 - 1/n)^k).
-    """
-    if not case.model.experts or case.expert == 1:
-        return 0.0
-    copy = 2.0 * case.tokens * case.model.hidden
-    if case.sequence_parallel:
-        copy /= case.tensor
-    ranks = group(case, "expert")
-    visits = case.model.experts_per_token
-    sent = ranks.nodes * (1.0 - (1.0 - 1.0 / ranks.nodes) ** visits) if case.engine else visits
-    return 2.0 * all_to_all(copy * visits, ranks, net, copy * min(sent, visits))
-
-
-def _ring_seconds(case: Case, net: Network) -> float:
-    """Keys and values once around the context ranks."""
-    if case.context == 1:
-        return 0.0
-    size = 4.0 * case.tokens * case.model.kv_hidden / case.tensor
-    return all_gather(size * case.context, group(case, "context"), net)
-
-
-def _shard_seconds(case: Case, net: Network, parameters: float) -> tuple[float, float]:
-    """(forward, backward) communication of sharded parameters: gather ahead, gather again and reduce-scatter behind."""
-    if case.zero_stage != 3 or case.data * case.context == 1:
-        return 0.0, 0.0
-    ranks = group(case, "shard")
-    calls = GATHERS_PER_LAYER if case.classic else 1
-    half = 4.0 if case.precision == "fp32" else 2.0
-    gather = calls * all_gather(half * parameters / calls, ranks, net)
-    scatter = calls * reduce_scatter(_gradient_bytes(case) * parameters / calls, ranks, net)
-    return gather, gather + scatter
-
-
-def _gradient_bytes(case: Case) -> float:
-    """Bytes of one reduced gradient.
-
-    fp16 software reduces in fp16. Fully sharded training reduces in the precision of its products unless told otherwise
-    (PyTorch, `fully_shard`, MixedPrecisionPolicy: without `reduce_dtype` that of the parameters); replicas of bf16
-    software sum in fp32.
-    """
-    half = case.precision == "fp16" or (case.zero_stage == 3 and case.precision != "fp32")
-    return 2.0 if half else 4.0
+def _timeline(
+    case: Case, net: Network, layer: _Pass, ends: tuple[_Pass, _Pass], quick: bool
+) -> tuple[Timeline, float, float]:
+    """The pipeline's timeline, the longest forward pass that is the first one of a rank, and the longest backward pass that is
+    the last one."""
+    forward, backward = _stages(case, layer, ends)
+    find = closed_form if quick else simulate
+    wires = _wires(case, net, len(forward))
+    timeline = find(case.schedule, case.micro_batches, forward, backward, wires, case.pipeline)
+    return timeline, max(forward[: case.pipeline]), max(backward[: case.pipeline])
 
 
 def _stages(case: Case, layer: _Pass, ends: tuple[_Pass, _Pass]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -338,7 +305,7 @@ def _stages(case: Case, layer: _Pass, ends: tuple[_Pass, _Pass]) -> tuple[tuple[
 
 def _wires(case: Case, net: Network, stages: int) -> tuple[Wire, ...]:
     """An activation, or its gradient, to the next pipeline rank; tensor ranks send a part each."""
-    across = _crosses_nodes(case)
+    across = crosses_nodes(case)
     latency = send(0.0, across, net)
     whole = send(2.0 * case.tokens * case.model.hidden / case.tensor, across, net)
     return even(stages, latency, whole - latency)
@@ -358,7 +325,7 @@ def _gradient_seconds(
         return 0.0
     ranks = group(case, "shard")
     count = share.dense + (share.experts if case.expert < replicas else 0.0)
-    size = _gradient_bytes(case) * count
+    size = gradient_bytes(case) * count
     calls = 1 if case.classic else math.ceil(count / BUCKET_VALUES)
     if case.zero_stage == 0:
         whole, after = calls * all_reduce(size / calls, ranks, net), 0.0

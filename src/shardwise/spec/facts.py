@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -108,34 +109,34 @@ class Transformer:
             experts_per_token=values.get("experts_per_token", min(2, experts)),
         )
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """Width of one head."""
         return max(1, self.hidden // self.heads)
 
-    @property
+    @cached_property
     def kv_hidden(self) -> int:
         """Width of all keys (or values) of one token."""
         return self.head_dim * self.kv_heads
 
-    @property
+    @cached_property
     def attention_parameters(self) -> int:
         """Query, key, value and output matrices of one layer."""
         return 2 * self.hidden * self.head_dim * self.heads + 2 * self.hidden * self.kv_hidden
 
-    @property
+    @cached_property
     def expert_parameters(self) -> int:
         """Feed-forward matrices of one layer, of one expert when there are experts."""
         return (3 if self.gated_ffn else 2) * self.hidden * self.ffn_hidden
 
-    @property
+    @cached_property
     def small_parameters(self) -> int:
         """Norms and biases of one layer: two norms; with `gpt` also their shifts and the four biases."""
         if self.gated_ffn:
             return 2 * self.hidden
         return 4 * self.hidden + 2 * self.hidden + 2 * self.kv_hidden + self.ffn_hidden + self.hidden
 
-    @property
+    @cached_property
     def dense_layer_parameters(self) -> int:
         """Parameters of one layer outside the experts."""
         router = self.hidden * self.experts
@@ -143,12 +144,12 @@ class Transformer:
             self.attention_parameters + self.small_parameters + router + (0 if self.experts else self.expert_parameters)
         )
 
-    @property
+    @cached_property
     def layer_parameters(self) -> int:
         """All parameters of one layer."""
         return self.dense_layer_parameters + self.experts * self.expert_parameters
 
-    @property
+    @cached_property
     def embedding_parameters(self) -> int:
         """The embedding matrix; an untied output projection is as large again."""
         return self.vocab * self.hidden
@@ -216,7 +217,7 @@ class ModelFacts:
     origin: str = "counted"
     notes: tuple[str, ...] = field(default=())
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Trained parameters of all blocks."""
         return sum(block.parameters * block.repeats for block in self.blocks)

@@ -1,6 +1,7 @@
 """Layout: the degree of each mesh axis. The product of the degrees is the number of workers."""
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from math import prod
 
 from shardwise.errors import PlanError
@@ -60,7 +61,7 @@ class Layout:
             degrees[axis] = int(degree)
         return cls(**degrees)
 
-    @property
+    @cached_property
     def workers(self) -> int:
         """Number of ranks: the product of all degrees."""
         return prod(self.degrees.values())
@@ -73,7 +74,7 @@ class Layout:
         """
         return self.data * self.shard * self.expert
 
-    @property
+    @cached_property
     def degrees(self) -> dict[str, int]:
         """Every axis and its degree, outermost axis first."""
         return {axis: int(getattr(self, axis)) for axis in AXES}
