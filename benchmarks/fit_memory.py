@@ -19,7 +19,7 @@ from fit_planner import RIDGE
 from scoring import LEFT_OUT_MEMORY_FILE, SWEEP, cluster_machine, load_scorer
 from shardwise.planner import memory
 from shardwise.planner.case import Case
-from shardwise.planner.predict import predict_runs
+from shardwise.planner.predict import predict_runs, printed_bytes
 from shardwise.planner.runs import read_runs
 
 SOURCES = (SWEEP, "internevo", "torchtitan_performance", "korthikanti2022")
@@ -56,7 +56,7 @@ def peaks(tables: Path, name: str) -> list[Peak]:
 def error(chosen: Sequence[Peak]) -> float:
     """Mean |predicted / printed - 1| with the constants as they are set."""
     return statistics.mean(
-        abs(memory.rank_memory(case, flight, memory.rank_shares(case)).first / printed - 1)
+        abs(printed_bytes(case, memory.rank_memory(case, flight, memory.rank_shares(case))) / printed - 1)
         for case, flight, printed in chosen
     )
 

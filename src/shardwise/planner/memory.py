@@ -38,7 +38,7 @@ fused AdamW in its default configuration).
 """
 
 HALF_GRADIENT_BYTES = 2.0
-"""Bytes per value of the gradient in the working precision, which stays beside its sum in fp32."""
+"""Bytes per value of the gradient in the working precision, which stays beside its sum in fp32 where gradients are whole."""
 
 FLAT_STEP_BYTES = 6.0
 """Bytes per value of its shard that DeepSpeed's optimizer for fp16 makes in the update.
@@ -52,6 +52,9 @@ BUCKET_VALUES = 5e8
 
 SELECTIVE_KEEPS = 0.4
 """Share of a layer's activations that selective recomputation keeps where it is not the attention core alone."""
+
+SELECTIVE_LEAST = 1.0 / 3.0
+"""The same where two blocks of three are recomputed as a whole (foundation-model-stack fms-fsdp, `selective_checkpointing`)."""
 
 LOGIT_BYTES = 14.0
 """Bytes per logit at the peak: the product in 2, its fp32 copy 4, the log-softmax 4, its gradient 4."""
@@ -107,6 +110,16 @@ class MemoryParts:
         }
 
 
+def context_bytes(case: Case) -> float:
+    """Device memory that the allocator cannot have; none on a TPU, whose compiler plans all that the chip says it has."""
+    return 0.0 if on_tpu(case) else CONTEXT_BYTES
+
+
+def on_tpu(case: Case) -> bool:
+    """Whether XLA is the compiler."""
+    return case.machine.accelerator.name.startswith("tpu")
+
+
 def layer_parameters(case: Case) -> tuple[float, float]:
     """(dense, expert) parameters of one layer on one rank."""
     model = case.model
@@ -152,7 +165,7 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
 
     Mixed precision: working copy 2, gradient (`gradient_bytes`), master and two Adam moments 12 bytes a parameter. With
     everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8. In a pipeline the gradients of
-    stage 2 are summed over the micro-batches before they are reduced, so they stay whole.
+    stage 2 are summed over the micro-batches before they are reduced, so they stay whole (`whole_gradients`).
     """
     shards = case.data * case.context
     expert_shards = max(1, shards // case.expert)
@@ -162,12 +175,16 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
         sizes = (4.0, 4.0, 8.0) if case.zero_stage == 3 else (2.0, gradient_bytes(case), 12.0)
     from_stage = (3, 2, 1)
     totals = [0.0, 0.0, 0.0]
-    whole_gradients = case.zero_stage == 2 and case.pipeline > 1 and case.micro_batches > 1
     for parameters, ways in ((dense, shards), (experts, expert_shards)):
         for index, (size, stage) in enumerate(zip(sizes, from_stage, strict=True)):
-            split = case.zero_stage >= stage and not (index == 1 and whole_gradients)
+            split = case.zero_stage >= stage and not (index == 1 and whole_gradients(case))
             totals[index] += parameters * size / (ways if split else 1)
     return totals[0], totals[1], totals[2]
+
+
+def whole_gradients(case: Case) -> bool:
+    """Whether every rank keeps all gradients of its stage until the last micro-batch."""
+    return case.zero_stage < 2 or (case.zero_stage == 2 and case.pipeline > 1 and case.micro_batches > 1)
 
 
 def gradient_bytes(case: Case) -> float:
@@ -249,6 +266,9 @@ def gathered_bytes(case: Case) -> float:
     dense, experts = layer_parameters(case)
     if case.classic:
         return (dense + experts) * 4.0
+    if on_tpu(case):  # XLA gathers in front of every product, not a block at once
+        matrices = max(1.0, case.model.experts / case.expert)
+        dense, experts = 0.0, matrices * case.model.hidden * case.model.ffn_hidden / case.tensor
     block = max(dense + experts, case.model.embedding_parameters / case.tensor)
     size = 4.0 if case.precision == "fp32" else 2.0
     return block * (2.0 * size + 4.0)
@@ -293,14 +313,34 @@ def _reusable(case: Case, activations: float, logits: float) -> float:
 
 
 def _off_chip(case: Case, logits: float, kept: float) -> float:
-    """Bytes that software for TPUs need not hold: layer inputs wait in the memory of the host, and logits are made in tiles.
+    """Bytes that some software need not hold: the inputs of layers wait in the memory of the host.
 
-    (MaxText: remat policies with `offload`, `num_vocab_tiling`.) What is left of the logits is an eighth.
+    For TPUs (MaxText: remat policies with `offload`), where logits are made in tiles as well (`num_vocab_tiling`; what is left
+    is an eighth); and DeepSpeed's checkpoints where tensor ranks hold a part each (`partition_activations`, `cpu_checkpointing`).
     """
-    if not case.machine.accelerator.name.startswith("tpu"):
-        return 0.0
-    tiled = (FUSED_LOGIT_BYTES / LOGIT_BYTES) * logits * 7.0 / 8.0
-    return tiled + (kept if case.recompute == "full" else 0.0)
+    if on_tpu(case):
+        tiled = (FUSED_LOGIT_BYTES / LOGIT_BYTES) * logits * 7.0 / 8.0
+        return tiled + (kept if case.recompute == "full" else 0.0)
+    return kept if case.deepspeed and case.zero_stage == 3 and case.tensor > 1 and case.recompute == "full" else 0.0
+
+
+def _spare_activations(case: Case, kept: float) -> float:
+    """Bytes of `kept` of one layer that the row leaves open: whether kernels are fused, and what `selective` keeps.
+
+    On TPUs `none` is the policy that keeps most, the outputs of all products (MaxText, remat policy `minimal`).
+    """
+    least = kept
+    if case.recompute == "none" and on_tpu(case):
+        model = case.model
+        wide = (4.0 if model.gated_ffn else 2.0) * model.ffn_hidden * max(1, model.experts_per_token)
+        outside = 4.0 * model.hidden / (case.tensor if case.sequence_parallel else 1)
+        products = case.tokens * (outside + (4.0 * model.hidden + 4.0 * model.kv_hidden + wide) / case.tensor)
+        return max(0.0, kept - products)
+    if case.compile is None and not case.engine and not case.classic:
+        least = kept_bytes(replace(case, compile=True))[0]
+    if case.recompute == "selective" and not case.repeats_core:
+        least *= SELECTIVE_LEAST / SELECTIVE_KEEPS
+    return kept - least
 
 
 def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
@@ -319,7 +359,8 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
     gathered, handed_on = gathered_bytes(case), _handed_on(case)
     whole = 8.0 * case.tokens * case.model.hidden if case.sequence_parallel else 0.0
     end = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
-    most, first, known = -1, 0.0, case.deepspeed
+    most, first, known = -1, 0.0, case.deepspeed and case.precision == "fp16"
+    leaves = _spare_activations(case, kept)
     for rank, share in enumerate(shares):
         if rank not in (0, end) and share.layers <= most and in_flight[rank] <= in_flight[rank - 1]:
             continue  # an earlier rank holds as many layers and as many micro-batches
@@ -327,15 +368,18 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
         copies = 0.0
         if not case.classic and not case.engine and case.zero_stage < 3 and case.precision != "fp32":
-            copies = HALF_GRADIENT_BYTES * (share.dense + share.experts)
+            values = share.dense + share.experts  # gradients that are sharded are reduced and freed bucket by bucket
+            copies = HALF_GRADIENT_BYTES * (values if whole_gradients(case) else min(values, BUCKET_VALUES))
         layers = share.layers / case.virtual_stages
         head = logits if rank == end else 0.0
         activations = in_flight[rank] * (layers * kept + handed_on) + whole
         activations += max(0.0, working - head) if layers else 0.0
         temporary = _update_bytes(case) * optimizer / optimizer_bytes(case)
         update = max(0.0, temporary - _reusable(case, activations, head))
-        slack = (OLD_SLACK if known else SLACK) * (activations + head + gathered + update) + WORKSPACE_BYTES
-        spare = 0.0 if known else copies + update
+        slack = (OLD_SLACK if case.deepspeed and case.pipeline > 1 else SLACK) * (
+            activations + head + gathered + update
+        ) + WORKSPACE_BYTES
+        spare = in_flight[rank] * layers * leaves + (0.0 if known else copies + update)
         if not known and case.zero_stage in (1, 2) and case.precision != "fp32":
             spare += 0.5 * gradients
         moved = _off_chip(case, head, in_flight[rank] * layers * kept)
