@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fit_planner import RIDGE
 from scoring import LEFT_OUT_MEMORY_FILE, SWEEP, cluster_machine, load_scorer
-from shardwise.planner import memory
+from shardwise.planner import activations, memory
 from shardwise.planner.case import Case
 from shardwise.planner.predict import predict_runs, printed_bytes
 from shardwise.planner.runs import read_runs
@@ -33,7 +33,7 @@ GUESSES = {
     "SELECTIVE_KEEPS": (0.45, 0.3, 0.6),
     "LOGIT_BYTES": (14.0, 8.0, 20.0),
 }
-"""Constant of planner/memory.py: guess, lowest, highest."""
+"""Constant of planner/memory.py or activations.py: guess, lowest, highest."""
 
 SWEEP_STRIDE = 8
 """Of the odd rows of the large sweep every so many is enough."""
@@ -64,7 +64,7 @@ def error(chosen: Sequence[Peak]) -> float:
 def set_constants(values: dict[str, float]) -> None:
     """Give the memory model these constants, in this process."""
     for name, value in values.items():
-        setattr(memory, name, value)
+        setattr(activations if hasattr(activations, name) else memory, name, value)
 
 
 def fit(chosen: Sequence[Sequence[Peak]], rounds: int = 5) -> dict[str, float]:

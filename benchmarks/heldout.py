@@ -180,6 +180,10 @@ tensor ranks on the host (stated by the rows that were false alarms); kernels ma
 question whether the best software fits: on all tables, a limit a tenth of the way from there to the usual software finds
 none of the 4 missing of 9 runs out of memory, and puts 5 instead of 2 tables above 3 % false alarms.
 
+Left in memory: colossalai states 70B on 16 devices with ZeRO 2, whose parameters alone are 129 GiB a device, and the same 98 GiB
+for 7B and 70B, at micro-batches that it does not state; small_models trains in bf16 alone (8 bytes a parameter, not 20);
+bloom_topologies and jean_zay_v100 print the driver's figure in whole GB, context and unused segments included.
+
 What the columns cannot say decides much of what is left: the attention kernel and its year, fp8 with one scale or many,
 reductions in bf16 or fp32, sharding inside a node (`shard_group` in the notes), activations moved to the host (TPU recipes),
 what the NVIDIA tables recompute, heads wider than hidden over heads, shared experts, latent attention.

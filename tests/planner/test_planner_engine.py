@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from shardwise.planner import catalogue
+from shardwise.planner.activations import layer_activation_bytes
 from shardwise.planner.case import Case
 from shardwise.planner.collectives import Group, all_to_all, network
 from shardwise.planner.compute import HOPPER_ENGINE_GAIN, device_rates
 from shardwise.planner.constants import DEFAULT
-from shardwise.planner.memory import layer_activation_bytes
 from shardwise.planner.runs import parse_runs
 from shardwise.planner.step import estimate
 from shardwise.spec.facts import Transformer

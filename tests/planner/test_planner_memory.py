@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 
 from shardwise.planner import catalogue
+from shardwise.planner.activations import kept_bytes, layer_activation_bytes
 from shardwise.planner.case import Case
 from shardwise.planner.closedform import even
 from shardwise.planner.memory import (
     CONTEXT_BYTES,
     MemoryParts,
     context_bytes,
-    kept_bytes,
-    layer_activation_bytes,
     rank_memory,
     rank_shares,
     state_bytes,
@@ -40,7 +39,7 @@ def case(**changes: object) -> Case:
 
 
 def flash(**changes: object) -> Case:
-    return case(attention="flash", precision="bf16", **changes)
+    return case(**{"attention": "flash", "precision": "bf16", **changes})
 
 
 def test_states_by_zero_stage() -> None:
@@ -168,7 +167,11 @@ def test_deepspeed_keeps_fp16_gradients_and_makes_flat_copies_of_its_shard() -> 
     # stage_1_and_2.py: 2 N parameters, 2 N gradients, 12 N / D states, in the update 2 + 4 bytes a value of the shard
     assert state_bytes(case(data=8, zero_stage=1), 1e6, 0.0) == (2e6, 2e6, 1.5e6)
     assert state_bytes(case(data=8, zero_stage=2), 1e6, 0.0) == (2e6, 0.25e6, 1.5e6)
-    # its optimizer for bf16 sums in fp32
+    # Megatron-LM's distributed optimizer the same with fp16 gradients, 4 + 16 / d; in bf16 both sum in fp32
+    newer = flash(data=8, zero_stage=1, precision="fp16")
+    assert state_bytes(newer, 1e6, 0.0) == (2e6, 2e6, 1.5e6)
+    assert found_for(newer).gradients == 2.0 * GPT.parameters
+    assert found_for(flash(data=8, zero_stage=1)).gradients == 6.0 * GPT.parameters
     assert state_bytes(case(data=8, zero_stage=1, precision="bf16"), 1e6, 0.0) == (2e6, 4e6, 1.5e6)
     layout = case(data=2, zero_stage=1, micro_batch=1, seq_len=256)
     found = rank_memory(layout, (1,), rank_shares(layout))

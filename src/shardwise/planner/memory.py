@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardwise.planner.case import NARROW, Case
+from shardwise.planner.activations import kept_bytes, on_tpu, spare_activations
+from shardwise.planner.case import Case
 from shardwise.planner.closedform import rank_of
 from shardwise.spec.plan import V_SHAPED
 
@@ -41,7 +42,7 @@ HALF_GRADIENT_BYTES = 2.0
 """Bytes per value of the gradient in the working precision, which stays beside its sum in fp32 where gradients are whole."""
 
 FLAT_STEP_BYTES = 6.0
-"""Bytes per value of its shard that DeepSpeed's optimizer for fp16 makes in the update.
+"""Bytes per value of its shard that an optimizer for fp16 with sharded states makes in the update.
 
 The gradients of the shard as one flat tensor of 2, and its fp32 copy of 4 (DeepSpeed, `stage_1_and_2.py`, `step`: flatten,
 then `.to(dtype)`); the kernel itself (FusedAdam) needs none.
@@ -49,12 +50,6 @@ then `.to(dtype)`); the kernel itself (FusedAdam) needs none.
 
 BUCKET_VALUES = 5e8
 """Gradients reduced by one call while the backward pass goes on (reduce_bucket_size of DeepSpeed, default)."""
-
-SELECTIVE_KEEPS = 0.4
-"""Share of a layer's activations that selective recomputation keeps where it is not the attention core alone."""
-
-SELECTIVE_LEAST = 1.0 / 3.0
-"""The same where two blocks of three are recomputed as a whole (foundation-model-stack fms-fsdp, `selective_checkpointing`)."""
 
 LOGIT_BYTES = 14.0
 """Bytes per logit at the peak: the product in 2, its fp32 copy 4, the log-softmax 4, its gradient 4."""
@@ -113,11 +108,6 @@ class MemoryParts:
 def context_bytes(case: Case) -> float:
     """Device memory that the allocator cannot have; none on a TPU, whose compiler plans all that the chip says it has."""
     return 0.0 if on_tpu(case) else CONTEXT_BYTES
-
-
-def on_tpu(case: Case) -> bool:
-    """Whether XLA is the compiler."""
-    return case.machine.accelerator.name.startswith("tpu")
 
 
 def layer_parameters(case: Case) -> tuple[float, float]:
@@ -188,68 +178,22 @@ def whole_gradients(case: Case) -> bool:
 
 
 def gradient_bytes(case: Case) -> float:
-    """Bytes of a gradient before the step: summed in fp32, but in fp16 by DeepSpeed's fp16 optimizer (`stage_1_and_2.py`)."""
-    return 2.0 if case.deepspeed and case.precision == "fp16" else 4.0
+    """Bytes of a gradient before the step: summed in fp32, but in fp16 where sharded states belong to fp16 parameters.
+
+    Both optimizers of that kind make fp32 copies of the shard's gradients in the step (DeepSpeed, `stage_1_and_2.py`;
+    Megatron-LM, docs of the distributed optimizer: 4 + 16 / d bytes a parameter with fp16 gradients, 6 + 12 / d in bf16).
+    """
+    return 2.0 if flat_shards(case) else 4.0
+
+
+def flat_shards(case: Case) -> bool:
+    """Whether an optimizer for fp16 holds the states as flat shards beside whole parameters."""
+    return case.precision == "fp16" and case.zero_stage in (1, 2)
 
 
 def optimizer_bytes(case: Case) -> float:
     """Bytes of optimizer states per value: two moments, and the master weight where the working copy is shorter."""
     return 8.0 if case.precision == "fp32" or case.zero_stage == 3 else 12.0
-
-
-def layer_activation_bytes(case: Case) -> float:
-    """Bytes one layer keeps per micro-batch without recomputation (Korthikanti et al. 2022, equations 1, 2 and 4).
-
-    Outside the tensor-parallel parts, in units of h: inputs of two norms 2 each and of the two products behind them 2
-    each, two dropout masks 1 each (only beside materialised attention); sequence parallelism divides them by t. Inside,
-    divided by t: query, key, value, output of attention 2 each; gelu in and out 2 f each; gated: gate, up, their
-    product 2 f each, and the activated gate 2 f unless compiled. Materialised attention: 5 bytes per score. Not compiled,
-    RMS norms keep what their four small kernels need (3 each more).
-    """
-    model = case.model
-    unit = case.tokens * (2.0 if case.precision == "fp32" else 1.0)
-    outside = (10.0 if case.attention == "math" else 8.0) * model.hidden
-    if model.gated_ffn:
-        outside += 6.0 * (1.0 - case.fusion) * model.hidden
-    visits = max(1, model.experts_per_token)
-    if model.gated_ffn:
-        inner = (8.0 - 2.0 * case.fusion) * model.ffn_hidden
-    else:
-        inner = 4.0 * model.ffn_hidden
-    inside = 0.0
-    if case.engine and case.precision in NARROW:
-        outside -= 2.0 * model.hidden
-        inner -= 1.0 * model.ffn_hidden
-        inside = 1.0 * model.hidden
-    inside += 4.0 * model.hidden + 4.0 * model.kv_hidden + inner * visits
-    if model.experts:
-        inside += 4.0 * model.hidden * visits * case.tensor
-    kept = unit * (outside / (case.tensor if case.sequence_parallel else 1) + inside / case.tensor)
-    return kept + score_bytes(case)
-
-
-def score_bytes(case: Case) -> float:
-    """Bytes of materialised scores of one layer: softmax output 2, dropout mask 1, dropout output 2 a score."""
-    if case.attention == "flash":
-        return 0.0
-    heads = math.ceil(case.model.heads / case.tensor)
-    return 5.0 * heads * case.tokens * case.seq_len * (2.0 if case.precision == "fp32" else 1.0)
-
-
-def kept_bytes(case: Case) -> tuple[float, float]:
-    """(kept per layer and micro-batch in flight, working set while one layer is computed again)."""
-    whole = layer_activation_bytes(case)
-    entry = 2.0 * case.tokens * case.model.hidden * (2.0 if case.precision == "fp32" else 1.0)
-    if case.sequence_parallel:
-        entry /= case.tensor
-    if case.recompute == "full":
-        return min(entry, whole), whole
-    if case.recompute == "selective":
-        if case.repeats_core:  # fused attention has nothing to save that its neighbours do not keep
-            scores = score_bytes(case)
-            return whole - scores, scores
-        return SELECTIVE_KEEPS * whole, (1.0 - SELECTIVE_KEEPS) * whole
-    return whole, 0.0
 
 
 def gathered_bytes(case: Case) -> float:
@@ -262,7 +206,7 @@ def gathered_bytes(case: Case) -> float:
     if case.data * case.context == 1:
         return 0.0
     if case.zero_stage != 3:
-        return 2.0 * BUCKET_VALUES if case.deepspeed and case.precision == "fp16" else 0.0
+        return 2.0 * BUCKET_VALUES if flat_shards(case) else 0.0
     dense, experts = layer_parameters(case)
     if case.classic:
         return (dense + experts) * 4.0
@@ -276,8 +220,10 @@ def gathered_bytes(case: Case) -> float:
 
 def _update_bytes(case: Case) -> float:
     """Temporary bytes per value of the update; none if it is one fused kernel. See `UPDATE_BYTES`, `FLAT_STEP_BYTES`."""
+    if flat_shards(case):
+        return FLAT_STEP_BYTES
     if case.deepspeed:
-        return FLAT_STEP_BYTES if case.precision == "fp16" and case.zero_stage < 3 else 0.0
+        return 0.0
     return UPDATE_BYTES if not case.classic and (case.zero_stage > 0 or case.precision == "fp32") else 0.0
 
 
@@ -324,25 +270,6 @@ def _off_chip(case: Case, logits: float, kept: float) -> float:
     return kept if case.deepspeed and case.zero_stage == 3 and case.tensor > 1 and case.recompute == "full" else 0.0
 
 
-def _spare_activations(case: Case, kept: float) -> float:
-    """Bytes of `kept` of one layer that the row leaves open: whether kernels are fused, and what `selective` keeps.
-
-    On TPUs `none` is the policy that keeps most, the outputs of all products (MaxText, remat policy `minimal`).
-    """
-    least = kept
-    if case.recompute == "none" and on_tpu(case):
-        model = case.model
-        wide = (4.0 if model.gated_ffn else 2.0) * model.ffn_hidden * max(1, model.experts_per_token)
-        outside = 4.0 * model.hidden / (case.tensor if case.sequence_parallel else 1)
-        products = case.tokens * (outside + (4.0 * model.hidden + 4.0 * model.kv_hidden + wide) / case.tensor)
-        return max(0.0, kept - products)
-    if case.compile is None and not case.engine and not case.classic:
-        least = kept_bytes(replace(case, compile=True))[0]
-    if case.recompute == "selective" and not case.repeats_core:
-        least *= SELECTIVE_LEAST / SELECTIVE_KEEPS
-    return kept - least
-
-
 def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
     """Peak of the fullest pipeline rank.
 
@@ -359,15 +286,15 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
     gathered, handed_on = gathered_bytes(case), _handed_on(case)
     whole = 8.0 * case.tokens * case.model.hidden if case.sequence_parallel else 0.0
     end = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
-    most, first, known = -1, 0.0, case.deepspeed and case.precision == "fp16"
-    leaves = _spare_activations(case, kept)
+    most, first, known = -1, 0.0, flat_shards(case) or (case.deepspeed and case.precision == "fp16")
+    leaves = spare_activations(case, kept)
     for rank, share in enumerate(shares):
         if rank not in (0, end) and share.layers <= most and in_flight[rank] <= in_flight[rank - 1]:
             continue  # an earlier rank holds as many layers and as many micro-batches
         most = max(most, share.layers)
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
         copies = 0.0
-        if not case.classic and not case.engine and case.zero_stage < 3 and case.precision != "fp32":
+        if not case.classic and not case.engine and not known and case.zero_stage < 3 and case.precision != "fp32":
             values = share.dense + share.experts  # gradients that are sharded are reduced and freed bucket by bucket
             copies = HALF_GRADIENT_BYTES * (values if whole_gradients(case) else min(values, BUCKET_VALUES))
         layers = share.layers / case.virtual_stages
