@@ -171,14 +171,15 @@ to 2.4 times as fast as they are.
 Looked at and left: the runs of bloom_topologies are slower by a steady 15 %, on one node too; their page says that kernels were
 launched one at a time where the machine hung otherwise. Runs sharded inside a node only are predicted as if sharded over all.
 
-Memory was gone through later, the single rows of A and B included, so no memory figure below is held out. Changed, each with its
-reason: what is printed is the memory of rank 0, not of the fullest; Megatron-DeepSpeed keeps fp16 gradients in 2 bytes,
+Memory was gone through later, the single rows of A and B included, so no memory figure below is held out. Changed, each with
+its reason: what is printed is the memory of rank 0, not of the fullest; Megatron-DeepSpeed keeps fp16 gradients in 2 bytes,
 makes 6 bytes a value of its shard in the update, and has more slack; a stage keeps its output; sharded gradients leave no whole
-copy; a run that fits prints no more than its device has. For `fits`: TPUs have no driver context, gather matrix by matrix, and
-keep at most the outputs of products; `selective` may recompute two layers of three; DeepSpeed's stage 3 can keep checkpoints of
-tensor ranks on the host (stated by the rows that were false alarms); kernels may be fused where nobody says. `fits` stays the
-question whether the best software fits: on all tables, a limit a tenth of the way from there to the usual software finds
-none of the 4 missing of 9 runs out of memory, and puts 5 instead of 2 tables above 3 % false alarms.
+copy; a run that fits prints no more than its device has. For `fits`: TPUs have no driver context, gather matrix by matrix, keep
+at most the outputs of products, and can have their optimizer's states on the host; `selective` may recompute two layers of
+three; DeepSpeed's stage 3 can keep checkpoints of tensor ranks on the host (stated by the rows that were false alarms); kernels
+may be fused where nobody says. `fits` stays the question whether the best software fits: on all tables, a limit a tenth of the
+way from there to the usual software finds none of the 4 missing of 9 runs out of memory, and puts 3 tables instead of 1 above 3
+% false alarms.
 
 Left in memory: colossalai states 70B on 16 devices with ZeRO 2, whose parameters alone are 129 GiB a device, and the same 98 GiB
 for 7B and 70B, at micro-batches that it does not state; small_models trains in bf16 alone (8 bytes a parameter, not 20);

@@ -258,15 +258,16 @@ def _reusable(case: Case, activations: float, logits: float) -> float:
     return (activations if block >= tensor else 0.0) + (logits if scores >= tensor else 0.0)
 
 
-def _off_chip(case: Case, logits: float, kept: float) -> float:
+def _off_chip(case: Case, logits: float, kept: float, optimizer: float) -> float:
     """Bytes that some software need not hold: the inputs of layers wait in the memory of the host.
 
-    For TPUs (MaxText: remat policies with `offload`), where logits are made in tiles as well (`num_vocab_tiling`; what is left
-    is an eighth); and DeepSpeed's checkpoints where tensor ranks hold a part each (`partition_activations`, `cpu_checkpointing`).
+    For TPUs (MaxText: remat policies with `offload`, `optimizer_memory_host_offload`), where logits are made in tiles as well
+    (`num_vocab_tiling`; what is left is an eighth); and DeepSpeed's checkpoints where tensor ranks hold a part each
+    (`partition_activations`, `cpu_checkpointing`).
     """
     if on_tpu(case):
         tiled = (FUSED_LOGIT_BYTES / LOGIT_BYTES) * logits * 7.0 / 8.0
-        return tiled + (kept if case.recompute == "full" else 0.0)
+        return tiled + optimizer + (kept if case.recompute == "full" else 0.0)
     return kept if case.deepspeed and case.zero_stage == 3 and case.tensor > 1 and case.recompute == "full" else 0.0
 
 
@@ -307,9 +308,9 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
             activations + head + gathered + update
         ) + WORKSPACE_BYTES
         spare = in_flight[rank] * layers * leaves + (0.0 if known else copies + update)
-        if not known and case.zero_stage in (1, 2) and case.precision != "fp32":
+        if not known and case.precision != "fp32" and (case.zero_stage in (1, 2) or on_tpu(case)):
             spare += 0.5 * gradients
-        moved = _off_chip(case, head, in_flight[rank] * layers * kept)
+        moved = _off_chip(case, head, in_flight[rank] * layers * kept, optimizer)
         found = MemoryParts(
             parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare, moved
         )
