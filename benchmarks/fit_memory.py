@@ -17,9 +17,9 @@ from pathlib import Path
 
 from fit_planner import RIDGE
 from scoring import LEFT_OUT_MEMORY_FILE, SWEEP, cluster_machine, load_scorer
-from shardwise.planner import memory
+from shardwise.planner import activations, memory
 from shardwise.planner.case import Case
-from shardwise.planner.predict import predict_runs
+from shardwise.planner.predict import predict_runs, printed_bytes
 from shardwise.planner.runs import read_runs
 
 SOURCES = (SWEEP, "internevo", "torchtitan_performance", "korthikanti2022")
@@ -33,7 +33,7 @@ GUESSES = {
     "SELECTIVE_KEEPS": (0.45, 0.3, 0.6),
     "LOGIT_BYTES": (14.0, 8.0, 20.0),
 }
-"""Constant of planner/memory.py: guess, lowest, highest."""
+"""Constant of planner/memory.py or activations.py: guess, lowest, highest."""
 
 SWEEP_STRIDE = 8
 """Of the odd rows of the large sweep every so many is enough."""
@@ -56,7 +56,7 @@ def peaks(tables: Path, name: str) -> list[Peak]:
 def error(chosen: Sequence[Peak]) -> float:
     """Mean |predicted / printed - 1| with the constants as they are set."""
     return statistics.mean(
-        abs(memory.rank_memory(case, flight, memory.rank_shares(case)).first / printed - 1)
+        abs(printed_bytes(case, memory.rank_memory(case, flight, memory.rank_shares(case))) / printed - 1)
         for case, flight, printed in chosen
     )
 
@@ -64,7 +64,7 @@ def error(chosen: Sequence[Peak]) -> float:
 def set_constants(values: dict[str, float]) -> None:
     """Give the memory model these constants, in this process."""
     for name, value in values.items():
-        setattr(memory, name, value)
+        setattr(activations if hasattr(activations, name) else memory, name, value)
 
 
 def fit(chosen: Sequence[Sequence[Peak]], rounds: int = 5) -> dict[str, float]:

@@ -219,9 +219,19 @@ launched one at a time where the machine hung otherwise. jean_zay_v100 has the s
 replicas that cost a quarter of the step where their gradients take a hundredth of it. Releases of megatron_bridge differ by up to
 2.5 times in one configuration. Runs sharded inside a node only are predicted as if sharded over all.
 
-Memory was gone through later, the single rows of A and B included, so no memory figure below is held out. Changed, each with its
-reason: what is printed is the memory of rank 0, not of the fullest; Megatron-DeepSpeed keeps fp16 gradients in 2 bytes,
-makes 6 bytes a value of its shard in the update, and has more slack; a stage keeps its output.
+Memory was gone through later, the single rows of A and B included, so no memory figure below is held out. Changed, each with
+its reason: what is printed is the memory of rank 0, not of the fullest; Megatron-DeepSpeed keeps fp16 gradients in 2 bytes,
+makes 6 bytes a value of its shard in the update, and has more slack; a stage keeps its output; sharded gradients leave no whole
+copy; a run that fits prints no more than its device has. For `fits`: TPUs have no driver context, gather matrix by matrix, keep
+at most the outputs of products, and can have their optimizer's states on the host; `selective` may recompute two layers of
+three; DeepSpeed's stage 3 can keep checkpoints of tensor ranks on the host (stated by the rows that were false alarms); kernels
+may be fused where nobody says. `fits` stays the question whether the best software fits: on all tables, a limit a tenth of the
+way from there to the usual software finds none of the 4 missing of 9 runs out of memory, and puts 3 tables instead of 1 above 3
+% false alarms.
+
+Left in memory: colossalai states 70B on 16 devices with ZeRO 2, whose parameters alone are 129 GiB a device, and the same 98 GiB
+for 7B and 70B, at micro-batches that it does not state; small_models trains in bf16 alone (8 bytes a parameter, not 20);
+bloom_topologies and jean_zay_v100 print the driver's figure in whole GB, context and unused segments included.
 
 What the columns cannot say decides much of what is left: the attention kernel and its year, fp8 with one scale or many,
 reductions in bf16 or fp32, sharding inside a node (`shard_group` in the notes), activations moved to the host (TPU recipes),

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from shardwise.planner import catalogue
+from shardwise.planner.activations import layer_activation_bytes
 from shardwise.planner.case import Case
 from shardwise.planner.collectives import Group, all_to_all, network
 from shardwise.planner.compute import ENGINE_ATTENTION, attention_core, device_rates
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.layers import LayerWork, head_work, layer_work
-from shardwise.planner.memory import layer_activation_bytes
 from shardwise.planner.overlap import exchange_overlaps, shards_in_a_loop
 from shardwise.planner.predict import base_case, candidates
 from shardwise.planner.runs import parse_runs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
-from shardwise.planner.memory import CONTEXT_BYTES
+from shardwise.planner.memory import context_bytes
 from shardwise.planner.search import LONG_SEQUENCE, Candidate, Found, Problem, cases
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.layout import Layout
@@ -58,7 +58,7 @@ def nothing_fits(found: Found) -> str:
     if not found.too_large:
         return "no layout divides this batch and model over so many workers: change the batch or the number of workers"
     nearest = min(found.too_large, key=lambda item: item.estimate.memory.total)
-    needs = nearest.estimate.memory.total + CONTEXT_BYTES
+    needs = nearest.estimate.memory.total + context_bytes(nearest.case)
     room = nearest.case.machine.accelerator.memory_bytes.value
     return (
         f"nothing fits: the smallest layout ({nearest}) needs {format_bytes(needs)} of the {format_bytes(room)} of a "
@@ -163,7 +163,7 @@ def what_helps(found: Found, constants: Constants = DEFAULT) -> tuple[str, ...]:
     if faster:
         item = min(faster, key=lambda one: one.estimate.step_seconds)
         gain = now / item.estimate.step_seconds
-        needs = format_bytes(item.estimate.memory.total + CONTEXT_BYTES)
+        needs = format_bytes(item.estimate.memory.total + context_bytes(item.case))
         gains.append((gain, f"{needs} of device memory would allow {item}: {gain:.2f} times as fast"))
     return tuple(sentence for gain, sentence in sorted(gains, key=lambda one: -one[0]) if gain > 1.01)
 
@@ -243,7 +243,7 @@ def _even(item: Candidate, best: Candidate, worst: str, constants: Constants) ->
         return f"it would win from a batch of {batch}" if batch else "no larger batch would make it win"
     if worst == "recompute":
         needs = estimate(replace(case, recompute="none"), constants, quick=True)
-        room = format_bytes(needs.memory.total + CONTEXT_BYTES)
+        room = format_bytes(needs.memory.total + context_bytes(case))
         wins = "and it would win" if needs.step_seconds <= target else "and it would still lose"
         return f"with {room} of device memory it need not, {wins}"
     if worst not in ("tensor", "context", "shards", "gradients"):
@@ -258,7 +258,7 @@ def _even(item: Candidate, best: Candidate, worst: str, constants: Constants) ->
 
 
 def _too_large(item: Candidate) -> str:
-    needs = item.estimate.memory.total + CONTEXT_BYTES
+    needs = item.estimate.memory.total + context_bytes(item.case)
     room = item.case.machine.accelerator.memory_bytes.value
     word = "may not fit" if item.estimate.fits else "does not fit"
     return f"it {word}: it needs {format_bytes(needs)} of {format_bytes(room)}, {_largest(item.estimate)}"

@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardwise.planner.case import NARROW, Case
+from shardwise.planner.activations import kept_bytes, on_tpu, spare_activations
+from shardwise.planner.case import Case
 from shardwise.planner.closedform import rank_of
 from shardwise.spec.plan import V_SHAPED
 
@@ -38,10 +39,10 @@ fused AdamW in its default configuration).
 """
 
 HALF_GRADIENT_BYTES = 2.0
-"""Bytes per value of the gradient in the working precision, which stays beside its sum in fp32."""
+"""Bytes per value of the gradient in the working precision, which stays beside its sum in fp32 where gradients are whole."""
 
 FLAT_STEP_BYTES = 6.0
-"""Bytes per value of its shard that DeepSpeed's optimizer for fp16 makes in the update.
+"""Bytes per value of its shard that an optimizer for fp16 with sharded states makes in the update.
 
 The gradients of the shard as one flat tensor of 2, and its fp32 copy of 4 (DeepSpeed, `stage_1_and_2.py`, `step`: flatten,
 then `.to(dtype)`); the kernel itself (FusedAdam) needs none.
@@ -49,9 +50,6 @@ then `.to(dtype)`); the kernel itself (FusedAdam) needs none.
 
 BUCKET_VALUES = 5e8
 """Gradients reduced by one call while the backward pass goes on (reduce_bucket_size of DeepSpeed, default)."""
-
-SELECTIVE_KEEPS = 0.4
-"""Share of a layer's activations that selective recomputation keeps where it is not the attention core alone."""
 
 LOGIT_BYTES = 14.0
 """Bytes per logit at the peak: the product in 2, its fp32 copy 4, the log-softmax 4, its gradient 4."""
@@ -108,6 +106,11 @@ class MemoryParts:
         }
 
 
+def context_bytes(case: Case) -> float:
+    """Device memory that the allocator cannot have; none on a TPU, whose compiler plans all that the chip says it has."""
+    return 0.0 if on_tpu(case) else CONTEXT_BYTES
+
+
 def layer_parameters(case: Case) -> tuple[float, float]:
     """(dense, expert) parameters of one layer on one rank."""
     model = case.model
@@ -153,7 +156,7 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
 
     Mixed precision: working copy 2, gradient (`gradient_bytes`), master and two Adam moments 12 bytes a parameter. With
     everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8. In a pipeline the gradients of
-    stage 2 are summed over the micro-batches before they are reduced, so they stay whole.
+    stage 2 are summed over the micro-batches before they are reduced, so they stay whole (`whole_gradients`).
     """
     shards = case.data * case.context
     expert_shards = max(1, shards // case.expert)
@@ -163,77 +166,35 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
         sizes = (4.0, 4.0, 8.0) if case.zero_stage == 3 else (2.0, gradient_bytes(case), 12.0)
     from_stage = (3, 2, 1)
     totals = [0.0, 0.0, 0.0]
-    whole_gradients = case.zero_stage == 2 and case.pipeline > 1 and case.micro_batches > 1
     for parameters, ways in ((dense, shards), (experts, expert_shards)):
         for index, (size, stage) in enumerate(zip(sizes, from_stage, strict=True)):
-            split = case.zero_stage >= stage and not (index == 1 and whole_gradients)
+            split = case.zero_stage >= stage and not (index == 1 and whole_gradients(case))
             totals[index] += parameters * size / (ways if split else 1)
     return totals[0], totals[1], totals[2]
 
 
+def whole_gradients(case: Case) -> bool:
+    """Whether every rank keeps all gradients of its stage until the last micro-batch."""
+    return case.zero_stage < 2 or (case.zero_stage == 2 and case.pipeline > 1 and case.micro_batches > 1)
+
+
 def gradient_bytes(case: Case) -> float:
-    """Bytes of a gradient before the step: summed in fp32, but in fp16 by DeepSpeed's fp16 optimizer (`stage_1_and_2.py`)."""
-    return 2.0 if case.deepspeed and case.precision == "fp16" else 4.0
+    """Bytes of a gradient before the step: summed in fp32, but in fp16 where sharded states belong to fp16 parameters.
+
+    Both optimizers of that kind make fp32 copies of the shard's gradients in the step (DeepSpeed, `stage_1_and_2.py`;
+    Megatron-LM, docs of the distributed optimizer: 4 + 16 / d bytes a parameter with fp16 gradients, 6 + 12 / d in bf16).
+    """
+    return 2.0 if flat_shards(case) else 4.0
+
+
+def flat_shards(case: Case) -> bool:
+    """Whether an optimizer for fp16 holds the states as flat shards beside whole parameters."""
+    return case.precision == "fp16" and case.zero_stage in (1, 2)
 
 
 def optimizer_bytes(case: Case) -> float:
     """Bytes of optimizer states per value: two moments, and the master weight where the working copy is shorter."""
     return 8.0 if case.precision == "fp32" or case.zero_stage == 3 else 12.0
-
-
-def layer_activation_bytes(case: Case) -> float:
-    """Bytes one layer keeps per micro-batch without recomputation (Korthikanti et al. 2022, equations 1, 2 and 4).
-
-    Outside the tensor-parallel parts, in units of h: inputs of two norms 2 each and of the two products behind them 2
-    each, two dropout masks 1 each (only beside materialised attention); sequence parallelism divides them by t. Inside,
-    divided by t: query, key, value, output of attention 2 each; gelu in and out 2 f each; gated: gate, up, their
-    product 2 f each, and the activated gate 2 f unless compiled. Materialised attention: 5 bytes per score. Not compiled,
-    RMS norms keep what their four small kernels need (3 each more).
-    """
-    model = case.model
-    unit = case.tokens * (2.0 if case.precision == "fp32" else 1.0)
-    outside = (10.0 if case.attention == "math" else 8.0) * model.hidden
-    if model.gated_ffn:
-        outside += 6.0 * (1.0 - case.fusion) * model.hidden
-    visits = max(1, model.experts_per_token)
-    if model.gated_ffn:
-        inner = (8.0 - 2.0 * case.fusion) * model.ffn_hidden
-    else:
-        inner = 4.0 * model.ffn_hidden
-    inside = 0.0
-    if case.engine and case.precision in NARROW:
-        outside -= 2.0 * model.hidden
-        inner -= 1.0 * model.ffn_hidden
-        inside = 1.0 * model.hidden
-    inside += 4.0 * model.hidden + 4.0 * model.kv_hidden + inner * visits
-    if model.experts:
-        inside += 4.0 * model.hidden * visits * case.tensor
-    kept = unit * (outside / (case.tensor if case.sequence_parallel else 1) + inside / case.tensor)
-    return kept + score_bytes(case)
-
-
-def score_bytes(case: Case) -> float:
-    """Bytes of materialised scores of one layer: softmax output 2, dropout mask 1, dropout output 2 a score."""
-    if case.attention == "flash":
-        return 0.0
-    heads = math.ceil(case.model.heads / case.tensor)
-    return 5.0 * heads * case.tokens * case.seq_len * (2.0 if case.precision == "fp32" else 1.0)
-
-
-def kept_bytes(case: Case) -> tuple[float, float]:
-    """(kept per layer and micro-batch in flight, working set while one layer is computed again)."""
-    whole = layer_activation_bytes(case)
-    entry = 2.0 * case.tokens * case.model.hidden * (2.0 if case.precision == "fp32" else 1.0)
-    if case.sequence_parallel:
-        entry /= case.tensor
-    if case.recompute == "full":
-        return min(entry, whole), whole
-    if case.recompute == "selective":
-        if case.repeats_core:  # fused attention has nothing to save that its neighbours do not keep
-            scores = score_bytes(case)
-            return whole - scores, scores
-        return SELECTIVE_KEEPS * whole, (1.0 - SELECTIVE_KEEPS) * whole
-    return whole, 0.0
 
 
 def gathered_bytes(case: Case) -> float:
@@ -246,10 +207,13 @@ def gathered_bytes(case: Case) -> float:
     if case.data * case.context == 1:
         return 0.0
     if case.zero_stage != 3:
-        return 2.0 * BUCKET_VALUES if case.deepspeed and case.precision == "fp16" else 0.0
+        return 2.0 * BUCKET_VALUES if flat_shards(case) else 0.0
     dense, experts = layer_parameters(case)
     if case.classic:
         return (dense + experts) * 4.0
+    if on_tpu(case):  # XLA gathers in front of every product, not a block at once
+        matrices = max(1.0, case.model.experts / case.expert)
+        dense, experts = 0.0, matrices * case.model.hidden * case.model.ffn_hidden / case.tensor
     block = max(dense + experts, case.model.embedding_parameters / case.tensor)
     size = 4.0 if case.precision == "fp32" else 2.0
     return block * (2.0 * size + 4.0)
@@ -257,8 +221,10 @@ def gathered_bytes(case: Case) -> float:
 
 def _update_bytes(case: Case) -> float:
     """Temporary bytes per value of the update; none if it is one fused kernel. See `UPDATE_BYTES`, `FLAT_STEP_BYTES`."""
+    if flat_shards(case):
+        return FLAT_STEP_BYTES
     if case.deepspeed:
-        return FLAT_STEP_BYTES if case.precision == "fp16" and case.zero_stage < 3 else 0.0
+        return 0.0
     return UPDATE_BYTES if not case.classic and (case.zero_stage > 0 or case.precision == "fp32") else 0.0
 
 
@@ -293,15 +259,17 @@ def _reusable(case: Case, activations: float, logits: float) -> float:
     return (activations if block >= tensor else 0.0) + (logits if scores >= tensor else 0.0)
 
 
-def _off_chip(case: Case, logits: float, kept: float) -> float:
-    """Bytes that software for TPUs need not hold: layer inputs wait in the memory of the host, and logits are made in tiles.
+def _off_chip(case: Case, logits: float, kept: float, optimizer: float) -> float:
+    """Bytes that some software need not hold: the inputs of layers wait in the memory of the host.
 
-    (MaxText: remat policies with `offload`, `num_vocab_tiling`.) What is left of the logits is an eighth.
+    For TPUs (MaxText: remat policies with `offload`, `optimizer_memory_host_offload`), where logits are made in tiles as well
+    (`num_vocab_tiling`; what is left is an eighth); and DeepSpeed's checkpoints where tensor ranks hold a part each
+    (`partition_activations`, `cpu_checkpointing`).
     """
-    if not case.machine.accelerator.name.startswith("tpu"):
-        return 0.0
-    tiled = (FUSED_LOGIT_BYTES / LOGIT_BYTES) * logits * 7.0 / 8.0
-    return tiled + (kept if case.recompute == "full" else 0.0)
+    if on_tpu(case):
+        tiled = (FUSED_LOGIT_BYTES / LOGIT_BYTES) * logits * 7.0 / 8.0
+        return tiled + optimizer + (kept if case.recompute == "full" else 0.0)
+    return kept if case.deepspeed and case.zero_stage == 3 and case.tensor > 1 and case.recompute == "full" else 0.0
 
 
 def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
@@ -320,26 +288,30 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
     gathered, handed_on = gathered_bytes(case), _handed_on(case)
     whole = 8.0 * case.tokens * case.model.hidden if case.sequence_parallel else 0.0
     end = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
-    most, first, known = -1, 0.0, case.deepspeed
+    most, first, known = -1, 0.0, flat_shards(case) or (case.deepspeed and case.precision == "fp16")
+    leaves = spare_activations(case, kept)
     for rank, share in enumerate(shares):
         if rank not in (0, end) and share.layers <= most and in_flight[rank] <= in_flight[rank - 1]:
             continue  # an earlier rank holds as many layers and as many micro-batches
         most = max(most, share.layers)
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
         copies = 0.0
-        if not case.classic and not case.engine and case.zero_stage < 3 and case.precision != "fp32":
-            copies = HALF_GRADIENT_BYTES * (share.dense + share.experts)
+        if not case.classic and not case.engine and not known and case.zero_stage < 3 and case.precision != "fp32":
+            values = share.dense + share.experts  # gradients that are sharded are reduced and freed bucket by bucket
+            copies = HALF_GRADIENT_BYTES * (values if whole_gradients(case) else min(values, BUCKET_VALUES))
         layers = share.layers / case.virtual_stages
         head = logits if rank == end else 0.0
         activations = in_flight[rank] * (layers * kept + handed_on) + whole
         activations += max(0.0, working - head) if layers else 0.0
         temporary = _update_bytes(case) * optimizer / optimizer_bytes(case)
         update = max(0.0, temporary - _reusable(case, activations, head))
-        slack = (OLD_SLACK if known else SLACK) * (activations + head + gathered + update) + WORKSPACE_BYTES
-        spare = 0.0 if known else copies + update
-        if not known and case.zero_stage in (1, 2) and case.precision != "fp32":
+        slack = (OLD_SLACK if case.deepspeed and case.pipeline > 1 else SLACK) * (
+            activations + head + gathered + update
+        ) + WORKSPACE_BYTES
+        spare = in_flight[rank] * layers * leaves + (0.0 if known else copies + update)
+        if not known and case.precision != "fp32" and (case.zero_stage in (1, 2) or on_tpu(case)):
             spare += 0.5 * gradients
-        moved = _off_chip(case, head, in_flight[rank] * layers * kept)
+        moved = _off_chip(case, head, in_flight[rank] * layers * kept, optimizer)
         found = MemoryParts(
             parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare, moved
         )

@@ -12,9 +12,10 @@ from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.memory import MemoryParts
 from shardwise.planner.repair import repair
 from shardwise.planner.runs import REQUIRED, Row
-from shardwise.planner.step import Estimate, Memo, estimate
+from shardwise.planner.step import Estimate, Memo, estimate, room_bytes
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import V_SHAPED
@@ -59,7 +60,7 @@ class RunPrediction:
         return {
             "run_id": self.run_id,
             "step_seconds": self.estimate.step_seconds,
-            "memory_gib": self.estimate.memory.first / GIB,
+            "memory_gib": printed_bytes(self.case, self.estimate.memory) / GIB,
             "fullest_gib": self.estimate.memory.total / GIB,
             "fits": self.estimate.fits,
             "certain": self.estimate.certain,
@@ -89,21 +90,35 @@ def predict_runs(
             yield RunPrediction(run_id, None, None, str(error), assumed)
 
 
+def printed_bytes(case: Case, memory: MemoryParts) -> float:
+    """What the run prints if it runs: the memory of rank 0, and no more than the device has where it is said to fit.
+
+    A layout that only fits with better software than usual can only have run with such software.
+    """
+    room = room_bytes(case)
+    return min(memory.first, room) if memory.least <= room else memory.first
+
+
 def write_csv(predictions: Iterable[RunPrediction]) -> str:
     """The predictions as the text of a table `run_id,step_seconds,memory_gib,fits`; blank where there is none.
 
-    `memory_gib` is that of rank 0, which is what training frameworks print; `fits` asks the fullest rank.
+    `memory_gib` is `printed_bytes`; `fits` asks the fullest rank.
     """
     handle = io.StringIO()
     writer = csv.writer(handle, lineterminator="\n")
     writer.writerow(("run_id", "step_seconds", "memory_gib", "fits"))
     for item in predictions:
-        if item.estimate is None:
+        if item.estimate is None or item.case is None:
             writer.writerow((item.run_id, "", "", ""))
         else:
             found = item.estimate
             writer.writerow(
-                (item.run_id, f"{found.step_seconds:.7g}", f"{found.memory.first / GIB:.6g}", int(found.fits))
+                (
+                    item.run_id,
+                    f"{found.step_seconds:.7g}",
+                    f"{printed_bytes(item.case, found.memory) / GIB:.6g}",
+                    int(found.fits),
+                )
             )
     return handle.getvalue()
 

@@ -28,9 +28,9 @@ from shardwise.planner.exchanges import (
 from shardwise.planner.layers import LayerWork, Works, works_of
 from shardwise.planner.memory import (
     BUCKET_VALUES,
-    CONTEXT_BYTES,
     MemoryParts,
     RankShare,
+    context_bytes,
     layer_parameters,
     optimizer_bytes,
     rank_memory,
@@ -131,10 +131,15 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
     owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
     seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
-    room = case.machine.accelerator.memory_bytes.value - CONTEXT_BYTES
+    room = room_bytes(case)
     fits = memory.least <= room
     sure = UNCERTAIN * memory.total <= room if fits else memory.least > UNCERTAIN * room
     return Estimate(seconds, memory, timeline, fits, memory.total <= room, sure)
+
+
+def room_bytes(case: Case) -> float:
+    """What a device has for its allocator."""
+    return case.machine.accelerator.memory_bytes.value - context_bytes(case)
 
 
 def _layer_key(case: Case) -> tuple[object, ...]:
