@@ -7,11 +7,11 @@ import pytest
 from shardwise.planner import catalogue
 from shardwise.planner.activations import layer_activation_bytes
 from shardwise.planner.case import Case
-from shardwise.planner.collectives import Group, all_to_all, network
+from shardwise.planner.collectives import Group, all_gather, all_to_all, network
 from shardwise.planner.compute import ENGINE_ATTENTION, attention_core, device_rates
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.layers import LayerWork, head_work, layer_work
-from shardwise.planner.overlap import exchange_overlaps, shards_in_a_loop
+from shardwise.planner.overlap import delay, exchange_overlaps, hidden, shards_in_a_loop
 from shardwise.planner.predict import base_case, candidates
 from shardwise.planner.runs import parse_runs
 from shardwise.planner.step import Memo, estimate
@@ -207,10 +207,8 @@ def test_updated_parameters_are_gathered_beside_the_first_forward_pass() -> None
     layout = case(data=64, tensor=2, zero_stage=1, global_batch=64, model=replace(MODEL, layers=32))
     ours, eager = estimate(layout), estimate(replace(layout, compile=False))
     assert layout.engine and not replace(layout, compile=False).engine
-    # gathering takes half of the bytes of scattering; both are hidden up to gradient_overlap, at the price of overlap_cost
-    shown = 1.0 - DEFAULT.gradient_overlap * (1.0 - DEFAULT.overlap_cost)
-    ratio = ours.seconds["gradients"] / eager.seconds["gradients"]
-    assert ratio == pytest.approx((2 * shown + shown) / (2 * shown + 1), rel=0.05)
+    # gathering takes half of the bytes of scattering; eager software shows all of it, ours what delays compute
+    assert 0.3 < ours.seconds["gradients"] / eager.seconds["gradients"] < 0.5
 
 
 def test_a_pipeline_of_the_engine_whose_schedule_is_unknown_may_be_interleaved() -> None:
@@ -275,3 +273,30 @@ def test_modules_of_the_engine_launch_the_exchanges_of_tensor_ranks() -> None:
 
     # eager: two gathers and two scatters of 12 calls each in 8 layers and 2 passes
     assert launches(False) - launches(None) == pytest.approx(8 * 2 * 4 * 12, rel=0.01)
+
+
+def test_what_a_slow_network_carries_delays_compute_less() -> None:
+    ranks, size = Group(64, 8), 1e9
+
+    def delays(gbits: float, moved: float = size) -> float:
+        net = network(catalogue.machine("a100", gbits_per_gpu=gbits), DEFAULT)
+        return delay(moved, all_gather(moved, ranks, net), ranks, net, DEFAULT)
+
+    across = 8 * 50e9 / 8 * DEFAULT.network_rate / (300e9 * DEFAULT.link_rate)
+    assert delays(50.0) == pytest.approx(DEFAULT.overlap_cost * across, rel=0.15)  # and some latency
+    assert delays(400.0) == DEFAULT.overlap_cost
+    assert delays(50.0, 1e5) > 0.8 * DEFAULT.overlap_cost  # nearly all latency, which counts in full
+    alone = network(catalogue.machine("a100"), DEFAULT)
+    assert delay(size, all_gather(size, Group(8, 8), alone), Group(8, 8), alone, DEFAULT) == pytest.approx(
+        DEFAULT.overlap_cost, rel=0.01
+    )
+    layout = case("a100", compile=False)
+    assert hidden(3.0, 2.0, layout, 0.1) == hidden(2.0, 3.0, layout, 0.1) == pytest.approx(3.2)
+    # fully sharded training that hides its gathers takes what compute takes, and that share of them
+    sharded = case(
+        machine=catalogue.machine("a100", gbits_per_gpu=50.0), data=16, zero_stage=3, global_batch=64, micro_batch=4
+    )
+    found = estimate(replace(sharded, compile=False))
+    wire = 16 * 50e9 / 8 / 2 * DEFAULT.network_rate  # the ring over two nodes of 8
+    moved = 3 * 2.0 * 15 / 16 * 8 * (MODEL.attention_parameters + MODEL.expert_parameters) / wire
+    assert found.seconds["shards"] == pytest.approx(DEFAULT.overlap_cost * across * moved, rel=0.15)

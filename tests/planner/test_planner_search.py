@@ -125,7 +125,7 @@ def test_a_slow_network_changes_the_answer() -> None:
 
 def test_reasons_name_the_part_that_costs() -> None:
     asked = problem(SMALL, 32, 64)
-    asked = replace(asked, machine=asked.machine.with_network(10, "test"))
+    asked = replace(asked, machine=asked.machine.with_network(5, "test"))
     found = search(asked)
     reasons = {item.family: item for item in losers(asked, found)}
     assert found.best is not None and found.best.family not in reasons
@@ -156,7 +156,7 @@ def test_break_even_of_links_and_batches() -> None:
     target = estimate(replace(wide, machine=slow), quick=True).step_seconds
     assert break_even_link(wide, target) == pytest.approx(77, rel=0.01)
     thin = problem(SMALL, 16, 16)
-    open_cases = list(cases(replace(thin, machine=thin.machine.with_network(60, "test"))))
+    open_cases = list(cases(replace(thin, machine=thin.machine.with_network(15, "test"))))
     deep = next(case for case in open_cases if case.pipeline == 4 and case.data == 4 and case.micro_batch == 1)
     flat = next(case for case in open_cases if case.data == 16 and case.zero_stage == 3 and case.micro_batch == 1)
     more = break_even_batch(deep, flat)
@@ -172,8 +172,8 @@ def test_every_kind_of_loss_says_what_would_change_it() -> None:
     assert "waiting in the pipeline" in told and "batch" in told
     assert "of device memory it need not" in told and "does not fit" in told
     slow = problem(SMALL, 32, 64)
-    slow = replace(slow, machine=slow.machine.with_network(10, "test"))
-    assert "Gbit/s per rank between nodes (now 10)" in " ".join(item.sentence for item in losers(slow, search(slow)))
+    slow = replace(slow, machine=slow.machine.with_network(5, "test"))
+    assert "Gbit/s per rank between nodes (now 5)" in " ".join(item.sentence for item in losers(slow, search(slow)))
 
 
 def test_why_not_of_experts_leaves_the_other_degrees_free() -> None:

@@ -22,7 +22,8 @@ class Constants:
         kernel_seconds: shortest duration of one kernel on the device.
         network_rate: achieved share of the nominal network of a rank.
         link_rate: achieved share of the nominal link inside a node.
-        overlap_cost: share of hidden communication that still delays compute (shared multiprocessors and memory).
+        overlap_cost: share of hidden communication at the rate of the link inside a node that still delays compute (shared
+            multiprocessors and memory).
         gradient_overlap: share of the gradient reduction of replicas that the last backward pass can hide.
         step_seconds: fixed time of one step: loss read back, optimizer start, data hand-over.
         hop_share: one step of a ring over ranks of several nodes, over the latency between nodes.

@@ -54,10 +54,14 @@ def shard_seconds(case: Case, net: Network, parameters: float) -> tuple[float, f
         return 0.0, 0.0
     ranks = group(case, "shard")
     calls = GATHERS_PER_LAYER if case.classic else 1
-    half = 4.0 if case.precision == "fp32" else 2.0
-    gather = calls * all_gather(half * parameters / calls, ranks, net)
+    gather = calls * all_gather(shard_bytes(case) * parameters / calls, ranks, net)
     scatter = calls * reduce_scatter(gradient_bytes(case) * parameters / calls, ranks, net)
     return gather, gather + scatter
+
+
+def shard_bytes(case: Case) -> float:
+    """Bytes of one gathered parameter."""
+    return 4.0 if case.precision == "fp32" else 2.0
 
 
 def gradient_bytes(case: Case) -> float:

@@ -22,6 +22,7 @@ from shardwise.planner.exchanges import (
     exchange_seconds,
     gradient_bytes,
     ring_seconds,
+    shard_bytes,
     shard_seconds,
     tensor_seconds,
 )
@@ -37,7 +38,7 @@ from shardwise.planner.memory import (
     rank_shares,
     state_bytes,
 )
-from shardwise.planner.overlap import exchange_overlaps, hidden, shards_in_a_loop
+from shardwise.planner.overlap import delay, exchange_overlaps, hidden, regather_seconds, shards_in_a_loop
 from shardwise.planner.schedule import simulate
 
 UNCERTAIN = 1.2
@@ -49,9 +50,6 @@ CALLS_PER_REDUCE = 3.0
 CALLS_PER_PART = 12.0
 """Host calls around one gather or scatter of sequence parallelism, with its buffers, views and autograd function."""
 
-INPUT_GRADIENT_SHARE = 0.3
-"""Share of a layer's backward products that is the gradient of the inputs of query, key and value and of the first
-feed-forward product: half of 3 h^2 + 4 h^2 of 12 h^2."""
 
 SELECTIVE_REPEAT = 0.4
 """Share of a layer that selective recomputation repeats where it is not the attention core alone."""
@@ -180,15 +178,17 @@ def _passes(
     stall = _stall_seconds(case, net)
     compute_f = _forward_seconds(ahead, work, constants, case, inner_f - stall)
     compute_b = _device_or_host(back, constants, case, inner_b - rounds * stall)
-    inner_b += _regather_seconds(case, net, work, constants)
+    inner_b += regather_seconds(case, net, work, constants)
     ring_f = max(0.0, ring_seconds(case, net) - work.core_forward.seconds)
-    shard_f, shard_b = shard_seconds(case, net, sum(layer_parameters(case)))
+    parameters = sum(layer_parameters(case))
+    shard_f, shard_b = shard_seconds(case, net, parameters)
+    cost = delay(shard_bytes(case) * parameters, shard_f, group(case, "shard"), net, constants)
     total_f, total_b = compute_f + inner_f + ring_f, compute_b + inner_b + 2 * ring_f
     if case.loops:
         exposed_f, exposed_b = shards_in_a_loop(case, work, shard_f, shard_b, constants)
         total_f, total_b = total_f + exposed_f, total_b + exposed_b
     else:
-        total_f, total_b = hidden(total_f, shard_f, case, constants), hidden(total_b, shard_b, case, constants)
+        total_f, total_b = hidden(total_f, shard_f, case, cost), hidden(total_b, shard_b, case, cost)
     (embed_f, embed_b), (head_f, head_b) = works.embedding, works.head
     if case.graphs:
         embed_f, embed_b, head_f, head_b = (end.graphed() for end in (embed_f, embed_b, head_f, head_b))
@@ -204,8 +204,8 @@ def _passes(
     )
     shared = 0.0 if case.model.tied_embeddings else 1.0
     head = _Pass(
-        hidden(_device_or_host(head_f, constants, case), shared * end_f, case, constants),
-        hidden(_device_or_host(head_b, constants, case) + embed_comm, shared * end_b, case, constants),
+        hidden(_device_or_host(head_f, constants, case), shared * end_f, case, cost),
+        hidden(_device_or_host(head_b, constants, case) + embed_comm, shared * end_b, case, cost),
     )
     parts = {
         "recompute": repeat.seconds,
@@ -273,19 +273,6 @@ def _summing_bytes(case: Case) -> float:
     return 12.0 if case.precision == "fp32" else (6.0 if case.classic else 10.0)
 
 
-def _regather_seconds(case: Case, net: Network, work: LayerWork, constants: Constants) -> float:
-    """What the backward pass exposes of gathering the inputs of both split products once more for their weight gradients.
-
-    Sequence-parallel ranks keep their part of the input only, and gather it again beside the gradient of the input
-    (Korthikanti et al. 2022, section 4.2.2), which the two products that need it can hide.
-    """
-    if not case.sequence_parallel:
-        return 0.0
-    gather = 2.0 * all_gather(2.0 * case.tokens * case.model.hidden, group(case, "tensor"), net)
-    room = INPUT_GRADIENT_SHARE * work.backward.seconds
-    return max(0.0, gather - room) + constants.overlap_cost * min(gather, room)
-
-
 def _timeline(
     case: Case, net: Network, layer: _Pass, ends: tuple[_Pass, _Pass], quick: bool
 ) -> tuple[Timeline, float, float]:
@@ -341,11 +328,13 @@ def _gradient_seconds(
         )
     if case.classic:
         return whole + after
+    twice = 2.0 if case.zero_stage == 0 else 1.0  # an all-reduce is a scatter and a gather
+    cost = delay(twice * size, whole, ranks, net, constants)
     if case.engine:
         gathered = min(constants.gradient_overlap * after, first_forward)
-        after -= gathered * (1.0 - constants.overlap_cost)
+        after -= gathered * (1.0 - cost)
     covered = min(constants.gradient_overlap * whole, last_backward)
-    return whole - covered * (1.0 - constants.overlap_cost) + after
+    return whole - covered * (1.0 - cost) + after
 
 
 def _busiest_layers(case: Case, shares: Sequence[RankShare], layer: _Pass, ends: tuple[_Pass, _Pass]) -> int:
