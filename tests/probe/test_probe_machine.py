@@ -292,6 +292,14 @@ def test_rates_lie_between_their_neighbours_and_know_who_shares_the_machine() ->
     assert measured.rate("convolution", 1e6, workers=1, threads=1) is None
 
 
+def test_one_process_alone_is_no_slower_than_beside_others() -> None:
+    """A measurement that was disturbed: only the single process met the disturbance."""
+    slower = [replace(one, per_second=one.per_second / 4) if one.workers == 1 else one for one in table().kernels]
+    measured = replace(table(), kernels=tuple(slower))
+    assert measured.rate("matmul", 1e6, workers=2, threads=1) == 8e9
+    assert measured.rate("matmul", 1e6, workers=1, threads=1) == 8e9
+
+
 def test_messages_grow_with_their_size_and_keep_to_their_way() -> None:
     measured = table()
     at = measured.message_seconds

@@ -107,7 +107,8 @@ class Measured:
     def rate(self, kind: str, size: float, *, workers: int, threads: int, precision: str = "fp32") -> float | None:
         """FLOP/s or bytes/s of one of `workers` processes; between sizes on a straight line in logarithms.
 
-        Between measured numbers of processes too, and level beyond them; None where the kind was not measured.
+        Between measured numbers of processes too, and level beyond them; None where the kind was not measured. Fewer processes
+        are never slower: neighbours do not help, and what disturbs a measurement only slows it down.
         """
         table = self._kernels.get((kind, precision))
         if not table:
@@ -118,7 +119,9 @@ class Measured:
             return _between(table[nearest], size)
         above = next((count for count in alike if count >= workers), alike[-1])
         below = max((count for count in alike if count <= above and count <= workers), default=above)
-        low, high = _between(table[below, threads], size), _between(table[above, threads], size)
+        low, high = (
+            max(_between(table[more, threads], size) for more in alike if more >= count) for count in (below, above)
+        )
         share = (min(workers, above) - below) / (above - below) if above > below else 0.0
         return low + share * (high - low)
 
