@@ -255,10 +255,7 @@ class PipelineRunner:
     def _form(self, walk: _Pass, kind: str, stage: int, index: int) -> Form:
         """Form of what stage `stage` gets: activations from the stage before (F) or gradients from the one after (B)."""
         cutting = walk.cuttings[index]
-        ghosts = [value.ghost for value in cutting.trace.values]
-        if kind == "F":
-            return Form.of(ghosts, cutting.carried[stage], optional=False)
-        return Form.of(ghosts, cutting.with_gradient(stage + 1), optional=True)
+        return cutting.activations[stage] if kind == "F" else cutting.gradients[stage]
 
     def _hand_on(self, walk: _Pass, kind: str, target: int, index: int, tensors: dict[int, Tensor | None]) -> None:
         """Keep what the target stage gets until it is sent or, if that stage is here, taken."""
