@@ -23,6 +23,10 @@ MAX_ACTIONS = 150_000
 """Largest table that is simulated, about half a second; a larger one takes the closed form."""
 
 
+NEARLY = 0.1
+"""Weight gradients fill a gap that is so much of them too short: the delay costs less than an idle gap."""
+
+
 def stages_per_rank(schedule: str, virtual_stages: int) -> int:
     """Chunks of the model on each rank: V schedules have two, plain schedules one."""
     if schedule in V_SHAPED:
@@ -181,7 +185,8 @@ def _run(
                 free[sender][rank] = begin + (wire.forward if kind == "F" else wire.backward)
                 ready = free[sender][rank] + wire.latency
             if split and ready > now and pending[rank]:
-                filled = min(pending[rank], int((ready - now) / weights[stage]) if weights[stage] else 0)
+                gaps = (ready - now) / weights[stage] + NEARLY if weights[stage] else 0.0
+                filled = min(pending[rank], int(gaps))
                 now, pending[rank] = now + filled * weights[stage], pending[rank] - filled
             start = ready if ready > now else now
             if 0 <= source < stages and owner[source] != rank:
