@@ -61,6 +61,7 @@ PLANS: list[tuple[dict[str, Any], int]] = [
     ({"layout": "pipeline=2", "micro_batch": 8}, 2),
     ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "gpipe"}, 2),
     ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "interleaved1f1b"}, 2),
+    ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "zbv"}, 2),
     ({"layout": "data=2", "compression": "bf16"}, 2),
     ({"layout": "data=2", "compression": "powersgd"}, 2),
     ({"layout": "data=2", "local_steps": 8}, 2),

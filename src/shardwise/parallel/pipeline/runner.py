@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from shardwise.parallel.pipeline.message import Form, pack, unpack
 from shardwise.parallel.pipeline.part import PipelinePart
 from shardwise.parallel.pipeline.program import Cutting
 from shardwise.parallel.pipeline.replay import StageResult, run_stage
-from shardwise.parallel.pipeline.schedule import Action, ScheduleTable, forward_table, halved_passes, schedule_table
+from shardwise.spec.schedule import Action, ScheduleTable, forward_table, halved_passes, schedule_table
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.halves import Halves
@@ -238,9 +239,13 @@ class PipelineRunner:
         self, walk: _Pass, action: Action, result: StageResult, outputs: list[Tensor], gradients: list[Tensor] | None
     ) -> None:
         """The backward pass of a stage, or its first half where the schedule has a W for it."""
+        key = (action.stage, action.micro_batch)
         leaves = [leaf for leaf in result.leaves.values() if leaf.requires_grad]
-        if (action.stage, action.micro_batch) not in walk.halved or not leaves:  # nobody waits for the first stage
+        if key not in walk.halved:
             torch.autograd.backward(outputs, gradients)
+            return
+        if not leaves:  # nobody waits for the first stage: all of it comes later
+            walk.weights[key] = functools.partial(torch.autograd.backward, outputs, gradients)
             return
         if self._halves is None:
             from shardwise.parallel.pipeline.halves import Halves
@@ -248,7 +253,7 @@ class PipelineRunner:
             self._halves = Halves([parameter for _, parameter in self._part.named_parameters()])
         later = self._halves.inputs(action.stage, outputs, gradients, leaves)
         if later is not None:
-            walk.weights[(action.stage, action.micro_batch)] = later
+            walk.weights[key] = later
 
     # Messages
 
