@@ -9,7 +9,7 @@ from shardwise.planner.collectives import Group, Network, network
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.spec.layout import AXES, Layout
 from shardwise.spec.machine import Machine
-from shardwise.spec.measured import Way
+from shardwise.spec.measured import EXCHANGE_BYTES, Way
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Links:
         measured = self.machine.measured
         if measured is None or size_bytes <= 0:
             return 0.0
-        found = None
+        found, size_bytes = None, min(size_bytes, EXCHANGE_BYTES)
         if self._away(source, target):
             found = measured.message_seconds("exchange", size_bytes, ranks=self.nodes, way="gloo", nodes=self.nodes)
         if found is None:

@@ -20,8 +20,9 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.dist.sample import SampleExchange, sample_calls
 from shardwise.probe.kernels import seconds_of
+from shardwise.run.choose import usable_cores
 from shardwise.spec.layout import Layout
-from shardwise.spec.measured import MessageTime, Way
+from shardwise.spec.measured import EXCHANGE_BYTES, MessageTime, Way
 
 SIZES = (1024, 64 * 1024, 1024**2, 16 * 1024**2)
 """Bytes: a flag, a small model's gradients, a layer's, a bucket's."""
@@ -40,14 +41,15 @@ LEAST_SECONDS = 1e-6
 WORK_EDGE = 256
 """Edge of the product between messages: a third of a millisecond on a core of today."""
 
-EXCHANGE_SIZES = (1024, 32 * 1024)
-"""Bytes: what small passes of a pipeline hand on; larger messages take longer than the product beside them on slow links."""
+EXCHANGE_SIZES = (1024, EXCHANGE_BYTES)
+"""Bytes: what small passes of a pipeline hand on."""
 
-EXCHANGE_SECONDS = 6e-3
-"""Length of the computation beside an exchange: 32 KiB take 2.6 ms at 100 Mbit/s."""
+EXCHANGE_SECONDS = 1e-3
+"""Length of the computation beside an exchange."""
 
-EXCHANGES = 16
-"""Exchanges of a loop. Their mean counts: a library's thread that takes the core now and then is part of what they cost."""
+EXCHANGES, EXCHANGE_LOOPS = 16, 6
+"""Exchanges of a loop, and loops, of which the cheapest counts. Its mean does: gloo's thread spins on a lock only now and then,
+and that is part of what exchanges cost."""
 
 Placement = Literal["all", "consecutive", "strided"]
 
@@ -85,8 +87,8 @@ def _of_members(members: Members, world: Group, sizes: tuple[int, ...]) -> list[
     def work() -> None:
         torch.mm(a, a)
 
-    if members.way == "gloo":
-        found += _exchanges(members, world, work)
+    if (members.way, members.placement) == ("gloo", "all") and world.size <= usable_cores() * members.nodes:
+        found += _exchanges(members, world, work)  # ranks that take turns on a core would wait for each other
     loops = _Loops(world, work)
     names = ("all_reduce",) if members.way == "shared memory" else tuple(sample_calls(Group(), 4))
     for name in names:  # what goes through sockets in any case is timed with them
@@ -115,15 +117,15 @@ def _of_members(members: Members, world: Group, sizes: tuple[int, ...]) -> list[
 
 
 def _exchanges(members: Members, world: Group, work: Callable[[], object]) -> list[MessageTime]:
-    """What a message out and one in take of a rank that computes meanwhile."""
+    """What a message out and one in take of a rank that computes meanwhile: processor time, of gloo's threads as well."""
     once = max(float(item) for item in world.gather_objects(seconds_of(work)))
     repeats = max(1, round(EXCHANGE_SECONDS / once))
 
     def fastest(exchange: SampleExchange | None) -> float:
         times = []
-        for _ in range(LOOPS):
+        for _ in range(EXCHANGE_LOOPS):
             world.barrier()
-            began = time.perf_counter()
+            began = time.process_time()
             for _ in range(EXCHANGES if members.group is not None else 0):
                 if exchange is not None:
                     exchange.begin()
@@ -131,7 +133,7 @@ def _exchanges(members: Members, world: Group, work: Callable[[], object]) -> li
                     work()
                 if exchange is not None:
                     exchange.end()
-            times.append((time.perf_counter() - began) / EXCHANGES)
+            times.append((time.process_time() - began) / EXCHANGES)
         least: float = min(max(loop) for loop in zip(*world.gather_objects(times), strict=True))
         return least
 

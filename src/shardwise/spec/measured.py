@@ -11,6 +11,9 @@ from shardwise.errors import UserError
 
 Way = Literal["shared memory", "gloo", "device"]
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "exchange")
+EXCHANGE_BYTES = 32 * 1024
+"""Largest messages of `exchange`; what larger ones take beyond that is in the time on the way, as `send` has it."""
+
 PLACEMENTS = ("all", "consecutive", "strided")
 
 METHOD = 3
@@ -48,8 +51,8 @@ class MessageTime:
     """What one collective adds to a step: seconds of a loop that computes and sends, less those of one that only computes.
 
     Attributes:
-        collective: one of `COLLECTIVES`. `exchange` is what one message out and one in cost a rank that computes longer than
-            they travel: the host's calls, copies, and what threads of the library take of its core.
+        collective: one of `COLLECTIVES`. `exchange` is the processor time that one message out and one in cost a rank that
+            computes meanwhile: the host's calls, copies, and the threads of the library.
         way: through shared memory of one machine, gloo's sockets, or the device's own library.
         ranks: members of the group.
         placement: `all` is one group of all processes; `consecutive` and `strided` are several groups at the same time,
