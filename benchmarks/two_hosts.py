@@ -7,6 +7,11 @@ a pair of TUN devices and a relay between them that lets so many bytes a second 
 many kernels have no traffic shaping of their own). On every link the hosts are probed together, as `shardwise probe --nnodes`
 does, the planner prices each plan from that (and, for comparison, from the nominal speed of the link), and each plan is run.
 
+What is no property of two hosts, and in the figures all the same: the relay takes 1 to 4 ms of a core for a step of a small
+pipeline at 1 Gbit/s and 11 ms for one that sends 18 MB, and has to wait for that core; and both hosts have one memory and one
+last cache. For each model it is told how many times as long a host's share of a step takes while the other computes its own
+and neither sends anything.
+
 Linux, as root, with /dev/net/tun and at least two cores.
 """
 
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
@@ -30,18 +36,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch
 
 from regret import MODELS
 from shardwise.advise.trial import try_plan
-from shardwise.data.source import as_splits
+from shardwise.data.source import Splits, as_splits
+from shardwise.dist.collectives import Group
+from shardwise.dist.group import process_group
 from shardwise.planner.jobsearch import JobProblem, price
 from shardwise.probe.facts import facts_apart
+from shardwise.probe.length import first_samples, serial_plan
 from shardwise.probe.machine import probe, probe_nodes
-from shardwise.run.launch import Nodes
+from shardwise.run.assemble import assemble
+from shardwise.run.launch import Nodes, launch
+from shardwise.run.step import take_step
 from shardwise.spec.job import Job
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
+from shardwise.spec.rank import Rank
 
 PLANS: list[tuple[dict[str, Any], int]] = [
     ({"layout": "serial"}, 1),
@@ -51,6 +66,7 @@ PLANS: list[tuple[dict[str, Any], int]] = [
     ({"layout": "pipeline=2", "micro_batch": 8}, 2),
     ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "gpipe"}, 2),
     ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "interleaved1f1b"}, 2),
+    ({"layout": "pipeline=2", "micro_batch": 8, "schedule": "zbv"}, 2),
     ({"layout": "data=2", "compression": "bf16"}, 2),
     ({"layout": "data=2", "compression": "powersgd"}, 2),
     ({"layout": "data=2", "local_steps": 8}, 2),
@@ -63,6 +79,7 @@ MTU = 65000
 
 QUEUE_PACKETS = 128
 BURST_SECONDS = 1e-3
+BESIDE_STEPS = 15
 
 CLONE_NEWNET, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x40000000, 0x400454CA, 0x0001, 0x1000  # linux/sched.h, linux/if_tun.h
 FIRST_PORT = 29600
@@ -155,6 +172,32 @@ def on_host(number: int, namespace: str, folder: Path, *words: str) -> subproces
         return subprocess.Popen([*command, *words], env=environment, start_new_session=True, stdout=told, stderr=told)
 
 
+def beside(rank: Rank, job: Job, splits: Splits) -> float:
+    """How many times as long a step of one host's share takes while the other computes its own, and neither sends anything.
+
+    Both "hosts" are one machine: its caches and its memory are theirs together, as those of real hosts would not be.
+    """
+    torch.set_num_threads(1)
+    share = replace(job, batch_size=max(1, job.batch_size // 2))
+    with process_group(rank, "cpu", 60.0):
+        world = Group.world()
+        assembly = assemble(share, serial_plan(share), Group(), torch.device("cpu"), total_steps=None)
+        batch = first_samples(splits, share.batch_size)
+        took = []
+        for working in (1, 2):
+            for _ in range(2):
+                take_step(assembly, batch)
+            world.barrier()
+            times = []
+            for _ in range(BESIDE_STEPS if rank.rank < working else 0):
+                began = time.perf_counter()
+                take_step(assembly, batch)
+                times.append(time.perf_counter() - began)
+            world.barrier()
+            took.append(median(times) if times else 1.0)
+        return float(world.gather_objects(took[1] / took[0])[0])
+
+
 def measure_link(megabits: float, options: argparse.Namespace) -> dict[str, Any]:
     """Everything on one link: probe, predictions and trials, by the two hosts together."""
     with tempfile.TemporaryDirectory() as name, hosts(megabits * 1e6 / 8) as namespaces:
@@ -206,6 +249,13 @@ def be_host(options: argparse.Namespace) -> None:
                 seen = try_plan(job, splits, plan, step_budget_seconds=options.seconds, nodes=nodes)
                 seconds = seen.mean_seconds if plan.local_steps > 1 else seen.step_seconds
                 tried[index].append({"seconds": seconds, "failure": seen.failure})
+        slowdown = launch(
+            functools.partial(beside, job=job, splits=splits),
+            workers=2,
+            threads=1,
+            nodes=meet(),
+            report=lambda text: None,
+        )
         if facts is None:
             continue
         measured = JobProblem(facts=facts, machine=machine, workers=2, nodes=2)
@@ -223,6 +273,7 @@ def be_host(options: argparse.Namespace) -> None:
                     "model": name,
                     "plan": str(plan),
                     "hosts": count,
+                    "shared_slowdown": slowdown,
                     "exact": plan.local_steps == 1 and plan.compression == "none",
                     "measured_seconds": min(good) if good else None,
                     "failure": next((row["failure"] for row in seen_rows if row["failure"]), None),
@@ -316,7 +367,8 @@ def main() -> None:
             judged.append(judge(megabits, rows))
             one = judged[-1]
             print(
-                f"  {name:12} best {one['best']}; predicted {one['by_prediction']}, regret {one['regret']:.1%}",
+                f"  {name:12} best {one['best']}; predicted {one['by_prediction']}, regret {one['regret']:.1%}; a host's share "
+                f"takes {rows[0]['shared_slowdown']:.2f} times as long beside the other's",
                 flush=True,
             )
     for name in options.models.split(","):

@@ -14,7 +14,7 @@ from shardwise.dist.collectives import Group
 from shardwise.errors import PlanError, RunFailed
 from shardwise.parallel.pipeline.part import split, take_part
 from shardwise.parallel.pipeline.runner import PipelineRunner
-from shardwise.parallel.pipeline.schedule import stages_for
+from shardwise.spec.schedule import stages_for
 
 
 class Layers(nn.Module):

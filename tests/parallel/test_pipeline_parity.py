@@ -17,8 +17,8 @@ from shardwise.dist.p2p import start_receive
 from shardwise.parallel.data import GradientSum
 from shardwise.parallel.pipeline.part import call_model, split, take_part
 from shardwise.parallel.pipeline.runner import PipelineRunner
-from shardwise.parallel.pipeline.schedule import placement_of, stages_for
 from shardwise.parallel.pipeline.shared import SharedGradientSum
+from shardwise.spec.schedule import placement_of, stages_for
 
 STEPS = 2
 
@@ -543,3 +543,38 @@ def test_the_next_message_is_asked_for_when_one_is_taken(ranks: Callable[..., li
     assert last == ahead
     # the first rank asks for the first gradient before its first pass
     assert first[0] == "ask" and first.count("ask") == 4
+
+
+def _order(case: str) -> tuple[list[str], list[str]]:
+    """What the first rank of two computes in a step of four micro-batches of `zerobubble`, and what its table says."""
+    group = Group.world()
+    model, inputs, targets = _build(case)
+    cut = split(model, _rows_of(inputs, 0, 2), 2)
+    part = take_part(cut, model, group.rank, group.size)
+    runner = PipelineRunner(part, group, schedule="zerobubble", device=torch.device("cpu"), timeout_seconds=30)
+    found: list[str] = []
+    whole, ahead = torch.autograd.backward, part.around
+
+    def backward(*arguments: Any) -> None:
+        found.append("W")
+        whole(*arguments)
+
+    def around(*arguments: Any) -> Any:
+        found.append("F")
+        return ahead(*arguments)
+
+    part.around = around
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "backward", backward)
+        runner.step(
+            [_rows_of(inputs, index, index + 1) for index in range(4)],
+            lambda output, index: CASES[case].loss(output, targets[index : index + 1]),
+        )
+    return found, [action.kind for action in runner.table(4).rows[group.rank] if action.kind in "FW"]
+
+
+def test_the_first_stage_goes_back_when_nothing_else_is_to_be_done(ranks: Callable[..., list[Any]]) -> None:
+    # nobody waits for its gradients, so its passes back are done at the table's W, behind forward passes that others wait for
+    found, wanted = ranks(2, _order, "mlp")[0]
+    assert found == wanted
+    assert sorted(found) == ["F"] * 4 + ["W"] * 4

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from shardwise.planner.closedform import WEIGHT_SHARE, Wire
-from shardwise.planner.inorder import spans
+from shardwise.planner.inorder import NEARLY, spans
 from shardwise.planner.schedule import simulate, table
 
 
@@ -35,7 +35,11 @@ def by_table(
                 wire, way = wires[min(source, stage)], (source % ranks, rank)
                 filled = wire.forward if kind == "F" else wire.backward
                 link[way] = max(ends[kind, source, index], link.get(way, 0.0)) + filled
-                while waiting[rank] and weight and clock[rank] + weight <= link[way] + wire.latency + 1e-12:
+                while (
+                    waiting[rank]
+                    and weight
+                    and clock[rank] + (1.0 - NEARLY) * weight <= link[way] + wire.latency + 1e-12
+                ):
                     clock[rank], waiting[rank] = clock[rank] + weight, waiting[rank] - 1
                 clock[rank] = max(clock[rank], link[way] + wire.latency)
             clock[rank] += forward[stage] if kind == "F" else backward[stage] - weight

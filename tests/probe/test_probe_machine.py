@@ -19,6 +19,7 @@ from shardwise.errors import UserError
 from shardwise.probe import machine as probing
 from shardwise.probe import messages
 from shardwise.probe.kernels import samples
+from shardwise.probe.operations import by_flops, kind_of
 from shardwise.probe.place import cached_machine, cached_path, this_place, warnings_about
 from shardwise.run.launch import Nodes
 from shardwise.spec.machine import Machine
@@ -319,6 +320,11 @@ def test_messages_grow_with_their_size_and_keep_to_their_way() -> None:
 def test_sizes_are_counted_and_not_guessed() -> None:
     products = [sample for sample in samples() if sample.kind == "matmul" and sample.precision == "fp32"]
     assert [sample.size for sample in products] == [2.0 * edge**3 for edge in (16, 64, 128, 256, 512)]
+    thin = [sample for sample in samples() if sample.kind == "thin"]
+    assert [sample.size for sample in thin] == [4.0 * edge * (edge + 2 * 8) for edge in (128, 512, 1536)]
+    assert kind_of("mm") == "matmul"
+    assert kind_of("bmm") == "batched_matmul"
+    assert by_flops("batched_matmul")
     first = next(sample for sample in samples() if sample.kind == "convolution")
     assert first.size == 2 * 8 * 6 * 28 * 28 * 3 * 25
     copy = next(sample for sample in samples() if sample.kind == "copy")

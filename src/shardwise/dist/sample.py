@@ -8,11 +8,35 @@ import torch
 import torch.distributed as c10d
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.p2p import Transfer, start_receive, start_send
 
 
 # Torch 2.13 gave them new names and warns about the old ones, which are all that earlier versions have.
 _gather: Callable[..., object] = getattr(c10d, "all_gather_single", None) or c10d.all_gather_into_tensor
 _scatter: Callable[..., object] = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_scatter_tensor
+
+
+class SampleExchange:
+    """A message out and one in between ranks 2 n and 2 n + 1, begun and ended as pipelines do it: `begin` before a rank computes,
+    and `end` when it has."""
+
+    def __init__(self, group: Group, size_bytes: int) -> None:
+        self._group, self._peer = group, group.rank ^ 1
+        self._out, self._in = torch.zeros(size_bytes, dtype=torch.uint8), torch.zeros(size_bytes, dtype=torch.uint8)
+        self._transfers: list[Transfer] = []
+
+    def begin(self) -> None:
+        """Ask for a message and send one."""
+        if self._peer < self._group.size:
+            self._transfers = [
+                start_receive(self._in, self._group, self._peer),
+                start_send(self._out, self._group, self._peer),
+            ]
+
+    def end(self) -> None:
+        """Wait for both."""
+        for transfer in self._transfers:
+            transfer.wait()
 
 
 def sample_calls(group: Group, size_bytes: int) -> dict[str, Callable[[], object]]:

@@ -41,6 +41,9 @@ def spans(
     return [run.copy().finish(counts[0]), run.finish(less)]
 
 
+NEARLY = 0.1
+"""Weight gradients fill a gap that is so much of them too short: the delay costs less than an idle gap."""
+
 NO_WIRE = Wire(0.0, 0.0, 0.0)
 
 Pass = tuple[float, int, float, float]
@@ -180,5 +183,5 @@ class _Run:
 
 def _fill(now: float, until: float, pending: int, weight: float) -> tuple[float, int]:
     """The gap before a message filled with gradients of weights: when the last one ends, and how many are left."""
-    fitting = min(pending, int((until - now) / weight)) if weight else 0
+    fitting = min(pending, int((until - now) / weight + NEARLY)) if weight else 0
     return now + fitting * weight, pending - fitting

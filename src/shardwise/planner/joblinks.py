@@ -10,7 +10,7 @@ from shardwise.planner.collectives import Group, Network, network
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.spec.layout import AXES, Layout
 from shardwise.spec.machine import Machine
-from shardwise.spec.measured import Way
+from shardwise.spec.measured import EXCHANGE_BYTES, Way
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,25 @@ class Links:
         ahead, back = (self._message(size, source, target) for size in (forward_bytes, backward_bytes))
         return Wire(least, max(0.0, ahead - least), max(0.0, back - least))
 
+    def host_seconds(self, size_bytes: float, source: int, target: int) -> float:
+        """What sending or receiving one message along the pipeline takes of a rank that computes; places as for `wire`."""
+        measured = self.machine.measured
+        if measured is None or size_bytes <= 0:
+            return 0.0
+        found, size_bytes = None, min(size_bytes, EXCHANGE_BYTES)
+        if self._away(source, target):
+            found = measured.message_seconds("exchange", size_bytes, ranks=self.nodes, way="gloo", nodes=self.nodes)
+        if found is None:
+            found = measured.message_seconds("exchange", size_bytes, ranks=self.layout.workers, way="gloo")
+        return 0.5 * (found or 0.0)
+
     def _message(self, size_bytes: float, source: int, target: int) -> float:
         if size_bytes <= 0:
             return 0.0
         measured = self.machine.measured
         if measured is None:
             return self._formula("send", size_bytes, self.layout.pipeline, ("pipeline",))
-        stride, local = self._stride(("pipeline",)), self.layout.workers // self.nodes
-        starts = [rank for rank in range(self.layout.workers) if rank // stride % self.layout.pipeline == source]
-        away = [start for start in starts if start // local != (start + (target - source) * stride) // local]
+        away, local = self._away(source, target), self.layout.workers // self.nodes
         if not away:
             return self._inside("send", size_bytes, self.layout.pipeline, ("pipeline",))
         crossing = max(sum(start // local == node for start in away) for node in range(self.nodes))
@@ -77,6 +87,12 @@ class Links:
         port = inter.bytes_per_second.value * self.machine.gpus_per_node
         inside = self._inside("send", size_bytes, self.layout.pipeline, ("pipeline",))
         return inside + inter.latency_seconds.value + crossing * size_bytes / port
+
+    def _away(self, source: int, target: int) -> list[int]:
+        """Ranks at one place of the pipeline whose partner at another is on another machine."""
+        stride, local = self._stride(("pipeline",)), self.layout.workers // self.nodes
+        starts = [rank for rank in range(self.layout.workers) if rank // stride % self.layout.pipeline == source]
+        return [start for start in starts if start // local != (start + (target - source) * stride) // local]
 
     def _inside(self, collective: str, size_bytes: float, ranks: int, axes: tuple[str, ...]) -> float:
         """On one machine."""

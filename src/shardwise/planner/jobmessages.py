@@ -206,8 +206,7 @@ def _low_rank_seconds(
             flops, factors = 2.0 * item.rows * item.columns * rank, (item.rows + item.columns) * rank * item.value_bytes
             # M Q, M^T P, P Q^T twice: thin products, which wait for memory as often as for the multiplier
             product = max(takes("matmul", 1, item.bytes, flops), takes("copy", 1, item.bytes))
-            # scaled, added to what was left out before, and what is left out now taken from it
-            whole = takes("copy", 1, 2.0 * item.bytes) + 2.0 * takes("copy", 1, 3.0 * item.bytes)
+            whole = takes("copy", 1, 3.0 * item.bytes)  # scaled and added to what was left out before
             small = takes("matmul", 1, 0.0, 4.0 * item.rows * rank * rank) + takes("copy", 5, factors)
             seconds += item.count * (4.0 * product + whole + small)
     return seconds

@@ -21,6 +21,7 @@ from shardwise.planner.operations import (
     block_seconds,
     correction,
     divided_norms,
+    gradient_sums,
     joined,
     turns,
 )
@@ -32,6 +33,10 @@ from shardwise.spec.work import JobFacts
 
 STEP_SECONDS = 1.5e-4
 """The loop around a step: batch, clock, ledger (measured on one core, 2026-11-26)."""
+
+PASS_SECONDS = 7e-5
+"""What Python does around one pass of a stage, messages packed and unpacked with it (thread time of passes of a tiny model, less
+that of serial passes and of the messages' own calls; one core, 2026-11-26)."""
 
 LIBRARY_BYTES = {"data": 70, "context": 75, "shard": 80, "tensor": 80, "pipeline": 75, "expert": 110}
 """MiB that a worker holds more towards the end of a run, because it loads distributed checkpoints, FSDP2 or DTensor, by axis;
@@ -226,24 +231,32 @@ def _pipeline(
     """Forward and backward passes of all micro-batches, and the work of the busiest stage with its optimizer step."""
     layout = plan.layout
     blocks = _blocks(facts, machine, plan, sharing, micro, split, memo, constants)
+    adding = _adding(facts, machine, sharing, memo, constants) * (passes - 1) / passes * _owned(facts, plan)
+    held = _held(facts, stages, split)
     if len(stages.parts) == 1:
-        whole = joined(blocks.values()).times(known)
+        whole = joined(blocks.values()).times(known).plus(PhaseSeconds(backward=adding * held[0]))
         return Timeline(passes * whole.passes, passes * whole.passes, (1,)), whole
     works = []
-    for parts in stages.parts:
+    for parts, share in zip(stages.parts, held, strict=True):
         found = joined(blocks[block] for block, part in parts.items() if part == 1.0 and block in blocks)
         for block, part in parts.items():
             if part < 1.0 and block in blocks:
                 found = found.plus(joined((blocks[block],)).times(part))
-        works.append(found.times(known))
-    forward, backward = ([getattr(one, name) for one in works] for name in ("forward", "backward"))
+        works.append(found.times(known).plus(PhaseSeconds(backward=adding * share)))
+    meeting = machine.measured is not None
+    host = PASS_SECONDS if meeting else 0.0
+    forward, backward = ([getattr(one, name) + host for one in works] for name in ("forward", "backward"))
     optimizer = sum(one.optimizer for one in works) / stages.ranks
     wires = []
     for cut, (sent, returned) in enumerate(zip(stages.sent_bytes, stages.returned_bytes, strict=True)):
         sizes = micro * sent / layout.context, micro * returned / layout.context
-        wire = links.wire(*sizes, *(rank_of(stage, stages.ranks, stages.schedule) for stage in (cut, cut + 1)))
+        ends = [rank_of(stage, stages.ranks, stages.schedule) for stage in (cut, cut + 1)]
+        wire = links.wire(*sizes, *ends)
         wires.append(wire._replace(latency=wire.latency + 2 * MESSAGE_SECONDS))
-    meeting = machine.measured is not None
+        if ends[0] != ends[1]:  # both ends spend host time on a message
+            for stage in (cut, cut + 1):
+                forward[stage] += links.host_seconds(sizes[0], *ends)
+                backward[stage] += links.host_seconds(sizes[1], *ends)
     timeline = simulate(stages.schedule, passes, tuple(forward), tuple(backward), tuple(wires), stages.ranks, meeting)
     return timeline, PhaseSeconds(max(stages.by_rank(forward)), max(stages.by_rank(backward)), optimizer)
 
@@ -289,6 +302,20 @@ def _blocks(
     return found
 
 
+def _adding(facts: JobFacts, machine: Machine, sharing: Sharing, memo: JobMemo, constants: Constants) -> float:
+    """Seconds in which one rank with all parameters adds the gradients of a pass to those of the passes before."""
+    key = ("sums", sharing if machine.measured is not None else None)
+    if key not in memo.blocks:
+        memo.blocks[key] = block_seconds(gradient_sums(facts), 1, machine, sharing, constants=constants)
+    return joined(memo.blocks[key].values()).backward
+
+
+def _held(facts: JobFacts, stages: Stages, split: dict[int, float]) -> list[float]:
+    """The part of all parameters that each stage holds."""
+    blocks, count = facts.model.blocks, max(1, facts.model.parameters)
+    return [sum(part * blocks[i].parameters * split.get(i, 1.0) for i, part in s.items()) / count for s in stages.parts]
+
+
 def _owned(facts: JobFacts, plan: Plan) -> float:
     """The part of the parameters of a stage that one rank updates."""
     experts = facts.expert_bytes / max(1.0, facts.parameter_bytes)
@@ -307,12 +334,7 @@ def _memory(
 ) -> dict[str, float]:
     """Bytes of the fullest rank. Gradients are part of the counted peak; what is split is taken out of it again."""
     layout = plan.layout
-    count = max(1, facts.model.parameters)
-    parts = [
-        sum(part * facts.model.blocks[i].parameters * split.get(i, 1.0) for i, part in blocks.items()) / count
-        for blocks in stages.parts
-    ]
-    held = max(stages.by_rank(parts)) if facts.model.parameters else 1.0
+    held = max(stages.by_rank(_held(facts, stages, split))) if facts.model.parameters else 1.0
     experts = facts.expert_bytes / max(1.0, facts.parameter_bytes) if layout.expert > 1 else 0.0
     held *= 1.0 - experts + experts / layout.expert
     parameters = facts.parameter_bytes * held / layout.shard

@@ -149,7 +149,13 @@ def _measured_seconds(item: OperationFacts, samples: float, measured: Measured, 
         if rate is not None:
             break
     assert rate is not None, "a probe times products and copies"
-    return item.calls * (max(measured.call_seconds, size / rate) + overhead)
+    seconds = size / rate
+    if item.kind == "matmul":
+        moved = part * item.moved_bytes(samples)
+        seconds += measured.thin_seconds(
+            flops, moved, workers=min(sharing.workers, measured.cores), threads=sharing.threads
+        )
+    return item.calls * (max(measured.call_seconds, seconds) + overhead)
 
 
 def _device_seconds(item: OperationFacts, samples: float, device: Device, part: float, calls: float) -> float:
@@ -167,6 +173,26 @@ def copy_seconds(machine: Machine, moved_bytes: float, plan: Plan) -> float:
     rate = measured.rate("copy", math.inf, workers=min(plan.layout.workers, measured.cores), threads=1)
     assert rate is not None, "a probe times copies"
     return moved_bytes / rate
+
+
+def gradient_sums(facts: JobFacts) -> list[OperationFacts]:
+    """What every micro-batch after the first one adds: its gradients to those before, each tensor read twice and written once."""
+    shapes: list[tuple[float, int]] = [(item.bytes, item.count) for item in facts.gradients]
+    parts = max(1, facts.message_parts)
+    return [
+        OperationFacts(
+            block=0,
+            phase="backward",
+            kind=UNMEASURED_TRAFFIC,
+            precision="fp32",
+            calls=count,
+            fixed_flops=0.0,
+            sample_flops=0.0,
+            fixed_bytes=3.0 * size,
+            sample_bytes=0.0,
+        )
+        for size, count in shapes or [(facts.gradient_bytes / parts, parts)]
+    ]
 
 
 def divided_norms(operations: Iterable[OperationFacts]) -> list[OperationFacts]:

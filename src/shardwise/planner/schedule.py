@@ -4,18 +4,22 @@ A table has one row per pipeline rank: the order in which that rank runs its act
 (with `zerobubble` and the V schedules only the gradient of the input), W gradient of the weights.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
 
 from shardwise.errors import PlanError
-from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, even, flight, rank_of
+from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, flight, rank_of
 from shardwise.planner.inorder import spans, warm_up
-from shardwise.spec.plan import HALVED, V_SHAPED
+from shardwise.spec.plan import V_SHAPED
+from shardwise.spec.schedule import schedule_table
 
 Action = tuple[str, int, int]
 """(kind, stage, micro-batch)."""
+
+COMPUTES = ("F", "B", "W")
+"""Kinds of actions that are no messages."""
 
 MAX_GREEDY = 256
 """Largest ranks x micro-batches for which a V schedule is placed action by action."""
@@ -97,9 +101,9 @@ def simulate(
     Args:
         forward_seconds, backward_seconds: per stage, in model order; `ranks * stages_per_rank` entries.
         wires: of the cuts between the stages, in the same order.
-        meeting: a message also waits until the other rank asks for it (gloo sends nothing before): when it takes the one before
-            from the same rank, or earlier, if the table that runs does. V schedules then keep the order in which equal stages
-            without messages would be placed.
+        meeting: the table is that of a training, with its places for weight gradients, and a message also waits until the other
+            rank asks for it (gloo sends nothing before): when it takes the one before from the same rank, or where the table
+            says so, if that is earlier.
 
     Long runs repeat themselves: beyond four groups of `ranks` micro-batches (three on more than 16 ranks) the rest is
     extended by the period of the last simulated group, which is at least the work of the busiest rank. One rank, and
@@ -171,16 +175,17 @@ def _meeting(
     wires: Sequence[Wire],
     ranks: int,
 ) -> Timeline:
-    """Action by action, with messages that wait until they are asked for: what a rank asks for depends on the order."""
-    stages = len(forward)
-    rows = _rows(schedule, ranks, micro_batches, stages // ranks)
+    """The table of a training, with messages that wait until they are asked for: when a rank asks depends on the order."""
+    stages, chunks = len(forward), len(forward) // ranks
+    rows = _rows(schedule, ranks, micro_batches, chunks)
     owner = [rank_of(stage, ranks, schedule) for stage in range(stages)]
-    asked = _asked(schedule, ranks, micro_batches, stages // ranks)
-    split = schedule in HALVED
-    weights = [time * WEIGHT_SHARE if split else 0.0 for time in backward]
+    asked = _asked(schedule, ranks, micro_batches, chunks)
+    later = [{(stage, index) for kind, stage, index in row if kind == "W"} for row in rows]
+    # all of the first stage's passes: nobody waits for them (parallel/pipeline/runner.py)
+    weights = [time * WEIGHT_SHARE if stage else time for stage, time in enumerate(backward)]
     done_f = [[-1.0] * micro_batches for _ in range(stages)]
     done_b = [[-1.0] * micro_batches for _ in range(stages)]
-    clock, place, pending = [0.0] * ranks, [0] * ranks, [0] * ranks
+    clock, place = [0.0] * ranks, [0] * ranks
     ends: list[list[float]] = [[0.0] for _ in range(ranks)]
     free = [[0.0] * ranks for _ in range(ranks)]
     taken = [[0.0] * ranks for _ in range(ranks)]
@@ -191,6 +196,11 @@ def _meeting(
         row, now = rows[rank], clock[rank]
         while place[rank] < len(row):
             kind, stage, index = row[place[rank]]
+            if kind == "W":
+                now += weights[stage]
+                place[rank] += 1
+                ends[rank].append(now)
+                continue
             if kind == "F":
                 made = done_f[stage - 1][index] if stage else 0.0
                 source = stage - 1
@@ -202,19 +212,11 @@ def _meeting(
             ready = made
             if 0 <= source < stages and owner[source] != rank:
                 wire, sender = wires[min(stage, source)], owner[source]
-                begin = made if made > free[sender][rank] else free[sender][rank]
                 wished = min(ends[rank][asked[rank][place[rank]]], taken[sender][rank])
-                way = under_way[rank][sender]
-                last = bisect_right(way, (wished, inf)) - 1
-                if last >= 0 and way[last][1] > wished:
-                    wished = way[last][1]  # the wish travels behind what is under way to the sender
-                begin = max(begin, wished + wire.latency)
-                under_way[sender][rank].append((begin, begin + (wire.forward if kind == "F" else wire.backward)))
+                begin = max(made, free[sender][rank], _behind(wished, under_way[rank][sender]) + wire.latency)
                 free[sender][rank] = begin + (wire.forward if kind == "F" else wire.backward)
+                under_way[sender][rank].append((begin, free[sender][rank]))
                 ready = free[sender][rank] + wire.latency
-            if split and ready > now and pending[rank]:
-                filled = min(pending[rank], int((ready - now) / weights[stage]) if weights[stage] else 0)
-                now, pending[rank] = now + filled * weights[stage], pending[rank] - filled
             start = ready if ready > now else now
             if 0 <= source < stages and owner[source] != rank:
                 taken[owner[source]][rank] = start
@@ -223,9 +225,8 @@ def _meeting(
                 done_f[stage][index] = now
                 wakes = owner[stage + 1] if stage + 1 < stages else rank
             else:
-                now = start + backward[stage] - weights[stage]
+                now = start + backward[stage] - (weights[stage] if (stage, index) in later[rank] else 0.0)
                 done_b[stage][index] = now
-                pending[rank] += split
                 wakes = owner[stage - 1] if stage else rank
             place[rank] += 1
             ends[rank].append(now)
@@ -233,9 +234,13 @@ def _meeting(
                 waiting += [rank, wakes]  # the other rank first: what it takes now is under way when this one asks
                 break
         clock[rank] = now
-    if split:
-        clock = [now + pending[rank] * weights[rank] for rank, now in enumerate(clock)]
     return Timeline(max(clock), _busiest(micro_batches, forward, backward, owner), tuple(_peak(row) for row in rows))
+
+
+def _behind(wished: float, way: list[tuple[float, float]]) -> float:
+    """When a wish sets out: it travels behind the message, of these, that is under way then."""
+    last = bisect_right(way, (wished, inf)) - 1
+    return way[last][1] if last >= 0 and way[last][1] > wished else wished
 
 
 def _busiest(micro_batches: int, forward: Sequence[float], backward: Sequence[float], owner: Sequence[int]) -> float:
@@ -246,52 +251,35 @@ def _busiest(micro_batches: int, forward: Sequence[float], backward: Sequence[fl
     return micro_batches * max(found)
 
 
-def _rows(schedule: str, ranks: int, micro_batches: int, chunks: int) -> list[list[Action]]:
-    """The table; of a V schedule the order in which equal stages without messages are placed."""
-    if schedule not in V_SHAPED:
-        return table(schedule, ranks, micro_batches, chunks)
-    rows: list[list[Action]] = [[] for _ in range(ranks)]
-    stages = 2 * ranks
-    _greedy(schedule, micro_batches, (1.0,) * stages, (2.0,) * stages, even(stages, 0.0), ranks, rows)
-    return rows
+@lru_cache(maxsize=256)
+def _rows(schedule: str, ranks: int, micro_batches: int, chunks: int) -> tuple[tuple[Action, ...], ...]:
+    """What the ranks of a training compute, in their order: passes, and weight gradients where they come later."""
+    found = schedule_table(schedule, ranks, ranks * chunks, micro_batches)
+    return tuple(tuple(action for action in row if action.kind in COMPUTES) for row in found.rows)
 
 
 @lru_cache(maxsize=256)
 def _asked(schedule: str, ranks: int, micro_batches: int, chunks: int) -> tuple[tuple[int, ...], ...]:
-    """For every action of every rank how many actions of that rank end before it asks for what this one needs.
-
-    The table that runs (parallel/pipeline/schedule.py) lists a receive at the time at which its message would be made if
-    messages took no time, a forward pass 1 and a backward pass 2 (or 1, where it is halved).
-    """
-    rows = _rows(schedule, ranks, micro_batches, chunks)
-    stages = ranks * chunks
-    back = 1 if schedule in HALVED else 2
-    ends: dict[Action, int] = {}
-    begins: list[list[int]] = [[] for _ in rows]
-    made: list[list[int]] = [[] for _ in rows]
-    clock = [0] * ranks
-    while any(len(begun) < len(row) for begun, row in zip(begins, rows, strict=True)):
-        for rank, row in enumerate(rows):
-            while len(begins[rank]) < len(row):
-                kind, stage, index = row[len(begins[rank])]
-                if kind == "F":
-                    needed = ends.get(("F", stage - 1, index)) if stage else 0
-                else:
-                    needed = ends.get(("B", stage + 1, index) if stage < stages - 1 else ("F", stage, index))
-                if needed is None:
-                    break
-                begin = max(clock[rank], needed)
-                clock[rank] = ends[kind, stage, index] = begin + (1 if kind == "F" else back)
-                begins[rank].append(begin)
-                made[rank].append(needed)
-    return tuple(tuple(bisect_left(begun, time) for time in times) for begun, times in zip(begins, made, strict=True))
+    """For every action of every rank how many actions of that rank end before its table asks for what this one needs."""
+    found = []
+    for row in schedule_table(schedule, ranks, ranks * chunks, micro_batches).rows:
+        places: dict[tuple[str, int, int], int] = {}
+        done, asked = 0, []
+        for kind, stage, index in row:
+            if kind in COMPUTES:
+                asked.append(places.get((kind, stage, index), done))
+                done += 1
+            elif kind.startswith("RECV"):
+                places[kind[-1], stage, index] = done
+        found.append(tuple(asked))
+    return tuple(found)
 
 
 def _peak(row: Sequence[Action]) -> int:
     """Largest number of chunks whose forward pass ran and whose backward pass did not."""
     level = peak = 0
     for kind, _, _ in row:
-        level += 1 if kind == "F" else -1
+        level += {"F": 1, "B": -1}.get(kind, 0)
         peak = max(peak, level)
     return peak
 
@@ -303,7 +291,6 @@ def _greedy(
     backward: Sequence[float],
     wires: Sequence[Wire],
     ranks: int,
-    rows: list[list[Action]] | None = None,
 ) -> Timeline:
     """V-shaped stages without a fixed order: backward first, then forward within 2 x ranks chunks in flight, weights in gaps."""
     stages = len(forward)
@@ -336,8 +323,6 @@ def _greedy(
             clock[rank] += pending[rank].pop(0)
         seconds = forward[stage] if kind == "F" else backward[stage] - weights[stage]
         clock[rank] = max(clock[rank], start) + seconds
-        if rows is not None:
-            rows[rank].append((kind, stage, index))
         level[rank] += 1 if kind == "F" else -1
         peak[rank] = max(peak[rank], level[rank])
         if kind == "B":

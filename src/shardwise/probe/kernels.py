@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from shardwise.kernels.install import use_all_kernels
 from shardwise.probe.operations import by_flops, flops_of, moved_bytes, name_of, table_bytes, tensors_in
-from shardwise.spec.measured import KernelRate
+from shardwise.spec.measured import THIN_ROWS, KernelRate
 
 aten = torch.ops.aten
 
@@ -35,6 +35,7 @@ class Sample:
 def samples(sizes: int = 3) -> Iterator[Sample]:
     """What is timed, smallest first: products, convolutions, recurrent layers, attention, and what only moves data."""
     yield from _products(sizes)
+    yield from _thin(sizes)
     yield from _convolutions(sizes)
     yield from _attention()
     for kind, call in _moving(sizes):
@@ -116,6 +117,13 @@ def _products(sizes: int) -> Iterator[Sample]:
         for edge in edges:
             a, b = torch.ones(edge, edge, dtype=dtype), torch.ones(edge, edge, dtype=dtype)
             yield _sample("matmul", precision, aten.mm.default, a, b)
+
+
+def _thin(sizes: int) -> Iterator[Sample]:
+    """A layer's products for a handful of samples: forward, and the gradients of its inputs and weights, one a size."""
+    for edge in (128, 512, 1536)[:sizes]:
+        x, weight = torch.ones(THIN_ROWS, edge), torch.ones(edge, edge)
+        yield _sample("thin", "fp32", aten.mm.default, x, weight.t())
 
 
 def _convolutions(sizes: int) -> Iterator[Sample]:

@@ -18,10 +18,11 @@ import torch
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
-from shardwise.dist.sample import sample_calls
+from shardwise.dist.sample import SampleExchange, sample_calls
 from shardwise.probe.kernels import seconds_of
+from shardwise.run.choose import usable_cores
 from shardwise.spec.layout import Layout
-from shardwise.spec.measured import MessageTime, Way
+from shardwise.spec.measured import EXCHANGE_BYTES, MessageTime, Way
 
 SIZES = (1024, 64 * 1024, 1024**2, 16 * 1024**2)
 """Bytes: a flag, a small model's gradients, a layer's, a bucket's."""
@@ -39,6 +40,16 @@ LEAST_SECONDS = 1e-6
 
 WORK_EDGE = 256
 """Edge of the product between messages: a third of a millisecond on a core of today."""
+
+EXCHANGE_SIZES = (1024, EXCHANGE_BYTES)
+"""Bytes: what small passes of a pipeline hand on."""
+
+EXCHANGE_SECONDS = 1e-3
+"""Length of the computation beside an exchange."""
+
+EXCHANGES, EXCHANGE_LOOPS = 16, 6
+"""Exchanges of a loop, and loops, of which the cheapest counts. Its mean does: gloo's thread spins on a lock only now and then,
+and that is part of what exchanges cost."""
 
 Placement = Literal["all", "consecutive", "strided"]
 
@@ -76,6 +87,8 @@ def _of_members(members: Members, world: Group, sizes: tuple[int, ...]) -> list[
     def work() -> None:
         torch.mm(a, a)
 
+    if (members.way, members.placement) == ("gloo", "all") and world.size <= usable_cores() * members.nodes:
+        found += _exchanges(members, world, work)  # ranks that take turns on a core would wait for each other
     loops = _Loops(world, work)
     names = ("all_reduce",) if members.way == "shared memory" else tuple(sample_calls(Group(), 4))
     for name in names:  # what goes through sockets in any case is timed with them
@@ -100,6 +113,46 @@ def _of_members(members: Members, world: Group, sizes: tuple[int, ...]) -> list[
             )
             for size, seconds in zip(sizes, fastest, strict=False)
         ]
+    return found
+
+
+def _exchanges(members: Members, world: Group, work: Callable[[], object]) -> list[MessageTime]:
+    """What a message out and one in take of a rank that computes meanwhile: processor time, of gloo's threads as well."""
+    once = max(float(item) for item in world.gather_objects(seconds_of(work)))
+    repeats = max(1, round(EXCHANGE_SECONDS / once))
+
+    def fastest(exchange: SampleExchange | None) -> float:
+        times = []
+        for _ in range(EXCHANGE_LOOPS):
+            world.barrier()
+            began = time.process_time()
+            for _ in range(EXCHANGES if members.group is not None else 0):
+                if exchange is not None:
+                    exchange.begin()
+                for _ in range(repeats):
+                    work()
+                if exchange is not None:
+                    exchange.end()
+            times.append((time.process_time() - began) / EXCHANGES)
+        least: float = min(max(loop) for loop in zip(*world.gather_objects(times), strict=True))
+        return least
+
+    alone = fastest(None)
+    found: list[MessageTime] = []
+    for size in EXCHANGE_SIZES:
+        exchange = SampleExchange(members.group, size) if members.group is not None else None
+        added = max(LEAST_SECONDS, fastest(exchange) - alone)
+        found.append(
+            MessageTime(
+                collective="exchange",
+                way=members.way,
+                ranks=members.ranks,
+                placement=members.placement,
+                message_bytes=size,
+                seconds=max([added, *(item.seconds for item in found)]),
+                nodes=members.nodes,
+            )
+        )
     return found
 
 

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-MATMUL = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "mv", "dot", "linear", "matmul"})
+MATMUL = frozenset({"mm", "addmm", "_scaled_mm", "mv", "dot", "linear", "matmul"})
+BATCHED = frozenset({"bmm", "baddbmm"})
 CONVOLUTION = frozenset({"convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable"})
 CONVOLUTION_BACKWARD = frozenset({"convolution_backward"})
+_BY_FLOPS = frozenset(
+    {"matmul", "batched_matmul", "convolution", "convolution_backward", "attention", "attention_backward"}
+)
 FREE = frozenset(
     {
         "view",
@@ -58,6 +62,8 @@ def kind_of(name: str) -> str:
     """The kind under which an operation is timed: products, convolutions, attention and recurrent layers by FLOPs."""
     if name in MATMUL:
         return "matmul"
+    if name in BATCHED:
+        return "batched_matmul"
     if name in CONVOLUTION:
         return "convolution"
     if name in CONVOLUTION_BACKWARD:
@@ -71,9 +77,7 @@ def kind_of(name: str) -> str:
 
 def by_flops(kind: str) -> bool:
     """Whether the rate of a kind is in FLOP/s; anything else is in bytes/s."""
-    return kind in ("matmul", "convolution", "convolution_backward", "attention", "attention_backward") or (
-        kind.startswith("recurrent")
-    )
+    return kind in _BY_FLOPS or kind.startswith("recurrent")
 
 
 def flops_of(operation: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:

@@ -10,12 +10,18 @@ from typing import Any, Literal
 from shardwise.errors import UserError
 
 Way = Literal["shared memory", "gloo", "device"]
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "exchange")
+EXCHANGE_BYTES = 32 * 1024
+"""Largest messages of `exchange`; what larger ones take beyond that is in the time on the way, as `send` has it."""
+
 PLACEMENTS = ("all", "consecutive", "strided")
 
-METHOD = 2
+METHOD = 3
 """How figures are taken now; those taken otherwise are not comparable. 1: messages in a row. 2: messages between products, as
-in a step, and operations with the compiled kernels that a training uses."""
+in a step, and operations with the compiled kernels that a training uses. 3: thin products, too."""
+
+THIN_ROWS = 8
+"""Rows of the products of kind `thin`: of that many by n with n by n."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,8 @@ class KernelRate:
     """Rate of one kind of operation at one size, of each process while all of them work at once.
 
     Attributes:
-        kind: `matmul`, `convolution`, `copy`, or the name of an operation of torch.
+        kind: `matmul` (square), `thin` (products of `THIN_ROWS` rows, by their bytes), `convolution`, `copy`, or the name of an
+            operation of torch.
         precision: of its operands.
         size: FLOPs of one call for products and convolutions, bytes read and written for anything else.
         workers: processes that did the same at the same time.
@@ -44,7 +51,8 @@ class MessageTime:
     """What one collective adds to a step: seconds of a loop that computes and sends, less those of one that only computes.
 
     Attributes:
-        collective: one of `COLLECTIVES`.
+        collective: one of `COLLECTIVES`. `exchange` is the processor time that one message out and one in cost a rank that
+            computes meanwhile: the host's calls, copies, and the threads of the library.
         way: through shared memory of one machine, gloo's sockets, or the device's own library.
         ranks: members of the group.
         placement: `all` is one group of all processes; `consecutive` and `strided` are several groups at the same time,
@@ -124,6 +132,18 @@ class Measured:
         )
         share = (min(workers, above) - below) / (above - below) if above > below else 0.0
         return low + share * (high - low)
+
+    def thin_seconds(self, flops: float, moved_bytes: float, *, workers: int, threads: int) -> float:
+        """What a product takes longer than a square one of as many FLOPs, because it moves more bytes for them.
+
+        A few rows against a large matrix cost what reading (and packing) that matrix costs, however few they are. 0 where thin
+        products were not measured.
+        """
+        more = moved_bytes - 12.0 * (flops / 2.0) ** (2.0 / 3.0)  # a square product of 2 n^3 FLOPs moves 12 n^2 bytes
+        thin = self.rate("thin", moved_bytes, workers=workers, threads=threads) if more > 0.0 else None
+        work = THIN_ROWS / 2.0  # FLOPs for a byte of a thin product
+        square = self.rate("matmul", work * moved_bytes, workers=workers, threads=threads) if thin else None
+        return more * max(0.0, 1.0 / thin - work / square) if thin and square else 0.0
 
     def message_seconds(
         self,

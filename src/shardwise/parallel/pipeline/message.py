@@ -58,6 +58,8 @@ def pack(form: Form, tensors: Mapping[int, Tensor | None], device: torch.device)
         ValueError: a tensor does not have the shape or dtype that the form says.
     """
     message = form.empty(device)
+    if form.optional:
+        message[form.flags :].fill_(1)
     pieces = _pieces(form, message)
     for index, (number, piece) in enumerate(zip(form.numbers, pieces, strict=True)):
         tensor = tensors[number]
@@ -68,8 +70,8 @@ def pack(form: Form, tensors: Mapping[int, Tensor | None], device: torch.device)
                     f"{tuple(tensor.shape)}: the shapes of activations must depend on the shapes of the inputs alone"
                 )
             piece.copy_(tensor.detach())
-        if form.optional:
-            message[form.flags + index] = int(tensor is not None)
+        elif form.optional:
+            message[form.flags + index] = 0
     return message
 
 

@@ -14,7 +14,7 @@ from shardwise.errors import PlanError
 from shardwise.parallel.pipeline.cuts import StageTable
 from shardwise.parallel.pipeline.gate import Gate, Session, install, units
 from shardwise.parallel.pipeline.program import Cutting, Forward, Program, describe, find_cuts
-from shardwise.parallel.pipeline.schedule import placement_of
+from shardwise.spec.schedule import placement_of
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, final
 
 from torch import nn
@@ -12,6 +13,7 @@ from shardwise.errors import PlanError
 from shardwise.nn.experts import declared_experts
 from shardwise.parallel.pipeline.cuts import StageShare, StageTable, check_named, choose, forbidden
 from shardwise.parallel.pipeline.gate import Session, install, units
+from shardwise.parallel.pipeline.message import Form
 from shardwise.parallel.pipeline.skeleton import Fakes, skeleton_of
 from shardwise.parallel.pipeline.trace import Trace, signature
 from shardwise.parallel.pipeline.tracer import CannotOpenError, take_trace
@@ -47,13 +49,26 @@ class Cutting:
         """Number of stages."""
         return len(self.starts)
 
-    def with_gradient(self, stage: int) -> tuple[int, ...]:
-        """Of the values that arrive at a stage, those whose gradient goes back."""
-        if stage == 0:
-            return ()
-        start = self.starts[stage]
+    @cached_property
+    def with_gradient(self) -> tuple[tuple[int, ...], ...]:
+        """Of the values that arrive at every stage, those whose gradient goes back."""
         values = self.trace.values
-        return tuple(number for number in self.carried[stage] if values[number].needs_gradient(start))
+        return tuple(
+            tuple(number for number in carried if stage and values[number].needs_gradient(self.starts[stage]))
+            for stage, carried in enumerate(self.carried)
+        )
+
+    @cached_property
+    def activations(self) -> tuple[Form, ...]:
+        """The message that every stage gets from the one before; an empty one at the first."""
+        ghosts = [value.ghost for value in self.trace.values]
+        return tuple(Form.of(ghosts, carried, optional=False) for carried in self.carried)
+
+    @cached_property
+    def gradients(self) -> tuple[Form, ...]:
+        """The message that every stage gets from the one behind; an empty one at the last."""
+        ghosts = [value.ghost for value in self.trace.values]
+        return tuple(Form.of(ghosts, numbers, optional=True) for numbers in (*self.with_gradient[1:], ()))
 
     def holders(self) -> dict[str, set[int]]:
         """Name of a parameter or buffer -> the stages that use it."""

@@ -68,7 +68,7 @@ def run_stage(
         RunFailed: the pass took another way than its trace.
     """
     leaves: dict[int, Tensor] = {}
-    with_gradient = set(cutting.with_gradient(stage)) if torch.is_grad_enabled() else set()
+    with_gradient = set(cutting.with_gradient[stage]) if torch.is_grad_enabled() else set()
     values: dict[int, Tensor] = {}
     for number, tensor in arrived.items():
         leaf = tensor.detach().requires_grad_(number in with_gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from shardwise.parallel.pipeline.message import Form, pack, unpack
 from shardwise.parallel.pipeline.part import PipelinePart
 from shardwise.parallel.pipeline.program import Cutting
 from shardwise.parallel.pipeline.replay import StageResult, run_stage
-from shardwise.parallel.pipeline.schedule import Action, ScheduleTable, forward_table, halved_passes, schedule_table
+from shardwise.spec.schedule import Action, ScheduleTable, forward_table, halved_passes, schedule_table
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.halves import Halves
@@ -238,9 +239,13 @@ class PipelineRunner:
         self, walk: _Pass, action: Action, result: StageResult, outputs: list[Tensor], gradients: list[Tensor] | None
     ) -> None:
         """The backward pass of a stage, or its first half where the schedule has a W for it."""
+        key = (action.stage, action.micro_batch)
         leaves = [leaf for leaf in result.leaves.values() if leaf.requires_grad]
-        if (action.stage, action.micro_batch) not in walk.halved or not leaves:  # nobody waits for the first stage
+        if key not in walk.halved:
             torch.autograd.backward(outputs, gradients)
+            return
+        if not leaves:  # nobody waits for the first stage: all of it comes later
+            walk.weights[key] = functools.partial(torch.autograd.backward, outputs, gradients)
             return
         if self._halves is None:
             from shardwise.parallel.pipeline.halves import Halves
@@ -248,17 +253,14 @@ class PipelineRunner:
             self._halves = Halves([parameter for _, parameter in self._part.named_parameters()])
         later = self._halves.inputs(action.stage, outputs, gradients, leaves)
         if later is not None:
-            walk.weights[(action.stage, action.micro_batch)] = later
+            walk.weights[key] = later
 
     # Messages
 
     def _form(self, walk: _Pass, kind: str, stage: int, index: int) -> Form:
         """Form of what stage `stage` gets: activations from the stage before (F) or gradients from the one after (B)."""
         cutting = walk.cuttings[index]
-        ghosts = [value.ghost for value in cutting.trace.values]
-        if kind == "F":
-            return Form.of(ghosts, cutting.carried[stage], optional=False)
-        return Form.of(ghosts, cutting.with_gradient(stage + 1), optional=True)
+        return cutting.activations[stage] if kind == "F" else cutting.gradients[stage]
 
     def _hand_on(self, walk: _Pass, kind: str, target: int, index: int, tensors: dict[int, Tensor | None]) -> None:
         """Keep what the target stage gets until it is sent or, if that stage is here, taken."""

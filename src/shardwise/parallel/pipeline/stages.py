@@ -16,9 +16,9 @@ from shardwise.parallel.pipeline.cuts import places, shared_names
 from shardwise.parallel.pipeline.part import PipelinePart, Split, call_model, split, take_part
 from shardwise.parallel.pipeline.program import Forward, Program, search_trace
 from shardwise.parallel.pipeline.runner import PipelineRunner
-from shardwise.parallel.pipeline.schedule import placement_of, stages_for
 from shardwise.parallel.pipeline.shared import SharedGradientSum
 from shardwise.spec.plan import Plan
+from shardwise.spec.schedule import placement_of, stages_for
 from shardwise.spec.work import CutFacts
 
 OwnLoss: TypeAlias = Callable[[nn.Module, Any], Any]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from shardwise.errors import PlanError
-from shardwise.parallel.pipeline.schedule import (
+from shardwise.spec.plan import HALVED, SCHEDULES
+from shardwise.spec.schedule import (
     Action,
     ScheduleTable,
     _simulate,
@@ -16,7 +17,6 @@ from shardwise.parallel.pipeline.schedule import (
     schedule_table,
     stages_for,
 )
-from shardwise.spec.plan import HALVED, SCHEDULES
 
 GRID = [
     (schedule, ranks, micro_batches)
