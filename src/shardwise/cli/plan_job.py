@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardwise.errors import UserError
-from shardwise.units import format_bytes, format_seconds, parse_bytes
+from shardwise.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from shardwise.advise.advice import Advice
@@ -30,7 +30,7 @@ def plan_job(
     nodes: int,
     workers: int | None,
     threads: int | None,
-    memory: str | None,
+    memory: float | None,
     top: int,
     wanted: Layout | None,
     out: Path | None,
@@ -44,7 +44,7 @@ def plan_job(
     from shardwise.run.jobfile import find_job
 
     _check_nodes(machine, nodes)
-    _check_out(out)
+    check_out(out)
     _note_foreign(machine)
     with stdout_to_stderr(True):  # what the job itself prints is no part of the answer
         found_job = find_job(job)
@@ -57,7 +57,7 @@ def plan_job(
             machine=machine,
             workers=workers,
             nodes=1 if machine is None or machine.measured is None else nodes,
-            memory_bytes=float(parse_bytes(memory)) if memory is not None else None,
+            memory_bytes=memory,
             threads=threads,
             top=max(top, 12),
             tell=lambda text: print(text, file=sys.stderr),
@@ -127,7 +127,12 @@ def _note_foreign(machine: Machine | None) -> None:
         print(f"note on the machine file: {warning}", file=sys.stderr)
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
+    """Whether the plan file can be written, before anything is counted.
+
+    Raises:
+        UserError: no plan file by its name, or no such folder.
+    """
     if out is not None and out.suffix != ".toml":
         raise UserError(f"-o {out}: plan files end in .toml, because --plan tells them from layouts by that")
     if out is not None and not out.resolve().parent.is_dir():
