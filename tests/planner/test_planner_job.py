@@ -23,6 +23,7 @@ from shardwise.spec.machine import Accelerator, Figure, Link, Machine
 from shardwise.spec.measured import KernelRate, Measured, MessageTime
 from shardwise.spec.plan import Plan
 from shardwise.spec.work import CutFacts, GradientFacts, JobFacts, OperationFacts, StepSeen
+from shardwise.units import format_slower
 
 GIGA = 1e9
 PLACE = {"processor": "test"}
@@ -609,3 +610,8 @@ def test_compression_takes_memory() -> None:
         for how in ("none", "powersgd")
     }
     assert held["powersgd"] == 2 * held["none"]
+
+
+def test_large_losses_are_told_as_multiples() -> None:
+    assert format_slower(0.31) == "it is 31 % slower than the winner"
+    assert format_slower(14.2) == "it takes 15.2 times as long as the winner"

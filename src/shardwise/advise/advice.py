@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardwise.data.source import as_splits
-from shardwise.errors import RunFailed, ShardwiseError
+from shardwise.errors import JobError, RunFailed, ShardwiseError
 from shardwise.parallel.compose import READY_AXES
 from shardwise.planner.jobsearch import Check, JobFound, JobProblem, search_job
 from shardwise.probe.facts import facts_apart
@@ -71,7 +71,13 @@ def advise(
     _ = splits.train
     here = machine if machine is not None else this_machine(tell)
     tell("counting a step")
-    facts = facts_apart(job, splits, fake=here.measured is None)
+    try:
+        facts = facts_apart(job, splits, fake=here.measured is None)
+    except RunFailed:
+        told = rehearsal_failure(job)
+        if told is None:
+            raise
+        raise JobError(told) from None
     problem = JobProblem(
         facts=facts,
         machine=here,
@@ -125,6 +131,19 @@ def refusals(job: Job, plans: Sequence[Plan]) -> list[str | None]:
         if len(plans) == 1:
             return [f"its check failed: {str(error).strip().splitlines()[-1]}"]
         return [refusals(job, [plan])[0] for plan in plans]
+
+
+def rehearsal_failure(job: Job) -> str | None:
+    """Why the job does not run even on its first samples, as `train` would say it; None if it does."""
+    return in_thread(lambda: call_in_child(functools.partial(_rehearsal, job=job), threads=1, device="cpu"))
+
+
+def _rehearsal(rank: Rank, *, job: Job) -> str | None:
+    try:
+        check_job(job, settle_plan(job, Plan()), rehearsal=True)
+    except ShardwiseError as error:
+        return str(error)
+    return None
 
 
 def _refusals(rank: Rank, *, job: Job, plans: Sequence[Plan]) -> list[str | None]:

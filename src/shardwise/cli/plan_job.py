@@ -78,6 +78,8 @@ def plan_job(
         _print(advice, made.name, top)
         click.echo(told + ".")
         for reason in reasons:
+            if "context" in reason.family and _no_sequences(advice, reason.plan):
+                continue
             click.echo(f"  {reason.family}: {reason.plan}: {reason.sentence}.")
         for sentence in helps:
             click.echo(f"  would help: {sentence}.")
@@ -90,6 +92,12 @@ def plan_job(
             meet = f" --nnodes {spread} --node-rank K --rdzv-endpoint HOST:PORT on each node" if spread > 1 else ""
             click.echo(f"written to {out}: shardwise train {job} --plan {out}{meet}")
     return 0 if found.best is not None else 1
+
+
+def _no_sequences(advice: Advice, plan: Plan) -> bool:
+    """Nobody asks for split sequences of a model without attention that cannot have them; JSON tells it all the same."""
+    refused = any(item.plan == plan and item.estimate is None for item in advice.found.refused)
+    return refused and not advice.facts.attention_bytes
 
 
 def _check_nodes(machine: Machine | None, nodes: int) -> None:

@@ -21,7 +21,7 @@ from shardwise.planner.search import (
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
-from shardwise.units import format_bytes, format_seconds
+from shardwise.units import format_bytes, format_seconds, format_slower
 
 PARTS = {
     "compute": "computing",
@@ -224,9 +224,7 @@ def _loses(item: Candidate, problem: Problem, found: Found, constants: Constants
     extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
     worst = max(extra, key=lambda name: extra[name])
     share = 100 * mine.seconds[worst] / mine.step_seconds
-    sentence = (
-        f"it is {100 * slower:.0f} % slower than the winner, mostly by {PARTS[worst]} ({share:.0f} % of its step)"
-    )
+    sentence = f"{format_slower(slower)}, mostly by {PARTS[worst]} ({share:.0f} % of its step)"
     even = _even(item, problem, found, worst, constants)
     return f"{sentence}; {even}" if even else sentence
 

@@ -18,7 +18,7 @@ from shardwise.planner.jobstep import COMMUNICATION, PART_NAMES, JobEstimate, es
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
 from shardwise.spec.plan import Plan
-from shardwise.units import format_bytes, format_seconds
+from shardwise.units import format_bytes, format_seconds, format_slower
 
 MOST_FASTER = 1000.0
 """Links so many times faster that a layout would win only then are not worth a sentence."""
@@ -50,8 +50,9 @@ def why_best_job(problem: JobProblem, found: JobFound) -> str:
     if best.family == "serial":
         others = [item for item in found.plans if item.family != "serial"]
         if others:
-            loss = others[0].estimate.step_seconds / best.estimate.step_seconds - 1
-            return f"{text}. Do not parallelise: {others[0]} would take {100 * loss:.0f} % longer"
+            loss = others[0].estimate.step_seconds / best.estimate.step_seconds
+            longer = f"{loss:.1f} times as long" if loss > 2 else f"{100 * (loss - 1):.0f} % longer"
+            return f"{text}. Do not parallelise: {others[0]} would take {longer}"
         return text
     if serial is not None:
         gain = serial.estimate.step_seconds / best.estimate.step_seconds
@@ -100,7 +101,7 @@ def why_not_job(
         reason = check([plan])[0]
         return reason or (
             f"{wanted} does not go with {problem.workers} workers and {problem.facts.batch_size} samples a step: every "
-            "worker needs at least one sample, and the degrees must multiply to a number of workers there is"
+            "worker needs at least one sample, and the degrees must multiply to a number of workers there is (--workers: more)"
         )
     priced = sorted(
         (price(problem, plan, constants, nodes) for plan, nodes in alike), key=lambda one: one.estimate.step_seconds
@@ -168,10 +169,7 @@ def _loses(problem: JobProblem, item: JobCandidate, best: JobCandidate, constant
     extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
     worst = max(extra, key=lambda name: extra[name])
     share = mine.seconds[worst] / mine.step_seconds
-    sentence = (
-        f"it is {100 * slower:.0f} % slower than the winner; most of it is {PART_NAMES[worst]}, "
-        f"{100 * share:.0f} % of its step"
-    )
+    sentence = f"{format_slower(slower)}; most of it is {PART_NAMES[worst]}, {100 * share:.0f} % of its step"
     if worst in COMMUNICATION:
         factor = break_even(problem, item, theirs.step_seconds, constants)
         if factor is None:

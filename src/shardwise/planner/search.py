@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
@@ -194,7 +194,8 @@ def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
     )
     plain = Plan(layout=case.layout(), schedule=case.schedule, micro_batch=case.micro_batch, reasons=reasons)
     settings = {"precision": case.precision, "recompute": case.recompute, "compile": bool(case.compile)}
-    return Plan.from_dict({**plain.to_dict(), **settings, "prediction": asdict(prediction)})
+    plan = Plan.from_dict({**plain.to_dict(), **settings})
+    return replace(plan, prediction=replace(prediction, made_for=plan.planned_for(case.global_batch)))
 
 
 def _base(problem: Problem, tensor: int, pipeline: int, context: int, data: int, expert: int) -> Case:
