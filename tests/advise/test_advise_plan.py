@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from shardwise.advise import advice
 from shardwise.cli.main import shardwise
 from shardwise.errors import PlanError, UserError
 from shardwise.probe.place import cached_path, this_place
@@ -114,6 +115,28 @@ def test_models_without_sequences_are_not_told_of_splitting_them() -> None:
     answer = run("linear", "--workers", "2")
     assert answer.exit_code == 0, answer.output
     assert "tensor" in answer.stdout and "context" not in answer.stdout
+
+
+def test_figures_and_steps_taken_beside_other_programs_are_noted(
+    figures: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine.measured is not None
+    monkeypatch.setattr(advice, "is_busy", lambda: True)
+    monkeypatch.setattr(advice, "facts_apart", raiser)
+    try:
+        replace(machine, measured=replace(machine.measured, load=50.0)).write(figures)
+        told = run("linear").stderr
+        replace(machine, measured=replace(machine.measured, load=0.0)).write(figures)
+        monkeypatch.setattr(advice, "is_busy", lambda: False)
+        quiet = run("linear").stderr
+    finally:
+        machine.write(figures)
+    assert "measured while other programs used its cores" in told and "come out too long" in told
+    assert "note" not in quiet and "counting a step" in quiet
+
+
+def raiser(*_: object, **__: object) -> None:
+    raise UserError("counted enough")
 
 
 def test_a_catalogue_machine_is_planned_without_one(tmp_path: Path) -> None:

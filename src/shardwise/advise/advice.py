@@ -12,7 +12,7 @@ from shardwise.parallel.compose import READY_AXES
 from shardwise.planner.jobsearch import Check, JobFound, JobProblem, search_job
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe
-from shardwise.probe.place import cached_machine, cached_path, this_place
+from shardwise.probe.place import cached_machine, cached_path, is_busy, this_place, was_busy
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import check_job, settle_plan
 from shardwise.spec.job import Job
@@ -70,6 +70,8 @@ def advise(
     splits = as_splits(job.data)
     _ = splits.train
     here = machine if machine is not None else this_machine(tell)
+    if here.measured is not None and is_busy():
+        tell("note: other programs use the cores: times that are taken now come out too long")
     tell("counting a step")
     try:
         facts = facts_apart(job, splits, fake=here.measured is None)
@@ -102,6 +104,10 @@ def this_machine(tell: Tell) -> Machine:
     """The figures kept for this machine, or new ones."""
     kept = cached_machine()
     if kept is not None:
+        if kept.measured is not None and was_busy(kept.measured):
+            tell(
+                "note: this machine was measured while other programs used its cores: `shardwise probe --again` when it is quiet"
+            )
         return kept
     tell("measuring this machine, once (10 s or so; `shardwise probe` does the same)")
     found = probe(tell=lambda text: None)
