@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from shardwise.cli.plan import plan as plan_command
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
-from shardwise.planner.breakeven import break_even_batch, break_even_gbits, break_even_link
+from shardwise.planner.breakeven import LAYOUTS, Budget, break_even_batch, break_even_gbits, break_even_link
+from shardwise.planner.constants import DEFAULT
 from shardwise.planner.explain import (
     enough_workers,
     losers,
@@ -21,7 +22,7 @@ from shardwise.planner.explain import (
     why_best,
     why_not,
 )
-from shardwise.planner.search import Problem, as_plan, cases, family, fewer_workers, search
+from shardwise.planner.search import MANY, Problem, as_plan, cases, family, fewer_workers, search
 from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
@@ -239,6 +240,17 @@ def test_workers_that_the_batch_cannot_use_stay_idle() -> None:
     whole = min(estimate(case, quick=True).step_seconds for case in cases(asked))
     assert found.best.estimate.step_seconds < whole
     assert fewer_workers(asked) == (64, 48, 32, 24, 16, 8, 6, 4, 3, 2, 1)
+
+
+def test_a_rich_space_is_searched_once_and_its_reasons_cost_few_searches() -> None:
+    text = "llama:layers=61,hidden=7168,heads=128,ffn=2048,seq=4096,experts=256,experts_per_token=8"
+    asked = problem(text, 256, 960, "h100")
+    found = search(asked)
+    assert MANY < found.priced <= sum(1 for _ in cases(asked)), "no fewer workers beside all of them"
+    budget = Budget.of(found.priced)
+    assert budget.searches == LAYOUTS // found.priced
+    first = Budget(1)
+    assert first.search(problem("gpt:layers=2,hidden=256", 1, 8), DEFAULT) is not None and first.searches == 0
 
 
 def test_tensor_groups_do_not_straddle_nodes() -> None:

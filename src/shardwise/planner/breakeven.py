@@ -1,12 +1,12 @@
 """Break-evens: the link speed, or the batch, from which a layout would win, checked against all that is known to compete."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.memory import CONTEXT_BYTES
-from shardwise.planner.search import Problem, family, search
+from shardwise.planner.search import Candidate, Problem, family, search
 from shardwise.planner.step import estimate
 from shardwise.spec.machine import Figure, Machine
 from shardwise.units import format_bytes
@@ -17,47 +17,79 @@ FASTEST = 10_000.0
 SEARCHES = 3
 """Searches at most that confirm one break-even."""
 
+LAYOUTS = 15_000
+"""Layouts that all confirmations of one answer may price: about a second."""
+
+
+@dataclass
+class Budget:
+    """Searches that are left for confirming break-evens; without one, a layout is only said to overtake the winner."""
+
+    searches: int
+
+    @classmethod
+    def of(cls, priced: int) -> "Budget":
+        """For a problem whose search prices so many layouts."""
+        return cls(LAYOUTS // max(1, priced))
+
+    def search(self, problem: Problem, constants: Constants) -> Candidate | None:
+        """The best layout of a changed problem; ask for it only while there are searches left."""
+        self.searches -= 1
+        return search(problem, constants).best
+
+
 Change = Callable[[Case, float], Case]
 
 
-def even_link(case: Case, problem: Problem, rivals: Sequence[Case], constants: Constants) -> str:
+def even_link(case: Case, problem: Problem, rivals: Sequence[Case], budget: Budget, constants: Constants) -> str:
     """The link speed from which a layout is the best of all, else the one from which it beats the winner of today."""
     gbits_now = case.machine.inter.bytes_per_second.value * 8 / 1e9
     gbytes_now = case.machine.intra.bytes_per_second.value / 1e9
-    gbits = _confirmed(break_even_gbits, _with_network, case, problem, rivals, constants)
+    gbits = _confirmed(break_even_gbits, _with_network, case, problem, rivals, budget, constants)
     if gbits is not None:
         return f"it would win above {gbits:.0f} Gbit/s per rank between nodes (now {gbits_now:.0f})"
-    gbytes = _confirmed(break_even_link, _with_link, case, problem, rivals, constants)
+    gbytes = _confirmed(break_even_link, _with_link, case, problem, rivals, budget, constants)
     if gbytes is not None:
         return f"it would win above {gbytes:.0f} GB/s inside a node (now {gbytes_now:.0f})"
-    overtake = "it would overtake the winner, but not all others,"
+    overtakes = "it would overtake the winner, if not others,"
     if (gbits := break_even_gbits(case, rivals[:1], constants)) is not None:
-        return f"{overtake} above {gbits:.0f} Gbit/s per rank between nodes (now {gbits_now:.0f})"
+        return f"{overtakes} above {gbits:.0f} Gbit/s per rank between nodes (now {gbits_now:.0f})"
     if (gbytes := break_even_link(case, rivals[:1], constants)) is not None:
-        return f"{overtake} above {gbytes:.0f} GB/s inside a node (now {gbytes_now:.0f})"
+        return f"{overtakes} above {gbytes:.0f} GB/s inside a node (now {gbytes_now:.0f})"
     return "no network between or inside nodes alone would make it win"
 
 
-def even_batch(case: Case, problem: Problem, rivals: Sequence[Case], constants: Constants) -> str:
-    """The batch from which a layout is the best of all."""
-    for _ in range(SEARCHES):
-        batch = break_even_batch(case, rivals, constants)
+def even_batch(case: Case, problem: Problem, rivals: Sequence[Case], budget: Budget, constants: Constants) -> str:
+    """The batch from which a layout is the best of all, else the one from which it beats the winner of today."""
+    some = rivals
+    for _ in range(min(SEARCHES, budget.searches)):
+        batch = break_even_batch(case, some, constants)
         if batch is None:
             break
-        best = search(replace(problem, global_batch=batch), constants).best
+        best = budget.search(replace(problem, global_batch=batch), constants)
         if best is None or best.family == family(case):
             return f"it would win from a batch of {batch}"
-        rivals = [*rivals, replace(best.case, global_batch=case.global_batch)]
+        some = [*some, replace(best.case, global_batch=case.global_batch)]
+    batch = break_even_batch(case, rivals[:1], constants)
+    if batch is not None:
+        return f"it would overtake the winner, if not others, from a batch of {batch}"
     return "no batch up to 64 times as large would make it win"
 
 
-def even_memory(case: Case, problem: Problem, constants: Constants) -> str:
+def even_memory(case: Case, problem: Problem, best: Candidate, budget: Budget, constants: Constants) -> str:
     """What a layout that computes activations again would do with room for them, beside all others with that room."""
-    room = estimate(replace(case, recompute="none"), constants, quick=True).memory.total + CONTEXT_BYTES
-    device = replace(problem.machine.accelerator, memory_bytes=Figure(room, "nominal", "asked"))
-    best = search(replace(problem, machine=replace(problem.machine, accelerator=device)), constants).best
-    wins = best is not None and best.family == family(case)
-    return f"with {format_bytes(room)} of device memory it need not, and it would {'win' if wins else 'still lose'}"
+    free = estimate(replace(case, recompute="none"), constants, quick=True)
+    room = free.memory.total + CONTEXT_BYTES
+    if free.step_seconds > best.estimate.step_seconds:
+        verb = "still lose"
+    elif budget.searches < 1:
+        verb = "overtake the winner, if not others"
+    else:
+        device = replace(problem.machine.accelerator, memory_bytes=Figure(room, "nominal", "asked"))
+        then = budget.search(replace(problem, machine=replace(problem.machine, accelerator=device)), constants)
+        wins = then is not None and then.family == family(case)
+        verb = "win" if wins else "overtake the winner, but not all others"
+    return f"with {format_bytes(room)} of device memory it need not, and it would {verb}"
 
 
 def _confirmed(
@@ -66,14 +98,15 @@ def _confirmed(
     case: Case,
     problem: Problem,
     rivals: Sequence[Case],
+    budget: Budget,
     constants: Constants,
 ) -> float | None:
     """A break-even that a new search at that speed agrees with: there, other settings of the rivals may be best."""
-    for _ in range(SEARCHES):
+    for _ in range(min(SEARCHES, budget.searches)):
         speed = even(case, rivals, constants)
         if speed is None:
             return None
-        best = search(replace(problem, machine=change(problem.machine, 1.02 * speed)), constants).best
+        best = budget.search(replace(problem, machine=change(problem.machine, 1.02 * speed)), constants)
         if best is None or best.family == family(case):
             return speed
         rivals = [*rivals, replace(best.case, machine=case.machine)]

@@ -1,10 +1,10 @@
 """Why the winner wins, what holds the others back, and what would help: sentences from the numbers of a search."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shardwise.errors import PlanError
-from shardwise.planner.breakeven import even_batch, even_link, even_memory
+from shardwise.planner.breakeven import Budget, even_batch, even_link, even_memory
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.memory import CONTEXT_BYTES
@@ -15,7 +15,6 @@ from shardwise.planner.search import (
     Found,
     Problem,
     cases,
-    family,
     search,
 )
 from shardwise.planner.step import Estimate, estimate
@@ -88,8 +87,9 @@ def losers(problem: Problem, found: Found, constants: Constants = DEFAULT) -> tu
         return ()
     best = found.best
     members = _members(found)
+    budget = Budget.of(found.priced)
     reasons = [
-        Reason(name, str(item), _loses(item, problem, found, constants))
+        Reason(name, str(item), _loses(item, problem, found, budget, constants))
         for name, item in members.items()
         if name != best.family
     ]
@@ -133,7 +133,7 @@ def why_not(problem: Problem, wanted: Layout, found: Found, constants: Constants
         if prefix:
             return f"{prefix}{item} takes {format_seconds(item.estimate.step_seconds)}, no more than the winner"
         return f"nothing speaks against it: {item} is the best layout found"
-    return f"{prefix}its best form is {item}; {_loses(item, problem, found, constants)}"
+    return f"{prefix}its best form is {item}; {_loses(item, problem, found, Budget.of(found.priced), constants)}"
 
 
 def _across_nodes(problem: Problem, wanted: Layout) -> list[Case]:
@@ -215,7 +215,7 @@ def what_helps(found: Found, constants: Constants = DEFAULT) -> tuple[str, ...]:
     return tuple(sentence for gain, sentence in sorted(gains, key=lambda one: -one[0]) if gain > 1.01)
 
 
-def _loses(item: Candidate, problem: Problem, found: Found, constants: Constants) -> str:
+def _loses(item: Candidate, problem: Problem, found: Found, budget: Budget, constants: Constants) -> str:
     assert found.best is not None
     mine, theirs = item.estimate, found.best.estimate
     slower = mine.step_seconds / theirs.step_seconds - 1.0
@@ -225,33 +225,25 @@ def _loses(item: Candidate, problem: Problem, found: Found, constants: Constants
     worst = max(extra, key=lambda name: extra[name])
     share = 100 * mine.seconds[worst] / mine.step_seconds
     sentence = f"{format_slower(slower)}, mostly by {PARTS[worst]} ({share:.0f} % of its step)"
-    even = _even(item, problem, found, worst, constants)
+    even = _even(item, problem, found, budget, worst, constants)
     return f"{sentence}; {even}" if even else sentence
 
 
-def _even(item: Candidate, problem: Problem, found: Found, worst: str, constants: Constants) -> str:
+def _even(item: Candidate, problem: Problem, found: Found, budget: Budget, worst: str, constants: Constants) -> str:
     """What would have to change for the layout to win, or why nothing of the kind would do."""
     assert found.best is not None
     case, best = item.case, found.best
-    rivals = [best.case, *(one.case for one in found.plans if one.family != item.family and one != best)]
+    rivals = [best.case, *(one.case for name, one in _members(found).items() if name not in (item.family, best.family))]
     if worst == "compute":
         more = 100 * (item.estimate.seconds[worst] / best.estimate.seconds[worst] - 1.0)
         return f"its products are smaller, or its first and last stage carry more, and take {more:.0f} % longer"
     if worst == "bubble":
-        return even_batch(case, problem, _firsts(rivals), constants)
+        return even_batch(case, problem, rivals, budget, constants)
     if worst == "recompute":
-        return even_memory(case, problem, constants)
+        return even_memory(case, problem, best, budget, constants)
     if worst not in ("tensor", "context", "shards", "gradients"):
         return ""
-    return even_link(case, problem, rivals, constants)
-
-
-def _firsts(rivals: Sequence[Case]) -> list[Case]:
-    """The first rival of every family."""
-    firsts: dict[str, Case] = {}
-    for one in rivals:
-        firsts.setdefault(family(one), one)
-    return list(firsts.values())
+    return even_link(case, problem, rivals, budget, constants)
 
 
 def _too_large(item: Candidate) -> str:

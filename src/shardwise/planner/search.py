@@ -21,6 +21,9 @@ Setting = tuple[int, ...]
 SIMULATED = 8
 """Best layouts whose pipeline is simulated; the others keep the closed form."""
 
+MANY = 4000
+"""Layouts priced beyond which fewer workers are not: a space that rich uses all of them well."""
+
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 CHUNKS = (1, 2, 4)
 RECOMPUTES = ("none", "selective", "full")
@@ -94,7 +97,7 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
     priced = _price(problem, problem.workers, constants, best, least)
     for workers in fewer_workers(problem):
         fastest = min((item.estimate.step_seconds for item in best.values()), default=math.inf)
-        if _floor_seconds(problem, workers, constants) < fastest:
+        if priced < MANY and _floor_seconds(problem, workers, constants) < fastest:
             some: dict[tuple[int, ...], Candidate] = {}
             priced += _price(replace(problem, workers=workers), problem.workers, constants, some, {})
             best.update({key: item for key, item in some.items() if item.estimate.step_seconds < fastest})
