@@ -49,6 +49,13 @@ def format_bytes(size_bytes: float) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{_three_figures(value)} {unit}"
 
 
+def format_slower(share: float) -> str:
+    """How a loser compares: `"it is 31 % slower than the winner"`, `"it takes 15.2 times as long as the winner"`."""
+    if share > 1:
+        return f"it takes {_three_figures(1 + share)} times as long as the winner"
+    return f"it is {100 * share:.0f} % slower than the winner"
+
+
 def format_seconds(seconds: float) -> str:
     """A duration with the unit that fits: `"3.10 ms"`, `"12.0 s"`, `"4 min 05 s"`, `"2 h 03 min"`."""
     if not math.isfinite(seconds):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from shardwise.advise import advice
 from shardwise.cli.main import shardwise
 from shardwise.errors import PlanError, UserError
 from shardwise.probe.place import cached_path, this_place
+from shardwise.run.jobfile import find_job
+from shardwise.run.options import TrainOptions, resolve_plan
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
 
@@ -65,6 +69,74 @@ def test_a_table_with_words_and_a_plan_file_that_train_takes(tmp_path: Path) -> 
         ["train", "digits", "--plan", str(out), "--steps", "2", "--quiet", "--out", str(tmp_path / "run")],
     )
     assert trained.exit_code == 0, trained.output
+
+
+def test_an_edited_plan_is_not_compared_with_the_prediction_of_another(tmp_path: Path) -> None:
+    out = tmp_path / "plan.toml"
+    assert run("linear", "--workers", "2", "-o", str(out)).exit_code == 0
+    job = find_job("linear").call({}).job
+    kept = resolve_plan(job, TrainOptions(plan=str(out)), device="cpu", world=None)
+    assert kept.prediction is not None and kept.reasons
+    other = replace(job, batch_size=job.batch_size + 1)
+    assert resolve_plan(other, TrainOptions(plan=str(out)), device="cpu", world=None).prediction is None
+    threads = Plan.read(out).threads
+    assert threads is not None
+    out.write_text(out.read_text().replace(f"threads = {threads}\n", f"threads = {threads + 1}\n"))
+    edited = resolve_plan(job, TrainOptions(plan=str(out)), device="cpu", world=None)
+    assert edited.threads == threads + 1
+    assert edited.prediction is None and not edited.reasons
+
+
+@pytest.mark.parametrize(
+    ("planted", "told"),
+    [
+        (
+            "loss=lambda output, target: nn.functional.cross_entropy(output, target).detach()",
+            "does not depend on the model",
+        ),
+        ("loss=lambda output, target: output.no_such_thing", "no_such_thing"),
+    ],
+)
+def test_a_job_that_cannot_train_is_told_as_training_tells_it(tmp_path: Path, planted: str, told: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\nimport shardwise\n\n\n"
+        "def broken() -> shardwise.Job:\n"
+        "    data = {'train': (torch.randn(64, 4), torch.zeros(64).long())}\n"
+        "    return shardwise.Job(model=lambda: nn.Linear(4, 2), data=data, batch_size=16, epochs=1, "
+        f"optimizer=lambda p: torch.optim.SGD(p, lr=0.1), {planted})\n"
+    )
+    answer = run(str(file))
+    assert isinstance(answer.exception, UserError), answer.output
+    assert told in str(answer.exception)
+
+
+def test_models_without_sequences_are_not_told_of_splitting_them() -> None:
+    answer = run("linear", "--workers", "2")
+    assert answer.exit_code == 0, answer.output
+    assert "tensor" in answer.stdout and "context" not in answer.stdout
+
+
+def test_figures_and_steps_taken_beside_other_programs_are_noted(
+    figures: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine.measured is not None
+    monkeypatch.setattr(advice, "is_busy", lambda: True)
+    monkeypatch.setattr(advice, "facts_apart", raiser)
+    try:
+        replace(machine, measured=replace(machine.measured, load=50.0)).write(figures)
+        told = run("linear").stderr
+        replace(machine, measured=replace(machine.measured, load=0.0)).write(figures)
+        monkeypatch.setattr(advice, "is_busy", lambda: False)
+        quiet = run("linear").stderr
+    finally:
+        machine.write(figures)
+    assert "measured while other programs used its cores" in told and "come out too long" in told
+    assert "note" not in quiet and "counting a step" in quiet
+
+
+def raiser(*_: object, **__: object) -> None:
+    raise UserError("counted enough")
 
 
 def test_a_catalogue_machine_is_planned_without_one(tmp_path: Path) -> None:

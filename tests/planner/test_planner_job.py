@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from shardwise.planner import catalogue
-from shardwise.planner.jobexplain import losers_of_job, nothing_runs, what_helps_job, why_best_job, why_not_job
+from shardwise.planner.jobexplain import (
+    faster_links,
+    losers_of_job,
+    nothing_runs,
+    what_helps_job,
+    why_best_job,
+    why_not_job,
+)
 from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
@@ -23,6 +31,7 @@ from shardwise.spec.machine import Accelerator, Figure, Link, Machine
 from shardwise.spec.measured import KernelRate, Measured, MessageTime
 from shardwise.spec.plan import Plan
 from shardwise.spec.work import CutFacts, GradientFacts, JobFacts, OperationFacts, StepSeen
+from shardwise.units import format_slower
 
 GIGA = 1e9
 PLACE = {"processor": "test"}
@@ -490,7 +499,24 @@ def test_slow_messages_make_one_worker_the_answer() -> None:
     assert "Do not parallelise" in why_best_job(slow, found)
     data = next(item for item in losers_of_job(slow, found) if item.family == "data")
     assert "summing gradients" in data.sentence
-    assert "it would win with links" in data.sentence
+    told = re.search(r"it would win with links ([\d.]+) times as fast", data.sentence)
+    assert told is not None
+    quick = replace(slow, machine=faster_links(slow.machine, 1.02 * float(told.group(1))))
+    again = search_job(quick, accept).best
+    assert again is not None and again.family == "data"
+
+
+def test_links_that_would_make_a_layout_win_speed_up_the_winner_too() -> None:
+    both = problem(machine=machine(message_seconds=0.01), axes=("data", "shard"), exactly=True)
+    found = search_job(both, accept)
+    assert found.best is not None and found.best.family == "data"
+    shard = next(item for item in losers_of_job(both, found) if item.family == "shard")
+    told = re.search(r"it would win with links ([\d.]+) times as fast", shard.sentence)
+    assert told is not None
+    for factor, winner in ((1.02, "shard"), (0.9, "data")):
+        quick = replace(both, machine=faster_links(both.machine, factor * float(told.group(1))))
+        again = search_job(quick, accept).best
+        assert again is not None and again.family == winner
 
 
 def test_too_little_memory_is_said_and_smaller_micro_batches_are_tried() -> None:
@@ -685,3 +711,8 @@ def test_compression_takes_memory() -> None:
         for how in ("none", "powersgd")
     }
     assert held["powersgd"] == 2 * held["none"]
+
+
+def test_large_losses_are_told_as_multiples() -> None:
+    assert format_slower(0.31) == "it is 31 % slower than the winner"
+    assert format_slower(14.2) == "it takes 15.2 times as long as the winner"

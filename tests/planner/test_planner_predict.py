@@ -133,6 +133,28 @@ def test_files_of_other_systems_read_the_same(tmp_path: Path) -> None:
     assert read_runs(plain) == read_runs(foreign) == [BASE]
 
 
+@pytest.mark.parametrize(
+    ("delimiter", "encoding"), [(";", "utf-8-sig"), ("\t", "utf-16"), (",", "utf-16"), ("\t", "utf-8")]
+)
+def test_exports_of_spreadsheets_read_the_same(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    rows = [{**BASE, "run_id": "1,5", "internode_gbps_per_gpu": 12.5}, {**BASE, "note": "a, b; c"}]
+    lines = list(csv.reader(io.StringIO(table(rows))))
+    lines[0] = [name.upper() for name in lines[0]]
+    if delimiter == ";":
+        lines = [[cell.replace("12.5", "12,5") for cell in cells] for cells in lines]
+    path = tmp_path / "export.csv"
+    with path.open("w", newline="", encoding=encoding) as handle:
+        csv.writer(handle, delimiter=delimiter).writerows([*lines, [""] * len(lines[0])])
+    assert read_runs(path) == [{**BASE, "run_id": "1,5", "internode_gbps_per_gpu": 12.5}, BASE]
+
+
+def test_text_in_another_encoding_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "latin.csv"
+    path.write_bytes(table([{**BASE, "run_id": "é"}]).encode("latin-1"))
+    with pytest.raises(DataError, match="save it as CSV UTF-8"):
+        read_runs(path)
+
+
 def test_a_malformed_table_is_named() -> None:
     with pytest.raises(DataError, match=r"runs\.csv is empty"):
         parse_runs(io.StringIO("# only a comment\n"), "runs.csv")
@@ -338,6 +360,8 @@ def test_command_line_writes_a_table_and_one_json_document(tmp_path: Path) -> No
     assert guessed.exit_code == 0 and "recompute 'block' is read as full" in guessed.stderr
     refused = CliRunner().invoke(predict_command, ["--table", str(runs), "--strict"])
     assert isinstance(refused.exception, DataError)
+    runs.write_text("run_id\na\nb\n")
+    assert CliRunner().invoke(predict_command, ["--table", str(runs)]).exit_code == 1
 
 
 def test_command_line_refuses_what_is_not_there(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Search and explanation: rules of the space, published winners, reasons that follow from the numbers."""
 
 import json
+import math
+import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,17 +12,17 @@ from click.testing import CliRunner
 from shardwise.cli.plan import plan as plan_command
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
+from shardwise.planner.breakeven import LAYOUTS, Budget, break_even_batch, break_even_gbits, break_even_link
+from shardwise.planner.constants import DEFAULT
 from shardwise.planner.explain import (
-    break_even_batch,
-    break_even_gbits,
-    break_even_link,
+    enough_workers,
     losers,
     nothing_fits,
     what_helps,
     why_best,
     why_not,
 )
-from shardwise.planner.search import Problem, as_plan, cases, family, search
+from shardwise.planner.search import MANY, Problem, as_plan, cases, family, fewer_workers, search
 from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
@@ -136,34 +139,131 @@ def test_reasons_name_the_part_that_costs() -> None:
     assert any("network twice as fast" in sentence for sentence in what_helps(found))
 
 
-def test_break_even_is_where_the_times_meet() -> None:
+def test_break_even_is_where_two_layouts_meet_on_the_same_network() -> None:
     asked = problem(SMALL, 32, 64)
-    case = next(case for case in cases(asked) if case.zero_stage == 3 and case.data == 32 and case.recompute == "full")
-    target = estimate(replace(case, machine=case.machine.with_network(77, "test")), quick=True).step_seconds
-    assert break_even_gbits(case, target) == pytest.approx(77, rel=0.01)
-    assert break_even_gbits(case, 1e-6) is None
+    asked = replace(asked, machine=asked.machine.with_network(10, "test"))
+    best = search(asked).best
+    quick = search(replace(asked, machine=asked.machine.with_network(1000, "test"))).best
+    assert best is not None and quick is not None and best.family != quick.family
+    case = replace(quick.case, machine=asked.machine)
+    gbits = break_even_gbits(case, [best.case])
+    assert gbits is not None and gbits > 10
+
+    def leads(speed: float) -> bool:
+        mine, theirs = (
+            estimate(replace(one, machine=one.machine.with_network(speed, "test")), quick=True).step_seconds
+            for one in (case, best.case)
+        )
+        return mine <= theirs
+
+    assert leads(gbits) and not leads(0.99 * gbits)
+    twice = replace(case, recompute="full")
+    assert break_even_gbits(twice, [best.case, case]) is None, "it computes more than another on any network"
 
 
 def test_break_even_of_links_and_batches() -> None:
     asked = problem(SMALL, 8, 64)
-    found = search(asked)
-    assert found.best is not None
-    wide = next(
-        case for case in cases(asked) if case.tensor == 8 and case.recompute == "none" and case.micro_batch == 2
-    )
-    link = Figure(77e9, "nominal", "test")
-    slow = replace(asked.machine, intra=replace(asked.machine.intra, bytes_per_second=link))
-    target = estimate(replace(wide, machine=slow), quick=True).step_seconds
-    assert break_even_link(wide, target) == pytest.approx(77, rel=0.01)
+    link = Figure(20e9, "nominal", "test")
+    asked = replace(asked, machine=replace(asked.machine, intra=replace(asked.machine.intra, bytes_per_second=link)))
+    ways = list(cases(asked))
+    wide = next(case for case in ways if case.tensor == 8 and case.recompute == "none" and case.micro_batch == 8)
+    deep = next(case for case in ways if case.pipeline == 8 and case.recompute == "full" and case.micro_batch == 1)
+    gbytes = break_even_link(wide, [deep])
+    assert gbytes is not None and gbytes > 20
+    for speed, wins in ((gbytes, True), (0.99 * gbytes, False)):
+        fast = Figure(speed * 1e9, "nominal", "test")
+        place = replace(asked.machine, intra=replace(asked.machine.intra, bytes_per_second=fast))
+        mine, theirs = (estimate(replace(one, machine=place), quick=True).step_seconds for one in (wide, deep))
+        assert (mine <= theirs) is wins
     thin = problem(SMALL, 16, 16)
     open_cases = list(cases(replace(thin, machine=thin.machine.with_network(15, "test"))))
     deep = next(case for case in open_cases if case.pipeline == 4 and case.data == 4 and case.micro_batch == 1)
     flat = next(case for case in open_cases if case.data == 16 and case.zero_stage == 3 and case.micro_batch == 1)
-    more = break_even_batch(deep, flat)
+    more = break_even_batch(deep, [flat])
     assert more is not None and more > 16
     for batch, wins in ((more, True), (more // 2, False)):
         mine, theirs = (estimate(replace(one, global_batch=batch), quick=True).step_seconds for one in (deep, flat))
         assert (mine <= theirs) is wins
+
+
+@pytest.mark.parametrize(
+    ("text", "workers", "gbits"),
+    [("gpt:layers=24,hidden=2048,heads=16,seq=1024,vocab=50257", 16, 7), (SMALL, 512, 50)],
+)
+def test_planned_again_at_its_break_even_a_family_wins(text: str, workers: int, gbits: float) -> None:
+    asked = problem(text, workers, 256)
+    asked = replace(asked, machine=asked.machine.with_network(gbits, "test"))
+    told = [
+        (item.family, float(match.group(1)))
+        for item in losers(asked, search(asked))
+        if (match := re.search(r"would win above (\d+) Gbit", item.sentence))
+    ]
+    assert told
+    for name, speed in told:
+        best = search(replace(asked, machine=asked.machine.with_network(1.03 * speed + 1, "test"))).best
+        assert best is not None and best.family == name
+
+
+def test_more_of_anything_is_never_slower() -> None:
+    rng = random.Random(5)
+    texts = ("gpt:layers=12,hidden=768,seq=1024", "gpt:layers=24,hidden=2048,seq=1024", SMALL)
+    for _ in range(8):
+        text, hardware = rng.choice(texts), rng.choice(("h100", "v100-32gb-sxm", "a100-80gb-sxm"))
+        asked = problem(text, rng.choice((8, 24, 64, 100)), rng.choice((24, 64, 100)), hardware)
+        asked = replace(asked, machine=asked.machine.with_network(rng.choice((10.0, 100.0)), "test"))
+        base = search(asked).best
+        now = base.estimate.step_seconds if base is not None else math.inf
+        device, link = asked.machine.accelerator, asked.machine.intra
+        room = Figure(1.5 * device.memory_bytes.value, "nominal", "test")
+        fast = Figure(2 * link.bytes_per_second.value, "nominal", "test")
+        gbits = asked.machine.inter.bytes_per_second.value * 16 / 1e9
+        changed = {
+            "memory": replace(asked, machine=replace(asked.machine, accelerator=replace(device, memory_bytes=room))),
+            "links": replace(asked, machine=replace(asked.machine, intra=replace(link, bytes_per_second=fast))),
+            "network": replace(asked, machine=asked.machine.with_network(gbits, "test")),
+            "workers": replace(asked, workers=2 * asked.workers),
+            "batch": replace(asked, global_batch=2 * asked.global_batch),
+        }
+        for name, more in changed.items():
+            best = search(more).best
+            then = best.estimate.step_seconds if best is not None else math.inf
+            assert then / (2 if name == "batch" else 1) <= 1.005 * now, f"{name}: {asked} {base} {best}"
+
+
+def test_workers_that_the_batch_cannot_use_stay_idle() -> None:
+    asked = problem("gpt:layers=12,hidden=768,seq=1024", 96, 64, "h100")
+    found = search(asked)
+    assert found.best is not None and found.best.case.workers < 96
+    assert f"on {found.best.case.workers} of 96 workers" in str(found.best)
+    whole = min(estimate(case, quick=True).step_seconds for case in cases(asked))
+    assert found.best.estimate.step_seconds < whole
+    assert fewer_workers(asked) == (64, 48, 32, 24, 16, 8, 6, 4, 3, 2, 1)
+
+
+def test_a_rich_space_is_searched_once_and_its_reasons_cost_few_searches() -> None:
+    text = "llama:layers=61,hidden=7168,heads=128,ffn=2048,seq=4096,experts=256,experts_per_token=8"
+    asked = problem(text, 256, 960, "h100")
+    found = search(asked)
+    assert MANY < found.priced <= sum(1 for _ in cases(asked)), "no fewer workers beside all of them"
+    budget = Budget.of(found.priced)
+    assert budget.searches == LAYOUTS // found.priced
+    first = Budget(1)
+    assert first.search(problem("gpt:layers=2,hidden=256", 1, 8), DEFAULT) is not None and first.searches == 0
+
+
+def test_tensor_groups_do_not_straddle_nodes() -> None:
+    asked = problem("gpt:layers=24,hidden=3072,heads=24", 48, 96)
+    six = replace(asked, machine=replace(asked.machine, gpus_per_node=6))
+    assert {case.tensor for case in cases(six)} == {1, 2, 3, 6}
+    assert {case.tensor for case in cases(asked)} == {1, 2, 4, 8}
+    assert {case.tensor for case in cases(replace(asked, workers=6))} == {1, 2, 3, 6}
+    told = why_not(six, Layout(tensor=4), search(six))
+    assert "must divide the 6 ranks of a node" in told and "Priced" not in told
+
+
+def test_odd_shares_have_more_micro_batches_than_one() -> None:
+    assert {case.micro_batch for case in cases(problem(SMALL, 8, 1000)) if case.data == 8} == {1, 5, 25}
+    assert {case.micro_batch for case in cases(problem(SMALL, 8, 512)) if case.data == 8} == {1, 2, 4, 8, 16, 32}
 
 
 def test_every_kind_of_loss_says_what_would_change_it() -> None:
@@ -187,9 +287,12 @@ def test_why_not_answers_for_one_layout() -> None:
     asked = problem(SMALL, 32, 64)
     found = search(asked)
     assert found.best is not None
-    assert "nothing speaks against it" in why_not(
-        asked, Layout(tensor=found.best.case.tensor, pipeline=found.best.case.pipeline), found
+    assert "nothing speaks against it" in why_not(asked, found.best.case.layout(), found)
+    assert "its smallest form is serial micro_batch=1 recompute=full on 1 of 32 workers; it does not fit" in why_not(
+        asked, Layout(), found
     )
+    wide = why_not(asked, Layout(tensor=16), found)
+    assert "Priced all the same, its best form is " in wide and "tensor=16" in wide and "slower than the winner" in wide
     assert "slower than the winner" in why_not(asked, Layout(tensor=8), found)
     for layout, rule in (
         (Layout(tensor=7), "not possible here: tensor must divide the 32 heads; 7 must divide the 32 workers"),
@@ -206,13 +309,17 @@ def test_why_not_answers_for_one_layout() -> None:
 
 def test_what_cannot_fit_is_an_answer_not_an_error() -> None:
     tiny = problem(SMALL, 2, 8)
-    device = replace(tiny.machine.accelerator, memory_bytes=Figure(4 * 2**30, "nominal", "test"))
+    device = replace(tiny.machine.accelerator, memory_bytes=Figure(16 * 2**30, "nominal", "test"))
     asked = replace(tiny, machine=replace(tiny.machine, accelerator=device))
     found = search(asked)
     assert found.best is None and found.too_large
-    assert "nothing fits" in nothing_fits(found) and "4.00 GiB" in nothing_fits(found)
+    assert "nothing fits" in nothing_fits(found) and "16.0 GiB" in nothing_fits(found)
     with pytest.raises(PlanError, match="nothing fits"):
         why_best(found)
+    enough = enough_workers(asked)
+    assert enough is not None and f"Use more workers: {enough} of these" in nothing_fits(found, enough)
+    assert search(replace(asked, workers=enough)).best is not None
+    assert search(replace(asked, workers=enough // 2)).best is None
 
 
 def test_the_winner_becomes_a_plan_that_reads_back() -> None:
@@ -260,6 +367,20 @@ def test_command_line_says_no_and_refuses_nonsense() -> None:
         (("--model", "bert:layers=2", "--machine", "a100"), "family must be gpt or llama"),
         (("--model", SMALL, "--machine", "abacus"), "abacus"),
         (("--model", SMALL, "--machine", "a100", "--memory", "much"), "'much' is not a size"),
+        (("--model", SMALL, "--machine", "a100", "--memory", "80"), "--memory 80 is 80 B: give"),
+        (("--model", SMALL, "--machine", "a100", "-o", "plan.json"), "plan files end in .toml"),
+        (("--model", "gpt:layers=1000000000,hidden=2048", "--machine", "a100"), "at most 100,000"),
+        (("--model", "gpt:layers=24,hidden=2048,heads=7", "--machine", "a100"), "heads=7 must divide hidden=2048"),
+        (("--model", "llama:layers=2,hidden=4096,heads=32,kv_heads=7", "--machine", "a100"), "kv_heads=7 must divide"),
+        (("--model", "gpt:layers=2,hidden=256,seq=0", "--machine", "a100"), "seq=0"),
     ):
         _, _, error = run(*words)
         assert isinstance(error, UserError) and message in str(error)
+
+
+def test_parts_without_bf16_units_are_planned_in_fp16() -> None:
+    words = ("--model", "gpt:layers=12,hidden=768", "--machine", "v100", "--json")
+    old = json.loads(run(*words)[1])["plans"][0]
+    asked = json.loads(run(*words, "--precision", "bf16")[1])["plans"][0]
+    assert old["settings"]["precision"] == "fp16" and asked["settings"]["precision"] == "bf16"
+    assert old["step_seconds"] < asked["step_seconds"]

@@ -122,6 +122,13 @@ def test_the_command_keeps_its_figures_and_answers_from_them(
     assert cached_machine() is None
     replace(machine, measured=replace(measured_of(machine), method=1)).write(cached_path(this_place()))
     assert cached_machine() is None
+    machine.write(cached_path(this_place()))
+    whole = cached_path(this_place()).read_bytes()
+    cached_path(this_place()).write_bytes(whole[: len(whole) // 2])  # a disk that was full, a machine that went down
+    assert cached_machine() is None
+    assert CliRunner().invoke(shardwise, ["probe"]).exit_code == 0
+    assert len(calls) == 3 and cached_machine() == machine
+    assert [path.name for path in cached_path(this_place()).parent.iterdir()] == [cached_path(this_place()).name]
     foreign.write(out)
     checked = CliRunner().invoke(shardwise, ["probe", "--check", str(out)])
     assert checked.exit_code == 1

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardwise.data.source import as_splits
-from shardwise.errors import RunFailed, ShardwiseError
+from shardwise.errors import JobError, RunFailed, ShardwiseError
 from shardwise.parallel.compose import READY_AXES
 from shardwise.planner.jobsearch import Check, JobFound, JobProblem, search_job
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe
-from shardwise.probe.place import cached_machine, cached_path, this_place
+from shardwise.probe.place import cached_machine, cached_path, is_busy, this_place, was_busy
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import check_job, settle_plan
 from shardwise.spec.job import Job
@@ -70,8 +70,16 @@ def advise(
     splits = as_splits(job.data)
     _ = splits.train
     here = machine if machine is not None else this_machine(tell)
+    if here.measured is not None and is_busy():
+        tell("note: other programs use the cores: times that are taken now come out too long")
     tell("counting a step")
-    facts = facts_apart(job, splits, fake=here.measured is None)
+    try:
+        facts = facts_apart(job, splits, fake=here.measured is None)
+    except RunFailed:
+        told = rehearsal_failure(job)
+        if told is None:
+            raise
+        raise JobError(told) from None
     problem = JobProblem(
         facts=facts,
         machine=here,
@@ -96,6 +104,10 @@ def this_machine(tell: Tell) -> Machine:
     """The figures kept for this machine, or new ones."""
     kept = cached_machine()
     if kept is not None:
+        if kept.measured is not None and was_busy(kept.measured):
+            tell(
+                "note: this machine was measured while other programs used its cores: `shardwise probe --again` when it is quiet"
+            )
         return kept
     tell("measuring this machine, once (10 s or so; `shardwise probe` does the same)")
     found = probe(tell=lambda text: None)
@@ -125,6 +137,19 @@ def refusals(job: Job, plans: Sequence[Plan]) -> list[str | None]:
         if len(plans) == 1:
             return [f"its check failed: {str(error).strip().splitlines()[-1]}"]
         return [refusals(job, [plan])[0] for plan in plans]
+
+
+def rehearsal_failure(job: Job) -> str | None:
+    """Why the job does not run even on its first samples, as `train` would say it; None if it does."""
+    return in_thread(lambda: call_in_child(functools.partial(_rehearsal, job=job), threads=1, device="cpu"))
+
+
+def _rehearsal(rank: Rank, *, job: Job) -> str | None:
+    try:
+        check_job(job, settle_plan(job, Plan()), rehearsal=True)
+    except ShardwiseError as error:
+        return str(error)
+    return None
 
 
 def _refusals(rank: Rank, *, job: Job, plans: Sequence[Plan]) -> list[str | None]:

@@ -48,9 +48,13 @@ if TYPE_CHECKING:
     "--batch", "--batch-size", type=click.IntRange(min=1), metavar="N", help="Samples per step, in all. --model: 512."
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8", "fp4"]), help="--model: bf16 if left out."
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "fp8", "fp4"]),
+    help="--model: bf16 if left out, fp16 on parts without it.",
 )
-@click.option("--attention", type=click.Choice(["flash", "math"]), help="Of --model; flash if left out.")
+@click.option(
+    "--attention", type=click.Choice(["flash", "math"]), help="Of --model; flash if left out, math on old parts."
+)
 @click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), metavar="N", help="Plans to show.")
 @click.option("--why-not", "why_not_text", metavar="LAYOUT", help="Explain one layout, such as tensor=4.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the best plan (.toml).")
@@ -86,7 +90,7 @@ def plan(
         _refuse("--model", set=settings or None, workers=workers, threads=threads)
         if machine is None:
             raise UserError("--model needs --machine: a catalogue name, such as a100-80gb-sxm, or a machine file")
-        code = _for_model(str(model), machine, batch or 512, precision or "bf16", attention or "flash", out, **rest)
+        code = _for_model(str(model), machine, batch or 512, precision, attention, out, **rest)
     if code:
         raise SystemExit(code)
 
@@ -133,7 +137,7 @@ def _for_job(
         nodes=nodes,
         workers=workers,
         threads=threads,
-        memory=memory,
+        memory=None if memory is None else memory_bytes(memory),
         top=top,
         wanted=Layout.parse(why_not_text) if why_not_text else None,
         out=out,
@@ -145,8 +149,8 @@ def _for_model(
     model: str,
     machine: str,
     batch: int,
-    precision: str,
-    attention: str,
+    precision: str | None,
+    attention: str | None,
     out: Path | None,
     *,
     nodes: int,
@@ -157,28 +161,38 @@ def _for_model(
     why_not_text: str | None,
     as_json: bool,
 ) -> int:
-    from shardwise.planner.explain import losers, nothing_fits, what_helps, why_best, why_not
+    from shardwise.cli.plan_job import check_out
+    from shardwise.planner.case import usual_kernels
+    from shardwise.planner.explain import enough_workers, losers, nothing_fits, what_helps, why_best, why_not
     from shardwise.planner.search import Problem, as_plan, search
     from shardwise.spec.facts import Transformer
     from shardwise.spec.layout import Layout
 
+    check_out(out)
     described, seq_len = Transformer.parse(model)
     place = _machine(machine, gpus_per_node, network, memory)
+    usual = usual_kernels(place.accelerator)
+    if precision is None and usual[1] != "bf16":
+        click.echo(f"note: {place.accelerator.name} has no bf16 units: planned in {usual[1]}", err=True)
+    elif precision == "bf16" != usual[1]:
+        click.echo(
+            f"note: {place.accelerator.name} has no bf16 units, bf16 runs at the speed of fp32: try fp16", err=True
+        )
     problem = Problem(
         model=described,
         machine=place,
         workers=nodes * place.gpus_per_node,
         seq_len=seq_len,
         global_batch=batch,
-        precision=precision,
-        attention=attention,
+        precision=precision or usual[1],
+        attention=attention or usual[0],
     )
     wanted = Layout.parse(why_not_text) if why_not_text else None
     found = search(problem)
     reasons = losers(problem, found)
     asked = why_not(problem, wanted, found) if wanted is not None else None
     helps = what_helps(found)
-    told = nothing_fits(found) if found.best is None else why_best(found)
+    told = nothing_fits(found, enough_workers(problem)) if found.best is None else why_best(found)
     if as_json:
         rejected = [{"layout": item.layout, "family": item.family, "reason": item.sentence} for item in reasons]
         document: dict[str, Any] = {
@@ -210,6 +224,24 @@ def _for_model(
     return 0 if found.best is not None else 1
 
 
+SMALLEST_MEMORY = 2**20
+"""Bytes; less than this for a device is a number without its unit."""
+
+
+def memory_bytes(text: str) -> float:
+    """What `--memory` says.
+
+    Raises:
+        UserError: no size, or less than a megabyte.
+    """
+    size = float(parse_bytes(text))
+    if size < SMALLEST_MEMORY:
+        raise UserError(
+            f"--memory {text} is {format_bytes(size)}: give the memory of a device with its unit, such as 80GiB"
+        )
+    return size
+
+
 def _machine(name: str, gpus_per_node: int | None, network: float | None, memory: str | None) -> Machine:
     from dataclasses import replace
 
@@ -227,7 +259,7 @@ def _machine(name: str, gpus_per_node: int | None, network: float | None, memory
         place = catalogue.machine(name, gpus_per_node=gpus_per_node, gbits_per_gpu=network)
     if memory is None:
         return place
-    size = Figure(float(parse_bytes(memory)), "nominal", "--memory")
+    size = Figure(memory_bytes(memory), "nominal", "--memory")
     return replace(place, accelerator=replace(place.accelerator, memory_bytes=size))
 
 
@@ -235,6 +267,7 @@ def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
     case, found = item.case, item.estimate
     return {
         "layout": case.layout().degrees,
+        "workers": case.workers,
         "settings": {
             "zero_stage": case.zero_stage,
             "micro_batch": case.micro_batch,
@@ -257,7 +290,8 @@ def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
 
 
 def _print_table(problem: Problem, found: Found, top: int) -> None:
-    click.echo(f"{problem.model} on {problem.machine}; {problem.workers} workers, {found.priced} layouts priced")
+    workers = "1 worker" if problem.workers == 1 else f"{problem.workers} workers"
+    click.echo(f"{problem.model} on {problem.machine}; {workers}, {found.priced} layouts priced")
     for rank, item in enumerate(found.plans[:top], 1):
         speed = problem.global_batch / item.estimate.step_seconds
         exposed = sum(item.estimate.seconds[name] for name in ("tensor", "context", "shards", "gradients"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardwise.errors import UserError
-from shardwise.units import format_bytes, format_seconds, parse_bytes
+from shardwise.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from shardwise.advise.advice import Advice
@@ -30,7 +30,7 @@ def plan_job(
     nodes: int,
     workers: int | None,
     threads: int | None,
-    memory: str | None,
+    memory: float | None,
     top: int,
     wanted: Layout | None,
     out: Path | None,
@@ -44,7 +44,7 @@ def plan_job(
     from shardwise.run.jobfile import find_job
 
     _check_nodes(machine, nodes)
-    _check_out(out)
+    check_out(out)
     _note_foreign(machine)
     with stdout_to_stderr(True):  # what the job itself prints is no part of the answer
         found_job = find_job(job)
@@ -57,7 +57,7 @@ def plan_job(
             machine=machine,
             workers=workers,
             nodes=1 if machine is None or machine.measured is None else nodes,
-            memory_bytes=float(parse_bytes(memory)) if memory is not None else None,
+            memory_bytes=memory,
             threads=threads,
             top=max(top, 12),
             tell=lambda text: print(text, file=sys.stderr),
@@ -78,6 +78,8 @@ def plan_job(
         _print(advice, made.name, top)
         click.echo(told + ".")
         for reason in reasons:
+            if "context" in reason.family and _no_sequences(advice, reason.plan):
+                continue
             click.echo(f"  {reason.family}: {reason.plan}: {reason.sentence}.")
         for sentence in helps:
             click.echo(f"  would help: {sentence}.")
@@ -90,6 +92,12 @@ def plan_job(
             meet = f" --nnodes {spread} --node-rank K --rdzv-endpoint HOST:PORT on each node" if spread > 1 else ""
             click.echo(f"written to {out}: shardwise train {job} --plan {out}{meet}")
     return 0 if found.best is not None else 1
+
+
+def _no_sequences(advice: Advice, plan: Plan) -> bool:
+    """Nobody asks for split sequences of a model without attention that cannot have them; JSON tells it all the same."""
+    refused = any(item.plan == plan and item.estimate is None for item in advice.found.refused)
+    return refused and not advice.facts.attention_bytes
 
 
 def _check_nodes(machine: Machine | None, nodes: int) -> None:
@@ -127,7 +135,12 @@ def _note_foreign(machine: Machine | None) -> None:
         print(f"note on the machine file: {warning}", file=sys.stderr)
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
+    """Whether the plan file can be written, before anything is counted.
+
+    Raises:
+        UserError: no plan file by its name, or no such folder.
+    """
     if out is not None and out.suffix != ".toml":
         raise UserError(f"-o {out}: plan files end in .toml, because --plan tells them from layouts by that")
     if out is not None and not out.resolve().parent.is_dir():

@@ -60,6 +60,8 @@ def predict(table: Path, out: Path | None, machine_file: Path | None, strict: bo
     elif out is None:
         click.echo(text, nl=False)
     click.echo(f"{len(found) - len(unknown)} of {len(found)} runs predicted", err=True)
+    if found and len(unknown) == len(found):
+        raise SystemExit(1)
 
 
 def _write(out: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from shardwise.errors import PlanError
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
-from shardwise.spec.machine import Machine
+from shardwise.spec.machine import Accelerator, Machine
 
 RECOMPUTES = ("none", "selective", "full")
 ATTENTIONS = ("flash", "math")
@@ -201,6 +201,12 @@ class Case:
             context=self.context,
             expert=self.expert,
         )
+
+
+def usual_kernels(accelerator: Accelerator) -> tuple[str, str]:
+    """(attention, precision) of the software that a part is used with: the fused kernels and bf16 came with Ampere's units."""
+    old = accelerator.peak_flops["bf16"].value < accelerator.peak_flops["fp16"].value
+    return ("math", "fp16") if old else ("flash", "bf16")
 
 
 @lru_cache(maxsize=4096)

@@ -4,14 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shardwise.errors import PlanError
+from shardwise.planner.breakeven import Budget, even_batch, even_link, even_memory
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.memory import context_bytes
-from shardwise.planner.search import LONG_SEQUENCE, Candidate, Found, Problem, cases
+from shardwise.planner.search import (
+    LONG_SEQUENCE,
+    SIMULATED,
+    Candidate,
+    Found,
+    Problem,
+    cases,
+    search,
+)
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
-from shardwise.units import format_bytes, format_seconds
+from shardwise.units import format_bytes, format_seconds, format_slower
 
 PARTS = {
     "compute": "computing",
@@ -24,9 +33,6 @@ PARTS = {
     "optimizer": "updating the weights",
 }
 """Part of a step -> what the workers do meanwhile."""
-
-FASTEST = 10_000.0
-"""Gbit/s between nodes or GB/s inside one beyond which a speed that would make a layout win is not worth a sentence."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ def why_best(found: Found) -> str:
     return f"{found.best} takes {format_seconds(step)} a step and {format_bytes(best.memory.total)} on the fullest rank: {told}."
 
 
-def nothing_fits(found: Found) -> str:
-    """What the layout that needs least memory lacks."""
+def nothing_fits(found: Found, enough: int | None = None) -> str:
+    """What the layout that needs least memory lacks; `enough` are so many workers that something fits (`enough_workers`)."""
+    more = f": {enough} of these devices are enough" if enough is not None else ""
     if not found.too_large:
         return "no layout divides this batch and model over so many workers: change the batch or the number of workers"
     nearest = min(found.too_large, key=lambda item: item.estimate.memory.total)
@@ -62,8 +69,16 @@ def nothing_fits(found: Found) -> str:
     room = nearest.case.machine.accelerator.memory_bytes.value
     return (
         f"nothing fits: the smallest layout ({nearest}) needs {format_bytes(needs)} of the {format_bytes(room)} of a "
-        f"device; {_largest(nearest.estimate)}. Use more workers or devices with more memory"
+        f"device; {_largest(nearest.estimate)}. Use more workers{more}, or devices with more memory"
     )
+
+
+def enough_workers(problem: Problem, constants: Constants = DEFAULT) -> int | None:
+    """The first of twice, four times, ... 64 times the workers on which something fits; None if nothing does."""
+    for factor in (2, 4, 8, 16, 32, 64):
+        if search(replace(problem, workers=factor * problem.workers), constants).best is not None:
+            return factor * problem.workers
+    return None
 
 
 def losers(problem: Problem, found: Found, constants: Constants = DEFAULT) -> tuple[Reason, ...]:
@@ -71,11 +86,12 @@ def losers(problem: Problem, found: Found, constants: Constants = DEFAULT) -> tu
     if found.best is None:
         return ()
     best = found.best
-    members: dict[str, Candidate] = {}
-    for item in found.plans:
-        members.setdefault(item.family, item)
+    members = _members(found)
+    budget = Budget.of(found.priced)
     reasons = [
-        Reason(name, str(item), _loses(item, best, constants)) for name, item in members.items() if name != best.family
+        Reason(name, str(item), _loses(item, problem, found, budget, constants))
+        for name, item in members.items()
+        if name != best.family
     ]
     for item in found.too_large:
         if item.family not in members:
@@ -84,25 +100,49 @@ def losers(problem: Problem, found: Found, constants: Constants = DEFAULT) -> tu
     return tuple(reasons)
 
 
+def _members(found: Found) -> dict[str, Candidate]:
+    """The best layout of every family that fits, fastest first."""
+    members: dict[str, Candidate] = {}
+    for item in found.plans:
+        members.setdefault(item.family, item)
+    return members
+
+
 def why_not(problem: Problem, wanted: Layout, found: Found, constants: Constants = DEFAULT) -> str:
     """Why the layouts with these degrees are not the winner; `data` and `shard` ask for unsharded and sharded states.
 
-    Axes that `wanted` leaves at 1 are free unless it names all workers.
+    Axes that `wanted` leaves at 1 are free unless it names all workers; `serial` is one worker.
     """
-    degrees = {axis: degree for axis, degree in wanted.degrees.items() if degree > 1}
-    matching = [case for case in cases(problem) if _matches(case, wanted)]
+    given = ",".join(f"{axis}={degree}" for axis, degree in wanted.degrees.items() if degree > 1) or "serial"
+    asked, prefix = replace(problem, workers=1) if wanted.workers == 1 else problem, ""
+    matching = [case for case in cases(asked) if _matches(case, wanted)]
     if not matching:
-        given = ",".join(f"{axis}={degree}" for axis, degree in degrees.items()) or "serial"
-        return f"{given} is not possible here: {_broken_rules(problem, wanted)}"
-    priced = [Candidate(case, estimate(case, constants, quick=True)) for case in matching]
-    fitting = [item for item in priced if item.estimate.comfortable]
+        prefix = f"{given} is not possible here: {_broken_rules(problem, wanted)}"
+        matching = _across_nodes(problem, wanted)
+        if not matching:
+            return prefix
+        prefix += ". Priced all the same, "
+    priced = [Candidate(case, estimate(case, constants, quick=True), problem.workers) for case in matching]
+    fitting = sorted((item for item in priced if item.estimate.comfortable), key=lambda one: one.estimate.step_seconds)
     if not fitting:
         item = min(priced, key=lambda one: one.estimate.memory.total)
-        return f"its smallest form is {item}; {_too_large(item)}"
-    item = min(fitting, key=lambda one: one.estimate.step_seconds)
+        return f"{prefix}its smallest form is {item}; {_too_large(item)}"
+    some = [replace(one, estimate=estimate(one.case, constants)) for one in fitting[:SIMULATED]]
+    item = min(some, key=lambda one: one.estimate.step_seconds)
     if found.best is None or item.estimate.step_seconds <= found.best.estimate.step_seconds:
+        if prefix:
+            return f"{prefix}{item} takes {format_seconds(item.estimate.step_seconds)}, no more than the winner"
         return f"nothing speaks against it: {item} is the best layout found"
-    return f"its best form is {item}; {_loses(item, found.best, constants)}"
+    return f"{prefix}its best form is {item}; {_loses(item, problem, found, Budget.of(found.priced), constants)}"
+
+
+def _across_nodes(problem: Problem, wanted: Layout) -> list[Case]:
+    """The cases of tensor ranks over several whole nodes, which the search leaves out; none for anything else."""
+    node = problem.machine.gpus_per_node
+    possible = problem.model.heads % wanted.tensor == 0 and problem.workers % wanted.workers == 0
+    if not possible or wanted.tensor <= node or wanted.tensor % node:
+        return []
+    return [case for case in cases(problem, (wanted.tensor,)) if _matches(case, wanted)]
 
 
 def _broken_rules(problem: Problem, wanted: Layout) -> str:
@@ -113,6 +153,13 @@ def _broken_rules(problem: Problem, wanted: Layout) -> str:
         (
             wanted.tensor <= problem.machine.gpus_per_node,
             f"tensor ranks stay within the {problem.machine.gpus_per_node} ranks of a node",
+        ),
+        (
+            wanted.tensor >= problem.machine.gpus_per_node
+            or workers <= problem.machine.gpus_per_node
+            or model.heads % wanted.tensor > 0
+            or problem.machine.gpus_per_node % wanted.tensor == 0,
+            f"tensor must divide the {problem.machine.gpus_per_node} ranks of a node, or its groups straddle two nodes",
         ),
         (wanted.pipeline <= model.layers, f"a pipeline has at most {model.layers} stages"),
         (
@@ -168,93 +215,35 @@ def what_helps(found: Found, constants: Constants = DEFAULT) -> tuple[str, ...]:
     return tuple(sentence for gain, sentence in sorted(gains, key=lambda one: -one[0]) if gain > 1.01)
 
 
-def break_even_gbits(case: Case, target_seconds: float, constants: Constants = DEFAULT) -> float | None:
-    """Network speed in Gbit/s per rank at which `case` takes `target_seconds`; None if no speed up to 10 Tbit/s does."""
-
-    def at(gbits: float) -> float:
-        machine = case.machine.with_network(gbits, "asked")
-        return estimate(replace(case, machine=machine), constants, quick=True).step_seconds
-
-    return _break_even(at, target_seconds)
-
-
-def break_even_link(case: Case, target_seconds: float, constants: Constants = DEFAULT) -> float | None:
-    """Speed of the links inside a node, GB/s, at which `case` takes `target_seconds`; None if none up to 10 TB/s does."""
-    link = case.machine.intra
-
-    def at(gbytes: float) -> float:
-        speed = Figure(gbytes * 1e9, "nominal", "asked")
-        machine = replace(case.machine, intra=replace(link, bytes_per_second=speed))
-        return estimate(replace(case, machine=machine), constants, quick=True).step_seconds
-
-    return _break_even(at, target_seconds)
-
-
-def break_even_batch(item: Case, best: Case, constants: Constants = DEFAULT) -> int | None:
-    """Smallest of 2, 4, ... 64 times the global batch at which `item` is no slower than `best`; None if none."""
-    factor = 2
-    while factor <= 64:
-        mine, theirs = (
-            estimate(replace(case, global_batch=factor * case.global_batch), constants, quick=True).step_seconds
-            for case in (item, best)
-        )
-        if mine <= theirs:
-            return factor * item.global_batch
-        factor *= 2
-    return None
-
-
-def _break_even(at: Callable[[float], float], target_seconds: float) -> float | None:
-    if at(FASTEST) > target_seconds:
-        return None
-    low, high = 1e-3, FASTEST
-    for _ in range(40):
-        middle = (low * high) ** 0.5
-        if at(middle) > target_seconds:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _loses(item: Candidate, best: Candidate, constants: Constants) -> str:
-    mine, theirs = item.estimate, best.estimate
+def _loses(item: Candidate, problem: Problem, found: Found, budget: Budget, constants: Constants) -> str:
+    assert found.best is not None
+    mine, theirs = item.estimate, found.best.estimate
     slower = mine.step_seconds / theirs.step_seconds - 1.0
     if slower <= 0.005:
         return f"it is as fast as the winner within {100 * max(slower, 0.001):.1f} %"
     extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
     worst = max(extra, key=lambda name: extra[name])
     share = 100 * mine.seconds[worst] / mine.step_seconds
-    sentence = (
-        f"it is {100 * slower:.0f} % slower than the winner, mostly by {PARTS[worst]} ({share:.0f} % of its step)"
-    )
-    even = _even(item, best, worst, constants)
+    sentence = f"{format_slower(slower)}, mostly by {PARTS[worst]} ({share:.0f} % of its step)"
+    even = _even(item, problem, found, budget, worst, constants)
     return f"{sentence}; {even}" if even else sentence
 
 
-def _even(item: Candidate, best: Candidate, worst: str, constants: Constants) -> str:
+def _even(item: Candidate, problem: Problem, found: Found, budget: Budget, worst: str, constants: Constants) -> str:
     """What would have to change for the layout to win, or why nothing of the kind would do."""
-    case, target = item.case, best.estimate.step_seconds
+    assert found.best is not None
+    case, best = item.case, found.best
+    rivals = [best.case, *(one.case for name, one in _members(found).items() if name not in (item.family, best.family))]
     if worst == "compute":
         more = 100 * (item.estimate.seconds[worst] / best.estimate.seconds[worst] - 1.0)
-        return f"its products are smaller or its ends heavier and take {more:.0f} % longer"
+        return f"its products are smaller, or its first and last stage carry more, and take {more:.0f} % longer"
     if worst == "bubble":
-        batch = break_even_batch(case, best.case, constants)
-        return f"it would win from a batch of {batch}" if batch else "no larger batch would make it win"
+        return even_batch(case, problem, rivals, budget, constants)
     if worst == "recompute":
-        needs = estimate(replace(case, recompute="none"), constants, quick=True)
-        room = format_bytes(needs.memory.total + context_bytes(case))
-        wins = "and it would win" if needs.step_seconds <= target else "and it would still lose"
-        return f"with {room} of device memory it need not, {wins}"
+        return even_memory(case, problem, best, budget, constants)
     if worst not in ("tensor", "context", "shards", "gradients"):
         return ""
-    gbits, now = break_even_gbits(case, target, constants), case.machine.inter.bytes_per_second.value * 8 / 1e9
-    if gbits is not None and gbits > now:
-        return f"it would win above {gbits:.0f} Gbit/s per rank between nodes (now {now:.0f})"
-    gbytes, now = break_even_link(case, target, constants), case.machine.intra.bytes_per_second.value / 1e9
-    if gbytes is not None and gbytes > now:
-        return f"it would win above {gbytes:.0f} GB/s inside a node (now {now:.0f})"
-    return "no network between or inside nodes alone would make it win"
+    return even_link(case, problem, rivals, budget, constants)
 
 
 def _too_large(item: Candidate) -> str:

@@ -1,5 +1,6 @@
 """Why a plan for a job wins, what holds every other family back, and what would help most: sentences from numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.errors import PlanError
@@ -18,7 +19,7 @@ from shardwise.planner.jobstep import COMMUNICATION, PART_NAMES, JobEstimate, es
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
 from shardwise.spec.plan import Plan
-from shardwise.units import format_bytes, format_seconds
+from shardwise.units import format_bytes, format_seconds, format_slower
 
 MOST_FASTER = 1000.0
 """Links so many times faster that a layout would win only then are not worth a sentence."""
@@ -50,8 +51,9 @@ def why_best_job(problem: JobProblem, found: JobFound) -> str:
     if best.family == "serial":
         others = [item for item in found.plans if item.family != "serial"]
         if others:
-            loss = others[0].estimate.step_seconds / best.estimate.step_seconds - 1
-            return f"{text}. Do not parallelise: {others[0]} would take {100 * loss:.0f} % longer"
+            loss = others[0].estimate.step_seconds / best.estimate.step_seconds
+            longer = f"{loss:.1f} times as long" if loss > 2 else f"{100 * (loss - 1):.0f} % longer"
+            return f"{text}. Do not parallelise: {others[0]} would take {longer}"
         return text
     if serial is not None:
         gain = serial.estimate.step_seconds / best.estimate.step_seconds
@@ -75,7 +77,7 @@ def losers_of_job(problem: JobProblem, found: JobFound, constants: Constants = D
     best = found.best
     for item in found.plans:
         if best is not None and item.family != best.family and item.family not in reasons:
-            sentence = _loses(problem, item, best, constants)
+            sentence = _loses(problem, item, found, constants)
             reasons[item.family] = FamilyReason(item.family, item.plan, sentence)
     for refused in found.refused:
         name = family_of(refused.plan)
@@ -100,7 +102,7 @@ def why_not_job(
         reason = check([plan])[0]
         return reason or (
             f"{wanted} does not go with {problem.workers} workers and {problem.facts.batch_size} samples a step: every "
-            "worker needs at least one sample, and the degrees must multiply to a number of workers there is"
+            "worker needs at least one sample, and the degrees must multiply to a number of workers there is (--workers: more)"
         )
     priced = sorted(
         (price(problem, plan, constants, nodes) for plan, nodes in alike), key=lambda one: one.estimate.step_seconds
@@ -115,7 +117,7 @@ def why_not_job(
     item = fitting[0]
     if found.best is None or item.estimate.step_seconds <= found.best.estimate.step_seconds:
         return f"nothing speaks against it: {item} is the best plan found"
-    return f"its best form is {item}; {_loses(problem, item, found.best, constants)}"
+    return f"its best form is {item}; {_loses(problem, item, found, constants)}"
 
 
 def what_helps_job(problem: JobProblem, found: JobFound, constants: Constants = DEFAULT) -> tuple[str, ...]:
@@ -160,20 +162,19 @@ def faster_links(machine: Machine, factor: float) -> Machine:
     )
 
 
-def _loses(problem: JobProblem, item: JobCandidate, best: JobCandidate, constants: Constants) -> str:
-    mine, theirs = item.estimate, best.estimate
+def _loses(problem: JobProblem, item: JobCandidate, found: JobFound, constants: Constants) -> str:
+    assert found.best is not None
+    mine, theirs = item.estimate, found.best.estimate
     slower = mine.step_seconds / theirs.step_seconds - 1.0
     if slower <= 0.005:
         return f"it is as fast as the winner within {100 * max(slower, 0.001):.1f} %"
     extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
     worst = max(extra, key=lambda name: extra[name])
     share = mine.seconds[worst] / mine.step_seconds
-    sentence = (
-        f"it is {100 * slower:.0f} % slower than the winner; most of it is {PART_NAMES[worst]}, "
-        f"{100 * share:.0f} % of its step"
-    )
+    sentence = f"{format_slower(slower)}; most of it is {PART_NAMES[worst]}, {100 * share:.0f} % of its step"
     if worst in COMMUNICATION:
-        factor = break_even(problem, item, theirs.step_seconds, constants)
+        rivals = [found.best, *(one for one in found.plans[1:] if one.family != item.family)]
+        factor = break_even(problem, item, rivals, constants)
         if factor is None:
             sentence += "; no faster link would make it win"
         elif factor > 1.0:
@@ -181,23 +182,32 @@ def _loses(problem: JobProblem, item: JobCandidate, best: JobCandidate, constant
     return sentence
 
 
-def break_even(problem: JobProblem, item: JobCandidate, target_seconds: float, constants: Constants) -> float | None:
-    """How many times as fast links must be for `item` to take `target_seconds`; None if no speed does it."""
+def break_even(
+    problem: JobProblem, item: JobCandidate, rivals: Sequence[JobCandidate], constants: Constants
+) -> float | None:
+    """How many times as fast links must be for `item` to be as fast as every rival on those links; None if no speed does it."""
 
-    def at(factor: float) -> float:
+    def at(one: JobCandidate, factor: float) -> float:
         machine = faster_links(problem.machine, factor)
-        return estimate_job(problem.facts, machine, item.plan, constants, nodes=item.nodes).step_seconds
+        return estimate_job(problem.facts, machine, one.plan, constants, nodes=one.nodes).step_seconds
 
-    if at(MOST_FASTER) > target_seconds:
+    def first(some: Sequence[JobCandidate], factor: float) -> JobCandidate:
+        return min(some, key=lambda one: at(one, factor))
+
+    if at(item, MOST_FASTER) > at(first(rivals, MOST_FASTER), MOST_FASTER):
         return None
+    active = [rivals[0]]
     low, high = 1.0, MOST_FASTER
-    for _ in range(25):
-        middle = (low * high) ** 0.5
-        if at(middle) > target_seconds:
-            low = middle
-        else:
-            high = middle
-    return high
+    while True:
+        while high > 1.01 * low:
+            middle = (low * high) ** 0.5
+            slower = at(item, middle) > at(first(active, middle), middle)
+            low, high = (middle, high) if slower else (low, middle)
+        ahead = first(rivals, high)  # who is ahead there, of all
+        if ahead in active or at(item, high) <= at(ahead, high):
+            return high
+        active.append(ahead)
+        low, high = high, MOST_FASTER
 
 
 def _where(found: JobEstimate) -> str:

@@ -84,6 +84,7 @@ class JobCandidate:
             seconds_by_part={name: value for name, value in found.seconds.items() if value > 0},
             bytes_by_part={name: round(value) for name, value in found.memory.items() if value > 0},
             confidence=found.confidence,
+            made_for=self.plan.planned_for(self.samples),
         )
         return replace(self.plan, prediction=prediction, reasons=reasons)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
-from shardwise.planner.case import Case
+from shardwise.planner.case import Case, usual_kernels
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.memory import MemoryParts
 from shardwise.planner.repair import repair
@@ -196,9 +196,9 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
     model = Transformer.from_values({key: int(row[key]) for key in MODEL_KEYS if key in row})
     place = _machine(row, machine)
     degrees = _degrees(row)
-    old = place.accelerator.peak_flops["bf16"].value < place.accelerator.peak_flops["fp16"].value
-    attention = str(row.get("attention", "math" if old else "flash"))
-    precision = str(row.get("precision", "fp16" if old else "bf16"))
+    usual = usual_kernels(place.accelerator)
+    attention = str(row.get("attention", usual[0]))
+    precision = str(row.get("precision", usual[1]))
     schedule = str(row.get("schedule", "1f1b"))
     virtual = int(row.get("virtual_stages", 2 if schedule == "interleaved1f1b" else 1))
     if schedule in V_SHAPED:

@@ -125,25 +125,31 @@ def read_runs(path: Path, *, strict: bool = True) -> list[Row]:
             cell is not of its kind or a run_id is blank; the message names the file, the line and the column.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
+        with path.open("rb") as raw:
+            encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        with path.open(newline="", encoding=encoding) as handle:
             return parse_runs(handle, str(path), strict=strict)
     except OSError as error:
         raise DataError(f"table {path}: {error.strerror}; give a CSV file in the canonical columns") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"table {path} is not UTF-8 text: {error}") from error
+    except UnicodeError as error:
+        raise DataError(f"table {path} is no text in UTF-8 or UTF-16: {error}; save it as CSV UTF-8") from error
 
 
 def parse_runs(lines: Iterable[str], name: str, *, strict: bool = True) -> list[Row]:
     """As `read_runs`, from lines of text; `name` is used in messages."""
     numbered = [(number, line) for number, line in enumerate(lines, 1) if not line.startswith("#") and line.strip()]
-    reader = csv.reader(line for _, line in numbered)
+    delimiter = _delimiter(numbered[0][1]) if numbered else ","
+    reader = csv.reader((line for _, line in numbered), delimiter=delimiter)
     try:
         table = list(reader)
     except csv.Error as error:
         raise DataError(f"table {name}: {error}") from error
     if not table:
         raise DataError(f"table {name} is empty: the first line that is no comment names the columns")
-    header = [column.strip() for column in table[0]]
+    header = [column.strip().lower() for column in table[0]]
+    if delimiter == ";":  # spreadsheets write it where the comma is the decimal point
+        keep = header.index("run_id") if "run_id" in header else -1
+        table = [[cell if at == keep else _decimal_point(cell) for at, cell in enumerate(cells)] for cells in table]
     required = REQUIRED if strict else REQUIRED[:1]
     missing = [column for column in required if column not in header]
     if missing:
@@ -155,6 +161,8 @@ def parse_runs(lines: Iterable[str], name: str, *, strict: bool = True) -> list[
     seen: set[str] = set()
     places = [number for number, _ in numbered] if len(numbered) == len(table) else list(range(1, len(table) + 1))
     for number, cells in zip(places[1:], table[1:], strict=True):
+        if not any(cell.strip() for cell in cells):
+            continue  # a line of separators, as spreadsheets leave them under a table
         row = _row(header, cells, f"table {name}, line {number}", number, strict)
         run = str(row["run_id"])
         if run in seen:
@@ -163,6 +171,15 @@ def parse_runs(lines: Iterable[str], name: str, *, strict: bool = True) -> list[
         seen.add(run)
         rows.append(row)
     return rows
+
+
+def _delimiter(header: str) -> str:
+    """What separates the columns: a comma, a semicolon or a tab, whichever the header line has most of."""
+    return max((",", ";", "\t"), key=header.count)
+
+
+def _decimal_point(cell: str) -> str:
+    return cell.replace(",", ".") if re.fullmatch(r"\s*-?\d+,\d+\s*", cell) else cell
 
 
 def _row(header: list[str], cells: list[str], where: str, number: int, strict: bool) -> Row:

@@ -1,11 +1,12 @@
 """Search: every layout of a model on a machine that makes sense, the ones that fit ranked by predicted step time."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
+from shardwise.planner.compute import device_rates
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.step import Estimate, Memo, estimate
 from shardwise.spec.facts import Transformer
@@ -19,6 +20,9 @@ Setting = tuple[int, ...]
 
 SIMULATED = 8
 """Best layouts whose pipeline is simulated; the others keep the closed form."""
+
+MANY = 4000
+"""Layouts priced beyond which fewer workers are not: a space that rich uses all of them well."""
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 CHUNKS = (1, 2, 4)
@@ -51,10 +55,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout and what it is expected to cost."""
+    """A layout and what it is expected to cost, and how many workers there are: it may leave some of them idle."""
 
     case: Case
     estimate: Estimate
+    workers: int = 0
 
     @property
     def family(self) -> str:
@@ -62,7 +67,8 @@ class Candidate:
         return family(self.case)
 
     def __str__(self) -> str:
-        return describe(self.case)
+        used = self.case.workers
+        return describe(self.case) + (f" on {used} of {self.workers} workers" if used < self.workers else "")
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,35 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
     """Price every layout by the closed form, then simulate the pipelines of the best ones.
 
     `plans` and `too_large` hold the best layout of every setting of the degrees, so a ranking is not filled with
-    neighbours that differ in the micro-batch alone.
+    neighbours that differ in the micro-batch alone. Layouts that leave workers idle are priced where they may win: a
+    number of nodes may not divide the batch, or more of them bring more waiting than work.
     """
     best: dict[tuple[int, ...], Candidate] = {}
     least: dict[tuple[int, ...], Candidate] = {}
+    priced = _price(problem, problem.workers, constants, best, least)
+    for workers in fewer_workers(problem):
+        fastest = min((item.estimate.step_seconds for item in best.values()), default=math.inf)
+        if priced < MANY and _floor_seconds(problem, workers, constants) < fastest:
+            some: dict[tuple[int, ...], Candidate] = {}
+            priced += _price(replace(problem, workers=workers), problem.workers, constants, some, {})
+            best.update({key: item for key, item in some.items() if item.estimate.step_seconds < fastest})
+    ranked = sorted(best.values(), key=lambda item: item.estimate.step_seconds)
+    head = [replace(item, estimate=estimate(item.case, constants)) for item in ranked[:SIMULATED]]
+    head.sort(key=lambda item: item.estimate.step_seconds)
+    lost = [item for key, item in least.items() if key not in best]
+    lost.sort(key=lambda item: item.estimate.step_seconds)
+    return Found((*head, *ranked[SIMULATED:]), tuple(lost), priced)
+
+
+def _price(
+    problem: Problem,
+    at_hand: int,
+    constants: Constants,
+    best: dict[tuple[int, ...], Candidate],
+    least: dict[tuple[int, ...], Candidate],
+) -> int:
+    """Put the fastest fitting layout of every setting of the degrees into `best`, the smallest of those that do not fit
+    into `least`; how many were priced."""
     priced = 0
     settled: Setting | None = None
     memo = Memo()
@@ -95,7 +126,7 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
         setting = (*key, case.micro_batch, case.virtual_stages)
         if setting == settled:
             continue  # it fits with less recomputation, and more of it only takes longer
-        found = Candidate(case, estimate(case, constants, quick=True, memo=memo))
+        found = Candidate(case, estimate(case, constants, quick=True, memo=memo), at_hand)
         priced += 1
         if found.estimate.comfortable:
             settled = setting
@@ -103,25 +134,36 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
                 best[key] = found
         elif key not in least or found.estimate.memory.least < least[key].estimate.memory.least:
             least[key] = found
-    ranked = sorted(best.values(), key=lambda item: item.estimate.step_seconds)
-    head = [Candidate(item.case, estimate(item.case, constants, memo=memo)) for item in ranked[:SIMULATED]]
-    head.sort(key=lambda item: item.estimate.step_seconds)
-    lost = [item for key, item in least.items() if key not in best]
-    lost.sort(key=lambda item: item.estimate.step_seconds)
-    return Found((*head, *ranked[SIMULATED:]), tuple(lost), priced)
+    return priced
 
 
-def cases(problem: Problem) -> Iterator[Case]:
-    """Every layout worth pricing.
+def fewer_workers(problem: Problem) -> tuple[int, ...]:
+    """Numbers of workers that leave some idle: whole nodes, then parts of one; powers of two and three times these."""
+    node = min(problem.workers, problem.machine.gpus_per_node)
+    nodes = problem.workers // node
+    counts = [count * node for count in _round_numbers(nodes)] + _round_numbers(node) + ([node] if nodes > 1 else [])
+    return tuple(sorted({count for count in counts if count < problem.workers}, reverse=True))
 
-    Rules: tensor ranks stay inside a node and divide the heads; a pipeline has at most one stage per layer; the
+
+def _round_numbers(limit: int) -> list[int]:
+    return [times << power for times in (1, 3) for power in range(limit.bit_length()) if times << power <= limit]
+
+
+def _floor_seconds(problem: Problem, workers: int, constants: Constants) -> float:
+    """What a step takes at least on so many workers: its products at the best rate of the part, without anything else."""
+    rate = device_rates(problem.machine.accelerator, problem.precision, constants).matmul_flops
+    return 3.0 * problem.global_batch * problem.model.forward_flops(problem.seq_len) / (workers * rate)
+
+
+def cases(problem: Problem, tensors: Iterable[int] | None = None) -> Iterator[Case]:
+    """Every layout worth pricing that uses all workers; `tensors` replaces the degrees of that axis that are worth it.
+
+    Rules: tensor ranks stay inside a node, fill it and divide the heads; a pipeline has at most one stage per layer; the
     samples of a step are split evenly; context ranks only for long sequences; experts over ranks that hold different
     samples; states are sharded in full (stage 3) only without a pipeline, where every micro-batch would gather anew.
     """
-    model, machine = problem.model, problem.machine
-    for tensor in _divisors(problem.workers, min(machine.gpus_per_node, model.heads)):
-        if model.heads % tensor:
-            continue
+    model = problem.model
+    for tensor in tensor_degrees(problem) if tensors is None else tensors:
         for pipeline in _divisors(problem.workers // tensor, model.layers):
             for context in _contexts(problem, tensor * pipeline):
                 data = problem.workers // (tensor * pipeline * context)
@@ -130,6 +172,13 @@ def cases(problem: Problem) -> Iterator[Case]:
                 for expert in _experts(model, data):
                     base = _base(problem, tensor, pipeline, context, data, expert)
                     yield from _settings(base)
+
+
+def tensor_degrees(problem: Problem) -> list[int]:
+    """Tensor ranks that divide the heads and, where there are several nodes, the ranks of one: else groups straddle two."""
+    node = problem.machine.gpus_per_node
+    inside = [degree for degree in _divisors(problem.workers, node) if problem.model.heads % degree == 0]
+    return [degree for degree in inside if node % degree == 0] if problem.workers > node else inside
 
 
 def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
@@ -148,7 +197,8 @@ def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
     )
     plain = Plan(layout=case.layout(), schedule=case.schedule, micro_batch=case.micro_batch, reasons=reasons)
     settings = {"precision": case.precision, "recompute": case.recompute, "compile": bool(case.compile)}
-    return Plan.from_dict({**plain.to_dict(), **settings, "prediction": asdict(prediction)})
+    plan = Plan.from_dict({**plain.to_dict(), **settings})
+    return replace(plan, prediction=replace(prediction, made_for=plan.planned_for(case.global_batch)))
 
 
 def _base(problem: Problem, tensor: int, pipeline: int, context: int, data: int, expert: int) -> Case:
@@ -174,9 +224,7 @@ def _settings(base: Case) -> Iterator[Case]:
     """Micro-batch, chunks, recomputation and sharding of one setting of the degrees."""
     share = base.global_batch // base.data
     stages = (0,) if base.data * base.context == 1 else ((0, 1, 3) if base.pipeline == 1 else (0, 1))
-    for micro_batch in MICRO_BATCHES:
-        if share % micro_batch:
-            continue
+    for micro_batch in _micro_batches(share):
         for chunks in CHUNKS if base.pipeline > 1 else (1,):
             if base.pipeline * chunks > base.model.layers or (chunks > 1 and (share // micro_batch) % base.pipeline):
                 continue
@@ -191,6 +239,15 @@ def _settings(base: Case) -> Iterator[Case]:
                         recompute=recompute,
                         zero_stage=stage,
                     )
+
+
+def _micro_batches(share: int) -> list[int]:
+    """Even parts of a rank's samples: powers of two, and what else divides them where powers of two hardly do."""
+    return (
+        [size for size in MICRO_BATCHES if share % size == 0]
+        if share % 16 == 0
+        else _divisors(share, MICRO_BATCHES[-1])
+    )
 
 
 def _contexts(problem: Problem, taken: int) -> Iterator[int]:
@@ -220,9 +277,8 @@ def family(case: Case) -> str:
 
 
 def describe(case: Case) -> str:
-    """One line: degrees that are not 1, then the settings that are not the plain ones."""
-    axes = ("data", "tensor", "pipeline", "context", "expert")
-    parts = [f"{axis}={getattr(case, axis)}" for axis in axes if getattr(case, axis) > 1]
+    """One line: the layout as `--why-not` and plan files take it, then the settings that are not the plain ones."""
+    parts = [str(case.layout())]
     if case.zero_stage:
         parts.append(f"zero_stage={case.zero_stage}")
     parts.append(f"micro_batch={case.micro_batch}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from shardwise.errors import UserError
 from shardwise.run.choose import accelerators, usable_cores
 from shardwise.spec.machine import Machine
 from shardwise.spec.measured import METHOD, Measured
@@ -78,7 +79,7 @@ def warnings_about(measured: Measured, place: Mapping[str, str], today: date | N
         return [*found, f"its date {measured.date!r} is no date"]
     if age > FRESH_DAYS:
         found.append(f"it was measured {age} days ago")
-    if measured.load > BUSY_LOAD * measured.cores:
+    if was_busy(measured):
         found.append(
             f"other programs were running ({measured.load:g} processes wanted one of {measured.cores} cores): measure again "
             "when it is quiet"
@@ -94,11 +95,19 @@ def cached_machine() -> Machine | None:
     path = cached_path(place)
     if not path.is_file():
         return None
-    machine = Machine.read(path)
+    try:
+        machine = Machine.read(path)
+    except UserError:
+        return None  # damaged, or of another version: it is ours, and is measured again
     measured = machine.measured
     if measured is None or measured.method != METHOD or measured.differs_from(place):
         return None
     return machine
+
+
+def was_busy(measured: Measured) -> bool:
+    """Whether other programs used the cores while the figures were taken."""
+    return measured.load > BUSY_LOAD * measured.cores
 
 
 def others_running(samples: int = 8) -> float:

@@ -253,7 +253,10 @@ def _job_function(module: ModuleType, name: str, place: str) -> Callable[..., An
     if len(candidates) == 1:
         return next(iter(candidates.values()))
     if not candidates:
-        raise JobError(f"{place} defines no function: write one that returns a shardwise.Job")
+        raise JobError(
+            f"{place} defines no function: write one that returns a shardwise.Job; a script with a training loop of its own uses "
+            "shardwise.start() and is started as it is"
+        )
     names = ", ".join(candidates)
     raise JobError(
         f"{place} has {len(candidates)} functions that may be the job: {names}. Name one, {place}:{next(iter(candidates))}, "

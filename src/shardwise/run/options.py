@@ -132,7 +132,7 @@ def resolve_plan(
                 f"plan {plan.layout} is for {plan.layout.workers} workers, but {workers} were given: "
                 f"leave --workers out, or use --plan data={workers}"
             )
-        plan = with_threads(plan, nodes=nodes)
+        plan = with_threads(plan.for_batch(job.batch_size), nodes=nodes)
     if options.recompute is not None:
         kept = plan.prediction if options.recompute == plan.recompute else None  # it was made for another step
         plan = Plan.from_dict({**vars(plan), "recompute": options.recompute, "prediction": kept})

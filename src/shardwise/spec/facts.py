@@ -15,6 +15,10 @@ _HELP = (
 )
 
 
+MOST_LAYERS = 100_000
+"""More than any model has; it bounds the loops over stages."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
     """A decoder-only transformer as pure data: enough for its parameters, FLOPs and activations.
@@ -51,6 +55,8 @@ class Transformer:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"transformer {name}={value!r}: it must be a whole number of at least 1")
+        if self.layers > MOST_LAYERS:
+            raise UserError(f"transformer layers={self.layers}: there may be at most {MOST_LAYERS:,}")
         if self.experts < 0 or not 0 <= self.experts_per_token <= self.experts:
             raise UserError(
                 f"transformer experts={self.experts}, experts_per_token={self.experts_per_token}: a token visits between 1 "
@@ -69,6 +75,7 @@ class Transformer:
             UserError: an unknown family or key, or a value that is not a whole number.
         """
         family, colon, body = text.strip().partition(":")
+        family = family.strip().lower()
         if family not in ("gpt", "llama") or not colon:
             raise UserError(f"model {text!r}: the family must be gpt or llama; {_HELP}")
         values: dict[str, int] = {}
@@ -81,7 +88,15 @@ class Transformer:
             if not number.isdecimal():
                 raise UserError(f"model {text!r}: {number!r} for {key} is no whole number; {_HELP}")
             values[name] = int(number)
-        return cls.from_values(values, gated=family == "llama"), values.pop("seq", 2048)
+        made = cls.from_values(values, gated=family == "llama")
+        if "heads" in values and made.hidden % made.heads:
+            raise UserError(f"model {text!r}: heads={made.heads} must divide hidden={made.hidden}")
+        if made.heads % made.kv_heads:
+            raise UserError(f"model {text!r}: kv_heads={made.kv_heads} must divide heads={made.heads}")
+        seq_len = values.get("seq", 2048)
+        if seq_len < 1:
+            raise UserError(f"model {text!r}: seq={seq_len}: it must be at least 1")
+        return made, seq_len
 
     @classmethod
     def from_values(cls, values: Mapping[str, int], *, gated: bool = False) -> "Transformer":

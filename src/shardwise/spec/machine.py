@@ -1,5 +1,6 @@
 """Machine: what the planner knows about the hardware. Every figure says whether it was measured and where it comes from."""
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -165,8 +166,17 @@ class Machine:
         return cls.from_dict(read_toml(path, "machine file"))
 
     def write(self, path: Path) -> None:
-        """Write a machine file (TOML)."""
-        path.write_text(tomli_w.dumps(self.to_dict()), encoding="utf-8")
+        """Write a machine file (TOML), whole or not at all: others may read it meanwhile."""
+        text = tomli_w.dumps(self.to_dict())
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")  # a pipe or a terminal
+            return
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def __str__(self) -> str:
         gbytes = self.intra.bytes_per_second.value / 1e9

@@ -33,13 +33,18 @@ TENSOR_RULES = ("column", "row", "vocabulary", "replicate")
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the planner expects of a plan; seconds per optimizer step and peak bytes per rank, each broken down."""
+    """What the planner expects of a plan; seconds per optimizer step and peak bytes per rank, each broken down.
+
+    Attributes:
+        made_for: `planned_for` of the plan and batch; another plan or batch has no prediction. Empty where that is not known.
+    """
 
     step_seconds: float
     memory_bytes: int
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     bytes_by_part: dict[str, int] = field(default_factory=dict)
     confidence: str = ""
+    made_for: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +187,16 @@ class Plan:
         if layout.pipeline == 1:
             plan = replace(plan, schedule=Plan().schedule, cuts=())
         return plan if layout.data > 1 else plan.exact()
+
+    def planned_for(self, batch_size: int) -> str:
+        """What a prediction holds for: the plan and the samples of a step, in one line."""
+        return f"{self}, {batch_size} samples a step"
+
+    def for_batch(self, batch_size: int) -> "Plan":
+        """The same plan, without a prediction and its reasons where they were made for another plan or batch."""
+        made_for = self.prediction.made_for if self.prediction is not None else ""
+        stale = made_for not in ("", self.planned_for(batch_size))
+        return replace(self, prediction=None, reasons=()) if stale else self
 
     def exact(self) -> "Plan":
         """The same plan without what makes its result another than the serial one."""
