@@ -270,6 +270,11 @@ def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
             "BatchNorm layer 'norm' needs statistics of the whole global batch",
         ),
         ({"model": lambda: nn.Embedding(VOCABULARY, VOCABULARY)}, "pipeline=2", "cannot be cut into 2 stages"),
+        (
+            {"model": lambda: torch.compile(Gpt(), backend="eager")},
+            "pipeline=2",
+            "the model was given to torch.compile, and a pipeline cuts it",
+        ),
     ],
 )
 def test_refused_before_a_worker_starts(changes: dict[str, Any], plan: str | Plan, words: str, tmp_path: Path) -> None:

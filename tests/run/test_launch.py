@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._inductor import config as inductor
+from torch._inductor.async_compile import AsyncCompile
 
 from shardwise import errors
 from shardwise.dist.group import process_group
 from shardwise.run.launch import launch
-from shardwise.spec.rank import Rank
+from shardwise.spec.rank import SERIAL, Rank
 
 SECONDS = 20.0  # no rank of these tests needs as long; a test that waits for it fails
 
@@ -54,6 +56,20 @@ def test_workers_meet_and_rank_0_answers(workers: int) -> None:
 def test_forked_workers_inherit_closures_and_share_pages() -> None:
     array = torch.arange(1000.0)
     assert launch(lambda rank: float(array[rank.rank + 7]), workers=2, threads=1) == 7.0
+
+
+def work_of_a_compiler_thread(rank: Rank) -> int:
+    return int(AsyncCompile.pool().submit(int, "7").result(timeout=SECONDS))
+
+
+def test_workers_of_a_process_that_compiled_have_compiler_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "compile_threads", 2)
+    assert work_of_a_compiler_thread(SERIAL) == 7
+    try:
+        assert launch(work_of_a_compiler_thread, workers=2, threads=1) == 7
+    finally:
+        AsyncCompile.pool().shutdown()
+        AsyncCompile.pool.cache_clear()
 
 
 def test_spawn_refuses_what_cannot_be_pickled() -> None:

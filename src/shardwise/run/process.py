@@ -131,6 +131,7 @@ def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
     os.environ.update(setup.environment)
     # What was inherited stays shared with the launcher, and its garbage is not ours to collect.
     gc.freeze()
+    _forget_compiler_threads()
     set_threads(setup.threads)
     outcome = _run(setup, rank)
     # After the function has returned, a stop request has nothing left to stop.
@@ -138,6 +139,14 @@ def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe.send(outcome)
     pipe.close()
+
+
+def _forget_compiler_threads() -> None:
+    """After a fork torch forgets the processes in which its compiler works, but not the threads, which are not here: whoever
+    gives them work waits for ever (torch 2.13, `torch/_inductor/async_compile.py`)."""
+    module = sys.modules.get("torch._inductor.async_compile")
+    if module is not None:
+        module.AsyncCompile.pool.cache_clear()
 
 
 def _run(setup: Setup, rank: Rank) -> Outcome:
