@@ -244,3 +244,53 @@ def test_what_cannot_be_split_is_refused_before_a_worker_starts() -> None:
         check_job(job, shard)
     check_job(job, Plan(layout=Layout(data=2)))
     check_job(small_job(), shard)
+
+
+class Stacked(nn.Module):
+    """Experts as transformers has them: two stacked parameters, tokens and the router's answer as arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 2 * 6, WIDTH) / 4)
+        self.down_proj = nn.Parameter(torch.randn(4, WIDTH, 6) / 4)
+        self.act_fn = F.silu
+
+    def forward(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        answer = torch.zeros_like(tokens)
+        for each in range(4):
+            row, choice = (experts == each).nonzero(as_tuple=True)
+            gate, up = F.linear(tokens[row], self.gate_up_proj[each]).chunk(2, dim=-1)
+            found = F.linear(self.act_fn(gate) * up, self.down_proj[each]) * weights[row, choice, None]
+            answer = answer.index_add(0, row, found)
+        return answer
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 2)
+        self.experts = Stacked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x)
+        weights, experts = self.router(tokens).softmax(-1).topk(2)
+        answer: Tensor = self.last(tokens + self.experts(tokens, experts, weights))
+        return answer
+
+
+def test_experts_of_a_library_are_dealt_out_as_the_page_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "zoo.md").read_text()
+    (code,) = [block for block in page.split("```python\n")[1:] if "def spread_experts" in block]
+    recipe: dict[str, Any] = {}
+    exec(code.split("```")[0], recipe)
+    generator = torch.Generator().manual_seed(5)
+    data = (torch.randn(23, 4, generator=generator), torch.randn(23, 2, generator=generator))
+    plain = small_job(model=Routed, data=data)
+    serial = shardwise.train(plain, plan="serial", out=tmp_path / "serial", progress=False)
+    spread = replace(plain, model=lambda: recipe["spread_experts"](Routed()))
+    for plan in ("serial", "expert=2", "pipeline=2,expert=2"):
+        run = shardwise.train(spread, plan=plan, out=tmp_path / "runs" / plan, progress=False)
+        torch.testing.assert_close(run.history, serial.history, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(run.model.state_dict(), serial.model.state_dict(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(PlanError, match=r"no experts to split .*experts.gate_up_proj \(4, 12, 16\)"):
+        check_job(plain, Plan(layout=Layout(expert=2)))

@@ -57,6 +57,21 @@ class Normed(nn.Module):
         return torch.as_tensor(self.head(self.norm(self.first(x)).relu()))
 
 
+class Looped(nn.Module):
+    """A layer that comes twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.again.weight, self.again.bias = self.first.weight, self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.again(self.first(x).relu()))
+
+
+ROWS = {"data": (torch.zeros(20, 7), torch.zeros(20, 7)), "loss": F.mse_loss, "weight": None, "metrics": {}}
+
+
 def _texts(count: int, seed: int) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
     return tokens, torch.where(tokens % 5 == 0, -100, tokens.roll(1, 1))
@@ -270,6 +285,16 @@ def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
             "BatchNorm layer 'norm' needs statistics of the whole global batch",
         ),
         ({"model": lambda: nn.Embedding(VOCABULARY, VOCABULARY)}, "pipeline=2", "cannot be cut into 2 stages"),
+        (
+            {"model": Looped, **ROWS},
+            "pipeline=2",
+            "every stage would hold all parameters, because they are tied",
+        ),
+        (
+            {"model": lambda: torch.compile(Gpt(), backend="eager")},
+            "pipeline=2",
+            "the model was given to torch.compile, and a pipeline cuts it",
+        ),
     ],
 )
 def test_refused_before_a_worker_starts(changes: dict[str, Any], plan: str | Plan, words: str, tmp_path: Path) -> None:

@@ -68,6 +68,28 @@ def test_split_parameters_are_proved(job: Jobs, plan: str) -> None:
     assert "parameters split" in [guard.name for guard in verdict.guards]
 
 
+class _FirstAgain(nn.Module):
+    """The first stage of two uses all parameters; the second what is tied to the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.again = nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7)
+        self.again.weight, self.again.bias = self.first.weight, self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.again(self.inner(self.first(x).relu()).relu()))
+
+
+def test_a_stage_that_holds_all_parameters_is_proved(job: Jobs) -> None:
+    rows = torch.randn(27, 7, generator=torch.Generator().manual_seed(1))
+    tied = job("mlp", model=_FirstAgain, data=Arrays((rows, rows.argmax(1))), loss=F.cross_entropy)
+    verdict = prove(tied, Plan(layout=Layout(pipeline=2), cuts=("again",)))
+    assert verdict.proved, verdict
+    assert "ranks hold 56 to 112 of 112 parameter elements, split over pipeline" in [
+        each.text for each in verdict.guards
+    ]
+
+
 def test_objective_and_schedule(job: Jobs, objective: Any, schedule: Any) -> None:
     own = job("gpt", loss=None, weight=None, objective=objective, schedule=schedule, micro_batch=3)
     assert assert_parallel_equals_serial(own, plan="data=2").compared["option"] > 1

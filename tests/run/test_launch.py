@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._inductor import config as inductor
+from torch._inductor.async_compile import AsyncCompile
 
 from shardwise import errors
 from shardwise.dist.group import process_group
 from shardwise.run.launch import launch
-from shardwise.spec.rank import Rank
+from shardwise.spec.rank import SERIAL, Rank
 
 SECONDS = 20.0  # no rank of these tests needs as long; a test that waits for it fails
 
@@ -56,9 +60,37 @@ def test_forked_workers_inherit_closures_and_share_pages() -> None:
     assert launch(lambda rank: float(array[rank.rank + 7]), workers=2, threads=1) == 7.0
 
 
-def test_spawn_refuses_what_cannot_be_pickled() -> None:
-    with pytest.raises(errors.UserError, match="must be picklable"):
-        launch(lambda rank: rank.rank, workers=2, threads=1, start_method="spawn")
+def work_of_a_compiler_thread(rank: Rank) -> int:
+    return int(AsyncCompile.pool().submit(int, "7").result(timeout=SECONDS))
+
+
+def test_workers_of_a_process_that_compiled_have_compiler_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "compile_threads", 2)
+    assert work_of_a_compiler_thread(SERIAL) == 7
+    try:
+        assert launch(work_of_a_compiler_thread, workers=2, threads=1) == 7
+    finally:
+        AsyncCompile.pool().shutdown()
+        AsyncCompile.pool.cache_clear()
+
+
+def test_spawned_workers_are_sent_what_is_in_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = torch.arange(1000.0)
+    assert launch(lambda rank: float(array[rank.rank + 7]), workers=2, threads=1, start_method="spawn") == 7.0
+    # A class of a notebook: pickle refers to it by the name of a module that a new process has empty.
+    session = types.ModuleType("__main__")
+    exec(
+        "class Net:\n    answer = 7\nclass Of:\n    def __call__(self, rank): return Net.answer + rank.rank",
+        vars(session),
+    )
+    monkeypatch.setitem(sys.modules, "__main__", session)
+    assert launch(session.Of(), workers=2, threads=1, start_method="spawn") == 7
+
+
+def test_spawn_refuses_what_cannot_be_sent() -> None:
+    lock = threading.Lock()
+    with pytest.raises(errors.UserError, match=r"cannot be sent to them: cannot pickle .* leave open files, locks"):
+        launch(lambda rank: lock.locked(), workers=2, threads=1, start_method="spawn")
 
 
 def heavy(size: int) -> float:

@@ -114,6 +114,11 @@ class _Normed(nn.Module):
         return torch.as_tensor(self.recurrent(F.normalize(self.inner(x), dim=-1)[:, None])[0][:, 0])
 
 
+def _compiled_inside(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager")
+    return nn.Sequential(nn.Linear(9, 9), module)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
     "nothing to split": (
         {"model": _Normed, "data": (torch.randn(9, 9), torch.zeros(9).long()), "loss": F.cross_entropy, "metrics": {}},
@@ -131,6 +136,16 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
         "holds whole and split parameters",
     ),
     "compile": ({}, Plan(layout=Layout(tensor=2), compile=True), "tensor=2 with compile"),
+    "compiled module": (
+        {"model": lambda: _compiled_inside(nn.Linear(9, 4))},
+        "tensor=2",
+        "tensor=2: module '1' was given to torch.compile, and compiled code does not ask how split weights are used",
+    ),
+    "compiled model": (
+        {"model": lambda: torch.compile(nn.Linear(9, 4), backend="eager")},
+        "tensor=2",
+        "tensor=2: the model was given to torch.compile",
+    ),
     "rule for nothing": (
         {},
         Plan(layout=Layout(tensor=2), tensor_rules={"blocks.7": "row"}),

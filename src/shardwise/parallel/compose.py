@@ -27,6 +27,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.dist.split import is_elsewhere
 from shardwise.errors import PlanError
+from shardwise.parallel.compiled import check_compiled
 from shardwise.parallel.compress import CompressedSum, LowRankSum, check_compression, compressed_sum
 from shardwise.parallel.context.split import Checked, ContextSplit
 from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
@@ -197,14 +198,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
             f"plan {plan.layout} with schedule={plan.schedule!r}: its backward passes are in two halves, in which layers with "
             f"experts cannot keep in step with other workers; use schedule={_unhalved(plan)!r}"
         )
-    if plan.layout.context > 1 and plan.compile:
-        raise PlanError(
-            f"plan {plan.layout} with compile: compiled code does not ask for whole sequences; leave one of them out"
-        )
-    if plan.layout.tensor > 1 and plan.compile:
-        raise PlanError(
-            f"plan {plan.layout} with compile: compiled code does not ask how split weights are used; leave one of them out"
-        )
+    check_compiled(model, plan)
     norms = batch_norms(model)
     if norms and splits and batch_norm == "global":
         raise PlanError(

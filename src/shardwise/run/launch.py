@@ -97,8 +97,8 @@ def launch(
     """Runs worker(rank) on every rank and returns the result of rank 0 (on other nodes: of their first rank).
 
     Args:
-        worker: the function of every rank. Spawned workers (any device but the CPU) need it picklable; forked ones
-            inherit it as it is. Its result must be picklable unless it runs inline.
+        worker: the function of every rank. It is sent to spawned workers (any device but the CPU), with its code where that is
+            in no module; forked ones inherit it as it is. Its result must be picklable unless it runs inline.
         workers: workers over all nodes; every node gets the same number.
         threads: torch's intra-operation threads in each worker.
         device: device type ("cpu", "cuda", ...).

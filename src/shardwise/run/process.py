@@ -7,7 +7,7 @@ start-up), the job's closures, and the arrays already loaded, as shared pages. T
   in threads that do not exist there and hangs in its first parallel region. The pool belongs to a *thread*, though.
   The launcher forks from a thread of its own that never runs a tensor operation, so that the child builds a fresh pool.
 - Accelerators. Their contexts do not survive a fork, so workers on a device other than the CPU are spawned. The worker
-  function must then be picklable: a function of a module, or a functools.partial of one.
+  function is then pickled: where it can be imported by reference, else with its code.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
+import cloudpickle
 import torch
 
 from shardwise import errors
@@ -83,8 +84,26 @@ def start(method: StartMethod, setup: Setup, rank: Rank) -> tuple[BaseProcess, C
     """Starts the process of one rank; returns it with the end of the pipe on which its Outcome arrives.
 
     Raises:
-        UserError: the worker function cannot be pickled and the start method is spawn.
+        UserError: the start method is spawn, and something that the worker function holds cannot be sent.
     """
+    if method == "fork" or not _main_is_a_session():
+        try:
+            return _start(method, setup, rank)
+        except _UNPICKLABLE:
+            pass  # a lambda, or what is defined inside a function
+    try:
+        return _start(method, replace(setup, worker=_ByValue(setup.worker)), rank)
+    except _UNPICKLABLE as error:
+        raise errors.UserError(
+            f"what the workers are to run cannot be sent to them: {error}. Workers are new processes on this device or system; "
+            "leave open files, locks, connections and running generators out of the job, or make them where they are used"
+        ) from error
+
+
+_UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
+
+
+def _start(method: StartMethod, setup: Setup, rank: Rank) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("fork") if method == "fork" else multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(setup, rank, theirs), name=f"rank {rank.rank}", daemon=False)
@@ -93,15 +112,32 @@ def start(method: StartMethod, setup: Setup, rank: Rank) -> tuple[BaseProcess, C
             # Python 3.12 warns about every fork of a process with threads; see the top of this file.
             warnings.filterwarnings("ignore", message=".*multi-threaded.*", category=DeprecationWarning)
             process.start()
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise errors.UserError(
-            f"the worker function {setup.worker!r} cannot be sent to a new process: {error}. Workers are spawned on "
-            "this device or system, so the function and its arguments must be picklable: define them at the top level "
-            "of a module (functools.partial of such a function is fine), not as a lambda or inside another function."
-        ) from error
+    except BaseException:
+        ours.close()
+        raise
     finally:
         theirs.close()
     return process, ours
+
+
+def _main_is_a_session() -> bool:
+    """Whether this is a notebook or a prompt: a new process cannot import again what was defined in it."""
+    main = sys.modules["__main__"]
+    return getattr(main, "__spec__", None) is None and not hasattr(main, "__file__")
+
+
+@final
+class _ByValue:
+    """A function that is sent with the code it needs, where that is in no module, and arrives as itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, rank: Rank) -> Any:
+        return self._function(rank)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[bytes]]:
+        return pickle.loads, (cloudpickle.dumps(self._function, protocol=5),)
 
 
 def path_for_worker(fd: int, method: StartMethod) -> str:
@@ -131,6 +167,7 @@ def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
     os.environ.update(setup.environment)
     # What was inherited stays shared with the launcher, and its garbage is not ours to collect.
     gc.freeze()
+    _forget_compiler_threads()
     set_threads(setup.threads)
     outcome = _run(setup, rank)
     # After the function has returned, a stop request has nothing left to stop.
@@ -138,6 +175,14 @@ def _main(setup: Setup, rank: Rank, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe.send(outcome)
     pipe.close()
+
+
+def _forget_compiler_threads() -> None:
+    """After a fork torch forgets the processes in which its compiler works, but not the threads, which are not here: whoever
+    gives them work waits for ever (torch 2.13, `torch/_inductor/async_compile.py`)."""
+    module = sys.modules.get("torch._inductor.async_compile")
+    if module is not None:
+        module.AsyncCompile.pool.cache_clear()
 
 
 def _run(setup: Setup, rank: Rank) -> Outcome:

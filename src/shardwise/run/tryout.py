@@ -12,6 +12,7 @@ from shardwise.data.batch import Batch
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import as_splits
 from shardwise.dist.split import is_dtensor
+from shardwise.parallel.compiled import check_compiled_cut
 from shardwise.parallel.context.check import Objective, check_context
 from shardwise.parallel.context.split import Checked
 from shardwise.parallel.expert import expert_parameters
@@ -56,6 +57,7 @@ def find_cut(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> Cu
 
     batch = first_samples(job).to(device)
     cut = cut_model(model, plan, batch.inputs, batch.targets, job.objective, device=device)
+    check_compiled_cut(model, cut.split.program.opened)
     if plan.recompute != "none":
         from shardwise.parallel.recompute import check_cut
 

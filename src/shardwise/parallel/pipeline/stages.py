@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.dist.collectives import Group
+from shardwise.errors import PlanError
 from shardwise.parallel.data import GradientSum, GradientSums
 from shardwise.parallel.pipeline.cuts import places, shared_names
 from shardwise.parallel.pipeline.part import PipelinePart, Split, call_model, split, take_part
@@ -77,9 +78,22 @@ def cut_model(
     stages = stages_for(plan.schedule, plan.layout.pipeline, plan.cuts)
     outputs = _in_precision(call_model, plan, device)
     if own_loss is None:
-        return Cut(split(model, inputs, stages, plan.cuts, forward=outputs), None)
+        made = split(model, inputs, stages, plan.cuts, forward=outputs)
+        _check_parts(model, made, plan)
+        return Cut(made, None)
     made = split(model, (inputs, targets), stages, plan.cuts, forward=_in_precision(own_loss, plan, device))
+    _check_parts(model, made, plan)
     return Cut(made, Program(model, outputs, made.program.cuts))
+
+
+def _check_parts(model: nn.Module, made: Split, plan: Plan) -> None:
+    """Refuse a cut that leaves every stage with all parameters."""
+    held = [len(made.holders[name]) for name, _ in model.named_parameters()]
+    if held and min(held) == made.stages:
+        raise PlanError(
+            f"plan {plan.layout}: every stage would hold all parameters, because they are tied or their layers are called in all "
+            f"stages: the pipeline would split nothing; use data={plan.layout.pipeline} in its place, or cut elsewhere with cuts"
+        )
 
 
 def possible_cuts(
