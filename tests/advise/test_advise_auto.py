@@ -74,6 +74,19 @@ def test_a_short_run_takes_the_rule_and_is_not_measured_again(monkeypatch: pytes
         choose(job, workers=3)
 
 
+def test_a_run_that_more_workers_cannot_pay_for_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: 1e-3)
+    monkeypatch.setattr(auto, "usable_cores", lambda: 2)
+    monkeypatch.setattr("shardwise.run.choose.usable_cores", lambda: 2)
+    plan = choose(job_of(steps=300), workers=None)
+    assert (plan.layout, plan.threads) == (Layout(), 1)
+    assert plan.reasons == ("300 ms of steps on one worker: more would take longer to start than they save",)
+    # Two workers that were asked for, and a run that they shorten by more than they cost.
+    assert choose(job_of(steps=300), workers=2).layout.workers == 2
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: 1e-2)
+    assert choose(job_of(steps=302), workers=None).layout.workers == 2
+
+
 def test_a_long_run_is_planned_and_says_what_it_expects(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     pretend_long(monkeypatch, machine)
     plan = choose(job_of(), trial=False)

@@ -1,8 +1,9 @@
 """The plan of a training that names none: the planner's, where planning can pay; and never for longer than it can save.
 
-A run of seconds takes the rule of `run/choose.py`. A longer one is counted, priced, and from some length on its best plans
-are tried in processes apart (`advise/longer.py`). What was decided is kept by model, batch and machine, so that the next run
-starts at once. The choice never changes what is computed: every plan here takes the same global steps.
+A run of seconds takes the rule of `run/choose.py`, or one worker where more could not even pay for their start. A longer one
+is counted, priced, and from some length on its best plans are tried in processes apart (`advise/longer.py`). What was decided
+is kept by model, batch and machine, so that the next run starts at once. The choice never changes what is computed: every
+plan here takes the same global steps.
 
 This file is on the way of every training: it loads nothing of the planner before a run is known to be long.
 """
@@ -20,9 +21,17 @@ from shardwise.run.choose import choose_plan, usable_cores
 from shardwise.run.loop import total_steps
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
+from shardwise.units import format_seconds
 
 SHORT_SECONDS = 20.0
 """Expected length of a run below which nothing is planned: planning costs about a second, and saves a part of the run."""
+
+
+START_SECONDS = 0.4
+"""What starting more workers takes than starting one (whole processes of the digits job less their steps, 2026-11-26)."""
+
+MEETING_SECONDS = 3e-4
+"""What a step on several workers takes at least beside its computation: gradients and counts summed, waiting (as above)."""
 
 
 class Busy(Exception):
@@ -70,6 +79,15 @@ def automatic(
     return plan
 
 
+def _short(rule: Plan, once: float, steps: int, *, free: bool, threads: int | None) -> Plan:
+    """The plan of a run too short to plan; `once` is the time of one of its steps on one worker."""
+    least = START_SECONDS + steps * MEETING_SECONDS
+    if free and once * steps * (1.0 - 1.0 / rule.layout.workers) < least:
+        took = f"{format_seconds(once * steps)} of steps on one worker: more would take longer to start than they save"
+        return Plan(threads=threads or 1, reasons=(took,))
+    return replace(rule, reasons=(*rule.reasons, "a short run: planning would take longer than it could save"))
+
+
 def _planned(
     job: Job, splits: Splits, rule: Plan, *, workers: int | None, threads: int | None, trial: bool, show: bool
 ) -> Plan:
@@ -77,8 +95,8 @@ def _planned(
     once = first_step_apart(job, splits)
     # Streams do not tell their length; they are there because it is long.
     expected = once * steps / rule.layout.workers if steps is not None else 20 * SHORT_SECONDS
-    if expected < SHORT_SECONDS:
-        return replace(rule, reasons=(*rule.reasons, "a short run: planning would take longer than it could save"))
+    if steps is not None and expected < SHORT_SECONDS:
+        return _short(rule, once, steps, free=workers is None, threads=threads)
     if is_busy():
         raise Busy
     from shardwise.advise.longer import plan_longer
