@@ -18,7 +18,11 @@ ALIGNMENT = 8
 """Elements of 2 bytes that make the 16 bytes one load moves (NVIDIA, Matrix Multiplication Background, 2023)."""
 
 UNALIGNED_SHARE = 0.35
-"""Rate of a product whose dimensions are not multiples of `ALIGNMENT`."""
+"""Rate of a product whose dimensions are not multiples of `ALIGNMENT`; a requirement of units for matrices alone (the same guide,
+"Tensor Core requirements")."""
+
+TENSOR_SHARE = 0.2
+"""Rate of fp32 over that of 16 bits above which fp32 products run on units for matrices."""
 
 CAST_BYTES = 2.0
 """Bytes moved per operand value of an fp8 product. A tensor is cast and transposed in one pass, reading 2 and writing 1 + 1,
@@ -46,7 +50,8 @@ SMALL_HEAD = 128
 class Device:
     """Rates of one accelerator at one precision, with the constants applied: FLOP/s and bytes/s.
 
-    `batched_flops` and `batched_inner_half` are those of products that stay in 16 bits.
+    `batched_flops` and `batched_inner_half` are those of products that stay in 16 bits; `aligned`: products lose rate where
+    dimensions are no multiples of `ALIGNMENT`.
     """
 
     matmul_flops: float
@@ -59,6 +64,7 @@ class Device:
     kernel_seconds: float
     element: int
     cast_bytes: float
+    aligned: bool = True
 
     def unquantized(self) -> "Device":
         """The same for a product whose operands stay in 16 bits."""
@@ -134,7 +140,17 @@ def device_rates(accelerator: Accelerator, precision: str, constants: Constants,
         kernel_seconds=constants.kernel_seconds,
         element=BYTES[precision],
         cast_bytes=_cast_bytes(used, engine),
+        aligned=on_tensor_units(accelerator, used),
     )
+
+
+def on_tensor_units(accelerator: Accelerator, precision: str) -> bool:
+    """Whether products at `precision` run on units for matrices; fp32 on older parts and on AMD's runs on the ordinary ones.
+
+    TF32 has half the rate of 16 bits (A100), the ordinary units an eighth or less, where units for matrices are there at all.
+    """
+    peaks = accelerator.peak_flops
+    return precision != "fp32" or peaks["fp32"].value >= TENSOR_SHARE * max(one.value for one in peaks.values())
 
 
 def _cast_bytes(precision: str, engine: bool) -> float:
@@ -148,10 +164,10 @@ def _cast_bytes(precision: str, engine: bool) -> float:
 def _startup_factor(peak_flops: float, units: float) -> float:
     """Inner steps in which a tile starts up and drains, over those of an A100.
 
-    That takes a constant time, in which a faster unit would do more steps. Between a half and three, and one for parts
-    whose few units are systolic arrays: their products are not cut into such tiles.
+    That takes a constant time, in which a faster unit would do more steps and a slower one fewer. At most three, and one for
+    parts whose few units are systolic arrays: their products are not cut into such tiles.
     """
-    return 1.0 if units < FEW_UNITS else min(3.0, max(0.5, peak_flops / units / A100_UNIT_FLOPS))
+    return 1.0 if units < FEW_UNITS else min(3.0, peak_flops / units / A100_UNIT_FLOPS)
 
 
 @lru_cache(maxsize=200_000)
@@ -167,7 +183,7 @@ def matmul_seconds(rows: int, columns: int, inner: int, device: Device, count: i
         tiles = count * math.ceil(rows / tile_rows) * math.ceil(columns / tile_columns)
         waves = _waves(tiles, device.units)
         best = min(best, waves * 2.0 * tile_rows * tile_columns * inner * startup / (unit_rate * share))
-    if rows % ALIGNMENT or columns % ALIGNMENT or inner % ALIGNMENT:
+    if device.aligned and (rows % ALIGNMENT or columns % ALIGNMENT or inner % ALIGNMENT):
         best /= UNALIGNED_SHARE
     moved = count * float(rows * inner + inner * columns + rows * columns) * device.element / device.memory_bytes
     casts = count * device.cast_bytes * float(rows * inner + inner * columns) / device.memory_bytes

@@ -68,8 +68,10 @@ def gradient_bytes(case: Case) -> float:
     """Bytes of one reduced gradient.
 
     fp16 software reduces in fp16. Fully sharded training reduces in the precision of its products unless told otherwise
-    (PyTorch, `fully_shard`, MixedPrecisionPolicy: without `reduce_dtype` that of the parameters); replicas of bf16
+    (PyTorch, `fully_shard`, MixedPrecisionPolicy: without `reduce_dtype` that of the parameters), and so does stage 2, whose
+    gradients are reduced as they leave the backward pass (DeepSpeed, `communication_data_type`, default); replicas of bf16
     software sum in fp32.
     """
-    half = case.precision == "fp16" or (case.zero_stage == 3 and case.precision != "fp32")
+    sharded = case.zero_stage == 3 or (case.zero_stage == 2 and case.pipeline == 1)
+    half = case.precision == "fp16" or (sharded and case.precision != "fp32")
     return 2.0 if half else 4.0

@@ -37,6 +37,7 @@ from shardwise.planner.memory import (
     rank_memory,
     rank_shares,
     state_bytes,
+    whole_gradients,
 )
 from shardwise.planner.overlap import delay, exchange_overlaps, hidden, regather_seconds, shards_in_a_loop
 from shardwise.planner.schedule import simulate
@@ -310,7 +311,9 @@ def _gradient_seconds(
 
     That gather runs beside the first forward pass of the next step in the engine's software (Megatron Bridge, performance
     guide, "Communication overlaps": overlap_param_gather), and by itself elsewhere.
-    Experts are reduced over fewer ranks; their bytes are charged at the rate of the whole group, which is close.
+    Experts are reduced over fewer ranks; their bytes are charged at the rate of the whole group, which is close. Where every rank
+    keeps its shard of the gradients alone (`whole_gradients`), each micro-batch reduces all of them: there is no place to sum
+    them in first (DeepSpeed, `stage_1_and_2.py`: stage 2 reduces in the backward hook of every micro-batch).
     """
     replicas = case.data * case.context
     if case.zero_stage == 3 or replicas == 1:
@@ -326,15 +329,16 @@ def _gradient_seconds(
             calls * reduce_scatter(size / calls, ranks, net),
             calls * all_gather(2.0 * count / calls, ranks, net),
         )
+    rounds = 1 if whole_gradients(case) else case.micro_batches
     if case.classic:
-        return whole + after
+        return rounds * whole + after
     twice = 2.0 if case.zero_stage == 0 else 1.0  # an all-reduce is a scatter and a gather
     cost = delay(twice * size, whole, ranks, net, constants)
     if case.engine:
         gathered = min(constants.gradient_overlap * after, first_forward)
         after -= gathered * (1.0 - cost)
     covered = min(constants.gradient_overlap * whole, last_backward)
-    return whole - covered * (1.0 - cost) + after
+    return rounds * (whole - covered * (1.0 - cost)) + after
 
 
 def _busiest_layers(case: Case, shares: Sequence[RankShare], layer: _Pass, ends: tuple[_Pass, _Pass]) -> int:

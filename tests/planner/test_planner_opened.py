@@ -1,0 +1,65 @@
+"""Rules found in the opened half of the tables that were collected blindly, each by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from shardwise.planner import catalogue
+from shardwise.planner.case import Case
+from shardwise.planner.collectives import group, network, reduce_scatter
+from shardwise.planner.compute import UNALIGNED_SHARE, device_rates, matmul_seconds, on_tensor_units
+from shardwise.planner.constants import DEFAULT
+from shardwise.planner.exchanges import gradient_bytes
+from shardwise.planner.step import estimate
+from shardwise.spec.facts import Transformer
+
+GPT = Transformer(layers=8, hidden=2048, heads=16, kv_heads=16, ffn_hidden=8192, vocab=32000)
+
+
+def case(**changes: object) -> Case:
+    base = Case(
+        model=GPT,
+        machine=catalogue.machine("a100-80gb-sxm"),
+        seq_len=2048,
+        global_batch=64,
+        micro_batch=1,
+        data=8,
+        compile=None,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "precision", "units"),
+    [("v100-32gb-sxm", "fp32", False), ("v100-32gb-sxm", "fp16", True), ("a100-80gb-sxm", "fp32", True)],
+)
+def test_alignment_matters_to_units_for_matrices_alone(hardware: str, precision: str, units: bool) -> None:
+    part = catalogue.accelerator(hardware)
+    device = device_rates(part, precision, DEFAULT)
+    assert on_tensor_units(part, precision) is units
+    odd, even = (matmul_seconds(8192, columns, 4096, device) for columns in (8191, 8192))
+    assert odd == pytest.approx(even / UNALIGNED_SHARE if units else even)
+
+
+def test_a_slow_unit_does_few_inner_steps_while_a_tile_starts() -> None:
+    # 15.7 TFLOP/s on 80 units are 0.068 of an A100's unit
+    device = device_rates(catalogue.accelerator("v100-32gb-sxm"), "fp32", DEFAULT)
+    assert device.inner_half == pytest.approx(DEFAULT.matmul_inner_half * (15.7 / 80) / (312 / 108))
+
+
+def test_sharded_gradients_are_reduced_in_every_micro_batch() -> None:
+    # classic software hides nothing: stage 2 reduces 8 times what stage 1 reduces once
+    classic = case(attention="math", precision="fp16", zero_stage=1)
+    once, often = (estimate(replace(classic, zero_stage=stage)).seconds["gradients"] for stage in (1, 2))
+    net = network(classic.machine, DEFAULT)
+    whole = reduce_scatter(2.0 * GPT.parameters, group(classic, "shard"), net)
+    assert often - once == pytest.approx(7 * whole, rel=0.01)
+    # in a pipeline they are summed first
+    piped = replace(classic, data=4, pipeline=2)
+    assert estimate(replace(piped, zero_stage=2)).seconds["gradients"] == estimate(piped).seconds["gradients"]
+
+
+def test_sharded_gradients_are_reduced_as_they_are_made() -> None:
+    assert [gradient_bytes(case(zero_stage=stage)) for stage in (0, 1, 2, 3)] == [4.0, 4.0, 2.0, 2.0]
+    assert gradient_bytes(case(zero_stage=2, data=4, pipeline=2)) == 4.0
+    assert gradient_bytes(case(zero_stage=2, precision="fp32")) == 4.0
