@@ -6,7 +6,7 @@ import pytest
 
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case
-from shardwise.planner.collectives import group, network, reduce_scatter
+from shardwise.planner.collectives import group, network, reduce_scatter, send
 from shardwise.planner.compute import UNALIGNED_SHARE, device_rates, matmul_seconds, on_tensor_units
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.exchanges import gradient_bytes
@@ -63,3 +63,23 @@ def test_sharded_gradients_are_reduced_as_they_are_made() -> None:
     assert [gradient_bytes(case(zero_stage=stage)) for stage in (0, 1, 2, 3)] == [4.0, 4.0, 2.0, 2.0]
     assert gradient_bytes(case(zero_stage=2, data=4, pipeline=2)) == 4.0
     assert gradient_bytes(case(zero_stage=2, precision="fp32")) == 4.0
+
+
+def test_a_rank_of_plain_1f1b_computes_nothing_while_it_sends() -> None:
+    # four nodes of one device at 1 Gbit/s: a pass is followed by its message, 8 MiB each way
+    slow = catalogue.machine("v100-16gb-sxm", gpus_per_node=1, gbits_per_gpu=1.0)
+    piped = case(machine=slow, data=1, pipeline=4, attention="math", precision="fp16", compile=False)
+    message = send(2.0 * 2048 * 2048, True, network(slow, DEFAULT)) - send(0.0, True, network(slow, DEFAULT))
+    few, many = (estimate(replace(piped, global_batch=count)) for count in (32, 64))
+    near = replace(piped, machine=catalogue.machine("v100-16gb-sxm", gpus_per_node=4))
+    plain = [estimate(replace(near, global_batch=count)).step_seconds for count in (32, 64)]
+    near_by = send(2.0 * 2048 * 2048, False, network(near.machine, DEFAULT)) - send(
+        0.0, False, network(near.machine, DEFAULT)
+    )
+    added = (many.step_seconds - few.step_seconds) - (plain[1] - plain[0])
+    # 32 more micro-batches: a rank in the middle sends an activation and a gradient in each
+    assert added == pytest.approx(64 * (message - near_by), rel=0.1)
+    assert many.seconds["compute"] == pytest.approx(
+        estimate(replace(near, global_batch=64)).seconds["compute"], rel=1e-6
+    )
+    assert sum(many.seconds.values()) == pytest.approx(many.step_seconds)

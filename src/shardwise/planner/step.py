@@ -94,7 +94,7 @@ class Memo:
     works: dict[tuple[object, ...], Works] = field(default_factory=dict)
     passes: dict[tuple[object, ...], tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]] = field(default_factory=dict)
     shares: dict[tuple[object, ...], tuple[RankShare, ...]] = field(default_factory=dict)
-    timelines: dict[tuple[object, ...], tuple[Timeline, float, float]] = field(default_factory=dict)
+    timelines: dict[tuple[object, ...], tuple[Timeline, float, float, float]] = field(default_factory=dict)
 
 
 def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False, memo: Memo | None = None) -> Estimate:
@@ -118,14 +118,14 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     piped = (*key, case.pipeline, case.virtual_stages, case.schedule, case.micro_batches, quick)
     if piped not in memo.timelines:
         memo.timelines[piped] = _timeline(case, net, layer, ends, quick)
-    timeline, first, last = memo.timelines[piped]
+    timeline, first, last, waits = memo.timelines[piped]
     split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule)
     if split not in memo.shares:
         memo.shares[split] = rank_shares(case)
     shares = memo.shares[split]
     memory = rank_memory(case, timeline.in_flight, shares)
     layers = _busiest_layers(case, shares, layer, ends)
-    seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline)
+    seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline, waits)
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, first, last, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
     owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
@@ -276,14 +276,28 @@ def _summing_bytes(case: Case) -> float:
 
 def _timeline(
     case: Case, net: Network, layer: _Pass, ends: tuple[_Pass, _Pass], quick: bool
-) -> tuple[Timeline, float, float]:
-    """The pipeline's timeline, the longest forward pass that is the first one of a rank, and the longest backward pass that is
-    the last one."""
+) -> tuple[Timeline, float, float, float]:
+    """The pipeline's timeline, the longest forward pass that is the first one of a rank, the longest backward pass that is the
+    last one, and the seconds of a step for which the busiest rank waits until its messages are sent.
+
+    Plain 1f1b computes nothing while it sends: a pass is followed by an exchange with one neighbour, which the next pass waits
+    for (Megatron-LM, `send_forward_recv_backward`: its `overlap_p2p_comm` is for interleaved schedules alone; PyTorch,
+    `Schedule1F1B`; DeepSpeed, `PipelineEngine`). So what fills the link also fills the rank that sends.
+    """
     forward, backward = _stages(case, layer, ends)
+    longest = max(forward[: case.pipeline]), max(backward[: case.pipeline])
     find = closed_form if quick else simulate
-    wires = _wires(case, net, len(forward))
+    wires, waits = _wires(case, net, len(forward)), 0.0
+    if case.schedule == "1f1b" and wires:
+        ahead = (*(wire.forward for wire in wires), 0.0)
+        back = (0.0, *(wire.backward for wire in wires))
+        forward = tuple(map(sum, zip(forward, ahead, strict=True)))
+        backward = tuple(map(sum, zip(backward, back, strict=True)))
+        busiest = max(range(case.pipeline), key=lambda rank: forward[rank] + backward[rank])
+        waits = case.micro_batches * (ahead[busiest] + back[busiest])
+        wires = tuple(Wire(wire.latency, 0.0, 0.0) for wire in wires)
     timeline = find(case.schedule, case.micro_batches, forward, backward, wires, case.pipeline)
-    return timeline, max(forward[: case.pipeline]), max(backward[: case.pipeline])
+    return timeline, *longest, waits
 
 
 def _stages(case: Case, layer: _Pass, ends: tuple[_Pass, _Pass]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -352,7 +366,7 @@ def _busiest_layers(case: Case, shares: Sequence[RankShare], layer: _Pass, ends:
     return shares[max(work, key=lambda rank: work[rank])].layers
 
 
-def _split(parts: dict[str, float], timeline: Timeline) -> dict[str, float]:
+def _split(parts: dict[str, float], timeline: Timeline, waits: float) -> dict[str, float]:
     """Seconds by part: the bubble is the idle time of the busiest rank, compute what the other parts leave of its work."""
-    busy = timeline.busiest_seconds
+    busy = timeline.busiest_seconds - waits
     return {**parts, "compute": busy - sum(parts.values()), "bubble": timeline.seconds - busy}
