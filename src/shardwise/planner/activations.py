@@ -89,3 +89,25 @@ def spare_activations(case: Case, kept: float) -> float:
     if case.recompute == "selective" and not case.repeats_core:
         least *= SELECTIVE_LEAST / SELECTIVE_KEEPS
     return kept - least
+
+
+def spare_of_experts(case: Case) -> float:
+    """Bytes of one layer that mixtures of experts need not keep.
+
+    The output of an expert, where the router's weight is applied before its last product (Megatron-Core,
+    `weighted_bias_swiglu_impl`). In the engine's software also the copies of tokens that other tensor ranks have, where experts
+    are whole on their rank and tokens come split along the sequence (expert_tensor_parallel_size 1, as in the recipes of
+    Megatron Bridge). Beside fused attention `selective` has no core to repeat; what that software offers instead are norms and
+    the activation between the products (Megatron-Core, `recompute_modules`: layernorm, moe_act).
+    """
+    if not case.model.experts or case.recompute == "full" or on_tpu(case):
+        return 0.0
+    model = case.model
+    visits, split = model.experts_per_token, case.tensor if case.sequence_parallel else 1
+    copies = 2.0 * model.hidden * visits  # of the input; the output takes as much
+    spare = copies
+    if case.engine:
+        spare += copies * (1.0 - 1.0 / split)
+        if case.recompute == "selective" and case.attention == "flash":
+            spare += 4.0 * model.hidden / split + 2.0 * model.ffn_hidden * visits / case.tensor
+    return case.tokens * spare

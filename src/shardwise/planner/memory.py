@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardwise.planner.activations import kept_bytes, on_tpu, spare_activations
+from shardwise.planner.activations import kept_bytes, on_tpu, spare_activations, spare_of_experts
 from shardwise.planner.case import Case
 from shardwise.planner.closedform import rank_of
 from shardwise.spec.plan import V_SHAPED
@@ -64,7 +64,8 @@ class MemoryParts:
 
     `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `spare` is what gradients
     kept once and in 2 bytes and an update without temporaries would save, where the software is not known; `moved` is what
-    some software keeps off the chip. `first` is the total of the first pipeline rank: most software prints the memory of
+    some software keeps off the chip; `rare` what only some software of its kind spares: a stated layout may have run with it, but
+    nobody counts on it who chooses a layout. `first` is the total of the first pipeline rank: most software prints the memory of
     rank 0, and with fewer micro-batches than stages the last rank can be fuller.
     """
 
@@ -79,12 +80,13 @@ class MemoryParts:
     spare: float = 0.0
     moved: float = 0.0
     first: float = 0.0
+    rare: float = 0.0
 
     @property
     def least(self) -> float:
         """The same with the best software: fused loss and update, no allocator slack, replicated gradients in 2 bytes."""
         saved = self.slack + self.logits * (1.0 - FUSED_LOGIT_BYTES / LOGIT_BYTES)
-        return self.total - saved - self.spare - self.moved
+        return self.total - saved - self.spare - self.moved - self.rare
 
     @property
     def total(self) -> float:
@@ -272,6 +274,18 @@ def _off_chip(case: Case, logits: float, kept: float, optimizer: float) -> float
     return kept if case.deepspeed and case.zero_stage == 3 and case.tensor > 1 and case.recompute == "full" else 0.0
 
 
+def _shards_anyway(case: Case) -> float:
+    """Share of the optimizer's states that software for bf16 may spread over replicas, though the row says stage 0.
+
+    DeepSpeed's optimizer for bf16 does so at any stage that it serves (`bf16_optimizer.py`: every data rank holds its partition
+    of the fp32 weights and of their moments).
+    """
+    ways = case.data * case.context
+    if case.zero_stage or case.precision != "bf16" or case.engine or case.compile or on_tpu(case):
+        return 0.0
+    return 1.0 - 1.0 / ways
+
+
 def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
     """Peak of the fullest pipeline rank.
 
@@ -311,9 +325,20 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         spare = in_flight[rank] * layers * leaves + (0.0 if known else copies + update)
         if not known and case.precision != "fp32" and (case.zero_stage in (1, 2) or on_tpu(case)):
             spare += 0.5 * gradients
+        rare = _shards_anyway(case) * optimizer + in_flight[rank] * layers * spare_of_experts(case)
         moved = _off_chip(case, head, in_flight[rank] * layers * kept, optimizer)
         found = MemoryParts(
-            parameters, gradients + copies, optimizer, activations, head, gathered, update, slack, spare, moved
+            parameters,
+            gradients + copies,
+            optimizer,
+            activations,
+            head,
+            gathered,
+            update,
+            slack,
+            spare,
+            moved,
+            rare=rare,
         )
         first = found.total if rank == 0 else first
         if best is None or found.total > best.total:

@@ -147,9 +147,9 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
 
 
 def _better(new: Estimate, old: Estimate) -> bool:
-    if new.fits != old.fits:
-        return new.fits
-    if not new.fits:
+    if new.likely != old.likely:
+        return new.likely
+    if not new.likely:
         return new.memory.total < old.memory.total
     return new.step_seconds < old.step_seconds
 

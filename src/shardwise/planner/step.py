@@ -60,14 +60,15 @@ SELECTIVE_REPEAT = 0.4
 class Estimate:
     """Predicted step: seconds by part (they sum to the step), the pipeline's timeline, bytes by part and whether it fits.
 
-    `fits` asks whether the best software (fused cross entropy, no allocator slack) fits, `comfortable` whether the usual
-    software does; `certain` is False near the limit.
+    `fits` asks whether the best software (fused cross entropy, no allocator slack) fits, `likely` the same without what only some
+    of it spares, `comfortable` whether the usual software does; `certain` is False near the limit.
     """
 
     seconds: dict[str, float]
     memory: MemoryParts
     timeline: Timeline
     fits: bool
+    likely: bool
     comfortable: bool
     certain: bool
 
@@ -133,7 +134,7 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     room = room_bytes(case)
     fits = memory.least <= room
     sure = UNCERTAIN * memory.total <= room if fits else memory.least > UNCERTAIN * room
-    return Estimate(seconds, memory, timeline, fits, memory.total <= room, sure)
+    return Estimate(seconds, memory, timeline, fits, memory.least + memory.rare <= room, memory.total <= room, sure)
 
 
 def room_bytes(case: Case) -> float:
