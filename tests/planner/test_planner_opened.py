@@ -7,7 +7,17 @@ import pytest
 from shardwise.planner import catalogue
 from shardwise.planner.activations import spare_of_experts
 from shardwise.planner.case import Case
-from shardwise.planner.collectives import group, network, reduce_scatter, send
+from shardwise.planner.collectives import (
+    BULK_SETUP_SECONDS,
+    Group,
+    all_to_all,
+    bus_bytes,
+    group,
+    link_share,
+    network,
+    reduce_scatter,
+    send,
+)
 from shardwise.planner.compute import UNALIGNED_SHARE, device_rates, matmul_seconds, on_tensor_units
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.exchanges import gradient_bytes
@@ -113,3 +123,33 @@ def test_what_only_some_software_spares_is_not_counted_on() -> None:
     model = replace(GPT, layers=24, hidden=4096, heads=32, kv_heads=32, ffn_hidden=16384)
     found = estimate(case(model=model, compile=False, recompute="full"))
     assert found.fits and not found.likely and not found.comfortable
+
+
+@pytest.mark.parametrize(
+    ("hardware", "per_node", "devices", "share"),
+    [
+        ("a100-80gb-sxm", 8, 2, 1.0),  # a switch
+        ("v100-32gb-sxm", 16, 2, 1.0),  # sixteen in a node are joined by switches
+        ("v100-32gb-pcie", 8, 2, 1.0),
+        ("v100-16gb-sxm", 8, 2, 1 / 6),
+        ("v100-16gb-sxm", 8, 4, 2 / 3),
+        ("v100-16gb-sxm", 8, 8, 1.0),
+        ("v100-16gb-sxm", 4, 2, 1 / 3),  # four of them: two links to each
+        ("mi300x-192gb", 8, 2, 1 / 7),
+        ("mi300x-192gb", 8, 4, 3 / 7),
+        ("gaudi2", 8, 8, 1.0),
+    ],
+)
+def test_without_a_switch_a_group_has_the_links_among_itself(
+    hardware: str, per_node: int, devices: int, share: float
+) -> None:
+    machine = catalogue.machine(hardware, gpus_per_node=per_node)
+    assert link_share(machine, devices) == pytest.approx(share)
+    net, nominal = network(machine, DEFAULT), machine.intra.bytes_per_second.value * DEFAULT.link_rate
+    assert bus_bytes(net, Group(devices, devices)) == pytest.approx(share * nominal)
+    assert bus_bytes(net, Group(4 * devices, devices)) <= share * nominal
+    size = 1e9
+    latency = 2.0 * machine.intra.latency_seconds.value
+    assert send(size, False, net) == pytest.approx(latency + size / nominal / link_share(machine, 2))
+    exchange = all_to_all(size, Group(devices, devices), net) - BULK_SETUP_SECONDS
+    assert exchange == pytest.approx((devices - 1) / devices * size / (share * nominal))

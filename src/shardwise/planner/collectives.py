@@ -20,6 +20,15 @@ BULK_SETUP_SECONDS = 4.5e-5
 """What the bulk protocol costs before its bandwidth counts, same logs."""
 
 
+MESHES = ("v100", "mi300x", "mi325x", "mi355x", "gaudi", "ascend910b")
+"""Parts of nodes without a switch: a link of a device ends at one other device (AMD Instinct MI300X data sheet: seven links to
+seven parts; Intel Gaudi 2 white paper: three ports to each; Ascend 910B: HCCS, a full mesh; V100: see `CUBE`)."""
+
+CUBE = {2: 1 / 6, 3: 1 / 3, 4: 2 / 3, 5: 2 / 3, 6: 2 / 3, 7: 2 / 3}
+"""Share of the six links of a V100 that so many neighbours of eight can use: one link joins two of them, one ring of single links
+three, two rings four, and three rings all eight (NVIDIA DGX-1 white paper, hybrid cube mesh, "three interwoven rings")."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Ranks of one collective: how many, and how many of them share a node."""
@@ -67,16 +76,31 @@ def group(case: Case, axis: str) -> Group:
     return Group(size, max(1, min(size, case.machine.gpus_per_node // max(1, stride))))
 
 
+def link_share(machine: Machine, devices: int) -> float:
+    """Share of the links of a device that lead to the other ones of a group of `devices` in its node; 2 for two neighbours.
+
+    All of them through a switch; in a full mesh of n devices those to k - 1 of n - 1 others.
+    """
+    name, whole = machine.accelerator.name, machine.gpus_per_node
+    if not name.startswith(MESHES) or name.endswith("pcie") or not 1 < devices < whole <= 8:
+        return 1.0
+    if name.startswith("v100") and whole == 8:
+        return CUBE[devices]
+    return (devices - 1) / (whole - 1)
+
+
 def bus_bytes(net: Network, ranks: Group, collective: str = "") -> float:
     """Bus bandwidth of a ring over `ranks`, bytes per second.
 
-    Inside a node the link counts; across nodes every rank brings its share of the network. A ring that uses part of
-    every node has fewer network ports than one over whole nodes, so it is no faster than what was measured for those.
+    Inside a node the link counts, with its share where there is no switch (`link_share`); across nodes every rank brings its
+    share of the network. A ring that uses part of every node has fewer network ports than one over whole nodes, so it is no
+    faster than what was measured for those.
     """
+    inside = net.intra_bytes * link_share(net.machine, ranks.per_node)
     if ranks.nodes <= 1:
-        return net.intra_bytes
+        return inside
     across = net.inter_bytes * ranks.per_node
-    nominal = min(across, net.intra_bytes) if ranks.per_node > 1 else across
+    nominal = min(across, inside) if ranks.per_node > 1 else across
     found = _measured(net.machine, collective, ranks.nodes)
     return nominal if found is None else min(nominal, found[0])
 
@@ -143,7 +167,8 @@ def all_to_all(size_bytes: float, ranks: Group, net: Network, across_bytes: floa
     """
     if ranks.size <= 1 or size_bytes <= 0:
         return 0.0
-    inside = (ranks.per_node - 1) / ranks.size * size_bytes / net.intra_bytes
+    links = net.intra_bytes * link_share(net.machine, ranks.per_node)
+    inside = (ranks.per_node - 1) / ranks.size * size_bytes / links
     if ranks.nodes <= 1:
         return BULK_SETUP_SECONDS + inside
     across = size_bytes if across_bytes is None else across_bytes
@@ -155,7 +180,8 @@ def send(size_bytes: float, across_nodes: bool, net: Network) -> float:
     """Seconds to hand `size_bytes` to the next rank."""
     if across_nodes:
         return net.machine.inter.latency_seconds.value + size_bytes / net.inter_bytes
-    return 2.0 * net.machine.intra.latency_seconds.value + size_bytes / net.intra_bytes
+    link = net.intra_bytes * link_share(net.machine, 2)
+    return 2.0 * net.machine.intra.latency_seconds.value + size_bytes / link
 
 
 def _measured(machine: Machine, collective: str, nodes: int) -> tuple[float, float] | None:

@@ -249,7 +249,7 @@ def _even(item: Candidate, problem: Problem, found: Found, budget: Budget, worst
 def _too_large(item: Candidate) -> str:
     needs = item.estimate.memory.total + context_bytes(item.case)
     room = item.case.machine.accelerator.memory_bytes.value
-    word = "may not fit" if item.estimate.fits else "does not fit"
+    word = "may not fit" if item.estimate.likely else "does not fit"
     return f"it {word}: it needs {format_bytes(needs)} of {format_bytes(room)}, {_largest(item.estimate)}"
 
 
