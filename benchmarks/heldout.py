@@ -264,6 +264,7 @@ Found in the opened half of D and changed, each by a reason of its own that has 
   of A).
 - Sharded gradients (ZeRO 2) are reduced in every micro-batch, in 2 bytes (flagperf_paddle, zero_7b_a800).
 - fp32 on the ordinary units of a V100 needs no alignment, and its slow tiles start up in few steps (nvidia_bert, dtfm_v100).
+- Sequences split over context ranks of Hopper parts tell Megatron's software as much as layers split over others (dgxc_h100).
 - `fits`: DeepSpeed's optimizer for bf16 shards states at stage 0 too (31 of 31 false alarms of lucie_a100), and mixtures of
   experts can drop outputs of experts, copies of their inputs, norms and activations (all 6 false alarms of megatron_moe_zoo and
   nemo_automodel). What only some software spares counts for whether a stated run can fit, not for what a blank cell is taken
@@ -274,13 +275,13 @@ nanotron_old_bench from 13.8 to 10.8 % and find 2 more of its runs out of memory
 (the old sweep: 11.2 to 33.2 %); checkpoints on the host or parameters gathered module by module with DeepSpeed's stage 3 end the
 2 false alarms of deepspeed_posts and lose the run out of memory of megatron_sc21_table2.
 
-Looked at there and left: lucie_a100 adds up gradients at some 8 GB/s a node, over a network that is not stated, and
-launches kernels one at a time (CUDA_LAUNCH_BLOCKING). nvidia_bert must leave out padding (its fp32 runs at sequence 512 would
-need more than the peak of the part) and projects masked positions only. The attention of xtuner_long_a100 runs faster than the kernels of its
-time are published to, that of llm_foundry_mpt on the same part and at the same length at 0.6 of that. nanotron_old_bench has
-pipelines whose every message costs 30 to 80 ms of the host, and one layout at 8.7 and 2.1 s, which is all of its regret; that
-of dtfm_v100 is mostly one layout which takes 10.6 s with micro-batches of 2 and 4.4 s with 1. dtfm_v100 updates by plain SGD
-without an output layer, so that 5 runs seem too large.
+Looked at there and left: lucie_a100 adds up gradients at some 8 GB/s a node, over a network that is not stated, and launches
+kernels one at a time (CUDA_LAUNCH_BLOCKING). nvidia_bert must leave out padding (its fp32 runs at sequence 512 would need more
+than the peak of the part) and projects masked positions only. The attention of xtuner_long_a100 runs faster than the kernels of
+its time are published to, that of llm_foundry_mpt on the same part and at the same length at 0.6 of that. nanotron_old_bench
+has pipelines whose every message costs 30 to 80 ms of the host, and one layout at 8.7 and 2.1 s, which is all of its regret;
+that of dtfm_v100 is mostly one layout which takes 10.6 s with micro-batches of 2 and 4.4 s with 1. dtfm_v100 updates by plain
+SGD without an output layer, so that 5 runs seem too large.
 
 What the columns cannot say decides much of what is left: the attention kernel and its year, fp8 with one scale or many,
 reductions in bf16 or fp32, sharding inside a node (`shard_group` in the notes), activations moved to the host (TPU recipes),

@@ -44,6 +44,8 @@ def case(hardware: str = "h100-80gb-sxm", **changes: object) -> Case:
         ("h100-80gb-sxm", {"precision": "bf16"}, False),
         ("h100-80gb-sxm", {"precision": "bf16", "tensor": 2}, True),
         ("h100-80gb-sxm", {"precision": "bf16", "pipeline": 2}, True),
+        ("h100-80gb-sxm", {"precision": "bf16", "context": 2}, True),
+        ("h100-80gb-sxm", {"precision": "bf16", "context": 2, "zero_stage": 3}, False),
         ("h100-80gb-sxm", {"precision": "bf16", "tensor": 2, "compile": False}, False),
         ("h100-80gb-sxm", {"precision": "bf16", "tensor": 2, "zero_stage": 3}, False),
         ("a100-80gb-sxm", {"precision": "bf16", "tensor": 2}, False),

@@ -118,8 +118,8 @@ class Case:
         """Software built on NVIDIA's Transformer Engine (Megatron-LM, NeMo, from 2023 on).
 
         fp8 without a compiler is theirs, unless the row says that it is PyTorch's fully sharded training run eagerly, which
-        takes no more than their linear layers. So are layers split over ranks of Hopper parts, unless the row says otherwise:
-        it is the default of Megatron-LM (--transformer-impl), and other software that splits layers there is published as
+        takes no more than their linear layers. So are layers or sequences split over ranks of Hopper parts, unless the row says otherwise:
+        it is the default of Megatron-LM (--transformer-impl), and other software that splits them there is published as
         eager, compiled or sharded. Blackwell parts are younger than what was used before. They bring fused kernels for
         everything beside the products, the attention kernels of cuDNN, collectives of tensor parallelism cut up
         and hidden behind the products they feed, and token exchanges with one copy a node; they keep the inputs of fp8
@@ -133,7 +133,7 @@ class Case:
             return True
         if self.zero_stage == 3:
             return False
-        split = self.tensor * self.pipeline * self.expert > 1
+        split = self.tensor * self.pipeline * self.expert * self.context > 1
         hopper = self.compile is None and self.machine.accelerator.name.startswith(HOPPER)
         return self.precision in NARROW or (hopper and split)
 
