@@ -153,3 +153,13 @@ def test_without_a_switch_a_group_has_the_links_among_itself(
     assert send(size, False, net) == pytest.approx(latency + size / nominal / link_share(machine, 2))
     exchange = all_to_all(size, Group(devices, devices), net) - BULK_SETUP_SECONDS
     assert exchange == pytest.approx((devices - 1) / devices * size / (share * nominal))
+
+
+def test_stage_2_keeps_its_flat_shards_in_16_bits() -> None:
+    # 2 bytes a parameter whole; of its eighth 2 of gradient and 12 of states
+    memory = estimate(case(zero_stage=2)).memory
+    share = GPT.parameters / 8
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (16 * share, 2 * share, 12 * share)
+    # PyTorch's sharding keeps fp32 gradients, and reduces buckets of copies in 2 bytes
+    stated = estimate(case(zero_stage=2, compile=True)).memory
+    assert stated.gradients > 4 * share
