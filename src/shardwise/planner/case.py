@@ -118,10 +118,10 @@ class Case:
         """Software built on NVIDIA's Transformer Engine (Megatron-LM, NeMo, from 2023 on).
 
         fp8 without a compiler is theirs, unless the row says that it is PyTorch's fully sharded training run eagerly, which
-        takes no more than their linear layers. So are layers or sequences split over ranks of Hopper parts, unless the row says
-        otherwise: it is the default of Megatron-LM (--transformer-impl), and other software that splits them there is published as
-        eager, compiled or sharded. Blackwell parts are younger than what was used before. They bring fused kernels for
-        everything beside the products, the attention kernels of cuDNN, collectives of tensor parallelism cut up
+        takes no more than their linear layers. So are layers or sequences split over ranks of Hopper parts, unless the row
+        says otherwise: it is the default of Megatron-LM (--transformer-impl), and other software that splits them there is
+        published as eager, compiled or sharded. Blackwell parts are younger than what was used before. They bring fused
+        kernels for everything beside the products, the attention kernels of cuDNN, collectives of tensor parallelism cut up
         and hidden behind the products they feed, and token exchanges with one copy a node; they keep the inputs of fp8
         products in fp8 only, let the products add into the fp32 gradient, and gather parameters beside the forward pass.
         """
