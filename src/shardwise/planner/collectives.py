@@ -22,11 +22,13 @@ BULK_SETUP_SECONDS = 4.5e-5
 
 MESHES = ("v100", "mi300x", "mi325x", "mi355x", "gaudi", "ascend910b")
 """Parts of nodes without a switch: a link of a device ends at one other device (AMD Instinct MI300X data sheet: seven links to
-seven parts; Intel Gaudi 2 white paper: three ports to each; Ascend 910B: HCCS, a full mesh; V100: see `CUBE`)."""
+seven parts; docs.habana.ai, network configuration: three of 21 ports to each; Ascend 910B: HCCS, a full mesh, from memory; V100:
+see `CUBE`)."""
 
 CUBE = {2: 1 / 6, 3: 1 / 3, 4: 2 / 3, 5: 2 / 3, 6: 2 / 3, 7: 2 / 3}
-"""Share of the six links of a V100 that so many neighbours of eight can use: one link joins two of them, one ring of single links
-three, two rings four, and three rings all eight (NVIDIA DGX-1 white paper, hybrid cube mesh, "three interwoven rings")."""
+"""Share of the six links of a V100 that so many neighbours of eight can use: one link joins two of them, one ring of single
+links three, two rings four, and three rings all eight (NVIDIA on DGX-1, reprinted at iitr.ac.in/dgx: hybrid cube mesh, "three
+interwoven rings")."""
 
 
 @dataclass(frozen=True)
