@@ -271,7 +271,7 @@ LIMITS = """## What these figures do not say
   is theirs: without the figure they are off by 70 % at the median, the other 469 by 10 %. With one or two sequences a micro-batch
   a layer of the smaller model takes 10.6, 16, 26 and 58 ms there with 2, 4, 8 and 16 tensor ranks, whatever the number of stages;
   without such a pipeline 4.5, 4.5, 4.6 and 8 ms; one tensor rank pays nothing. So it is the collectives that wait, while
-  messages between nodes are under way. Software that waits for its sends before it computes (Megatron-LM) shows nothing of the kind.
+  messages between nodes are under way. Software that waits for its sends before it computes (Megatron-LM) shows nothing like it.
 - 522 runs of the sweep "crashed or ran out of memory", without saying which. 258 of them do not fit with the best software (227
   with a fifth to spare: surely out of memory), 54 more not with the usual software; 165 fit with a fifth to spare, most of them
   on 32 GPUs or more, and must have crashed of something else. Of the 1,127 that ran none is of the first kind, 9 of the second.
