@@ -80,9 +80,14 @@ def test_a_run_that_more_workers_cannot_pay_for_takes_one(monkeypatch: pytest.Mo
     monkeypatch.setattr("shardwise.run.choose.usable_cores", lambda: 2)
     plan = choose(job_of(steps=300), workers=None)
     assert (plan.layout, plan.threads) == (Layout(), 1)
-    assert plan.reasons == ("300 ms of steps on one worker: more would take longer to start than they save",)
-    # Two workers that were asked for, and a run that they shorten by more than they cost.
+    assert plan.reasons == (
+        "300 ms of work for one worker: more would take longer to start and to meet than they save",
+    )
+    # Two workers that were asked for, a run that they shorten by more than they cost, and one by its evaluations.
     assert choose(job_of(steps=300), workers=2).layout.workers == 2
+    tests = (torch.randn(32 * 30, 6), torch.zeros(32 * 30).long())
+    job = job_of(steps=301, data={"train": job_of().data, "test": tests})
+    assert choose(job, workers=None).layout.workers == 2
     monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: 1e-2)
     assert choose(job_of(steps=302), workers=None).layout.workers == 2
 

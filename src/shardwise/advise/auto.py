@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardwise.advise.kept import recall, remember, signature
+from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import ShardwiseError
 from shardwise.probe.length import first_step_apart
@@ -27,11 +28,17 @@ SHORT_SECONDS = 20.0
 """Expected length of a run below which nothing is planned: planning costs about a second, and saves a part of the run."""
 
 
-START_SECONDS = 0.4
+START_SECONDS = 0.2
 """What starting more workers takes than starting one (whole processes of the digits job less their steps, 2026-11-26)."""
 
-MEETING_SECONDS = 3e-4
+MEETING_SECONDS = 5e-4
 """What a step on several workers takes at least beside its computation: gradients and counts summed, waiting (as above)."""
+
+FORWARD_SHARE = 1.0 / 3.0
+"""Of a step: the forward pass, which is what evaluation takes; the backward pass has two products for each of its products."""
+
+
+SHORT = "a short run: planning would take longer than it could save"
 
 
 class Busy(Exception):
@@ -79,13 +86,17 @@ def automatic(
     return plan
 
 
-def _short(rule: Plan, once: float, steps: int, *, free: bool, threads: int | None) -> Plan:
-    """The plan of a run too short to plan; `once` is the time of one of its steps on one worker."""
-    least = START_SECONDS + steps * MEETING_SECONDS
-    if free and once * steps * (1.0 - 1.0 / rule.layout.workers) < least:
-        took = f"{format_seconds(once * steps)} of steps on one worker: more would take longer to start than they save"
+def _short(job: Job, splits: Splits, rule: Plan, once: float, steps: int, threads: int | None) -> Plan:
+    """The plan of a run too short to plan, with its workers left open; `once` is the time of one of its steps on one worker."""
+    epoch = steps_per_epoch(splits.train, job.batch_size) or steps
+    batches = steps_per_epoch(splits.test, job.batch_size) if splits.test is not None else None
+    busy = once * (steps + max(1, steps // epoch) * (batches or 0) * FORWARD_SHARE)
+    if busy * (1.0 - 1.0 / rule.layout.workers) < START_SECONDS + steps * MEETING_SECONDS:
+        took = (
+            f"{format_seconds(busy)} of work for one worker: more would take longer to start and to meet than they save"
+        )
         return Plan(threads=threads or 1, reasons=(took,))
-    return replace(rule, reasons=(*rule.reasons, "a short run: planning would take longer than it could save"))
+    return replace(rule, reasons=(*rule.reasons, SHORT))
 
 
 def _planned(
@@ -96,7 +107,9 @@ def _planned(
     # Streams do not tell their length; they are there because it is long.
     expected = once * steps / rule.layout.workers if steps is not None else 20 * SHORT_SECONDS
     if steps is not None and expected < SHORT_SECONDS:
-        return _short(rule, once, steps, free=workers is None, threads=threads)
+        if workers is None:
+            return _short(job, splits, rule, once, steps, threads)
+        return replace(rule, reasons=(*rule.reasons, SHORT))
     if is_busy():
         raise Busy
     from shardwise.advise.longer import plan_longer
