@@ -35,11 +35,12 @@ class Sample:
 def samples(sizes: int = 3) -> Iterator[Sample]:
     """What is timed, smallest first: products, convolutions, recurrent layers, attention, and what only moves data."""
     yield from _products(sizes)
-    yield from _thin(sizes)
     yield from _convolutions(sizes)
     yield from _attention()
     for kind, call in _moving(sizes):
         yield _sample(kind, "fp32", *call)
+    # last: behind them, large convolutions find memory in which they always run at their best, as they do not in trainings
+    yield from _thin(sizes)
 
 
 def kernel_rates(workers: int, threads: int, meet: Callable[[], None], sizes: int = 3) -> list[KernelRate]:
