@@ -203,7 +203,7 @@ after the changes that followed. So before its own rows were looked at, half B s
 mean over all rows (20.4 and 22.6 % in the mean over tables), C at 22.6 and 25.5 %: **that is what to expect of a second
 round**. Then B and C were looked at row by row as well. "Now" is the planner of today, and no longer held out. D was collected
 last, from sources of many kinds, and the planner was run on it once, when all of its rows were kept: "first" of D is that run,
-of the planner that "now" of B and C comes after. Then half of D was opened: its rows were looked at for faults. **D closed
+before B and C were looked at. Then half of D was opened: its rows were looked at for faults. **D closed
 stays held out**: nobody has looked at a row of it beside its prediction, and nothing was tuned to its totals, so that its "now"
 is blind: what to expect of today's planner on results it has not seen.
 """
