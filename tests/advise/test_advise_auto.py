@@ -83,6 +83,9 @@ def test_a_run_that_more_workers_cannot_pay_for_takes_one(monkeypatch: pytest.Mo
     assert plan.reasons == (
         "300 ms of work for one worker: more would take longer to start and to meet than they save",
     )
+    # A batch for one worker only: that one keeps all cores.
+    alone = choose(job_of(steps=300, batch_size=20), workers=None)
+    assert (alone.layout, alone.threads) == (Layout(), 2)
     # Two workers that were asked for, a run that they shorten by more than they cost, and one by its evaluations.
     assert choose(job_of(steps=300), workers=2).layout.workers == 2
     tests = (torch.randn(32 * 30, 6), torch.zeros(32 * 30).long())

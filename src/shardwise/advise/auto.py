@@ -27,7 +27,6 @@ from shardwise.units import format_seconds
 SHORT_SECONDS = 20.0
 """Expected length of a run below which nothing is planned: planning costs about a second, and saves a part of the run."""
 
-
 START_SECONDS = 0.2
 """What starting more workers takes than starting one (whole processes of the digits job less their steps, 2026-11-26)."""
 
@@ -36,7 +35,6 @@ MEETING_SECONDS = 5e-4
 
 FORWARD_SHARE = 1.0 / 3.0
 """Of a step: the forward pass, which is what evaluation takes; the backward pass has two products for each of its products."""
-
 
 SHORT = "a short run: planning would take longer than it could save"
 
@@ -107,7 +105,7 @@ def _planned(
     # Streams do not tell their length; they are there because it is long.
     expected = once * steps / rule.layout.workers if steps is not None else 20 * SHORT_SECONDS
     if steps is not None and expected < SHORT_SECONDS:
-        if workers is None:
+        if workers is None and rule.layout.workers > 1:
             return _short(job, splits, rule, once, steps, threads)
         return replace(rule, reasons=(*rule.reasons, SHORT))
     if is_busy():

@@ -39,7 +39,7 @@ def samples(sizes: int = 3) -> Iterator[Sample]:
     yield from _attention()
     for kind, call in _moving(sizes):
         yield _sample(kind, "fp32", *call)
-    # last: behind them, large convolutions find memory in which they always run at their best, as they do not in trainings
+    # last, so that the others are timed in a process that has done what it had before these were added (docs/notes.md)
     yield from _thin(sizes)
 
 
