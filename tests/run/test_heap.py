@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from shardwise.run.heap import _library, use_one_heap
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 PROGRAM = """
 import contextlib, resource, sys, torch
@@ -37,3 +43,82 @@ def test_pages_are_asked_for_once_or_every_time() -> None:
     # Pages of 4 KiB, or fewer and larger ones; a hundred steps touch 100 * 24 MiB.
     assert with_it < 100
     assert given_back > 1000
+
+
+WORKER = """
+import resource, sys, torch
+import shardwise
+from shardwise.run.apart import call_in_child, in_thread
+from shardwise.run.heap import keep_freed_memory
+torch.ones(1000)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work(rank):
+    keep_freed_memory()
+    sizes = [1024 * ((i * 37) % 997) + 1000 for i in range(200)]  # up to 4 MB
+    def step():
+        alive = []
+        for size in sizes:
+            alive.append(torch.ones(size))
+            if len(alive) > 40:  # some 80 MB: more than one heap of a thread holds
+                alive.pop(size % 40)
+    for _ in range(10):
+        step()
+    began = faults()
+    for _ in range(20):
+        step()
+    kept = faults() - began
+    began = faults()
+    large = [torch.ones(16 * 1024**2) for _ in range(4)]  # 256 MiB
+    return kept, faults() - began
+print(*in_thread(lambda: call_in_child(work, threads=1, device="cpu")))
+"""
+
+
+def worker_faults(**environment: str) -> tuple[int, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    kept, large = done.stdout.split()
+    return int(kept), int(large)
+
+
+@pytest.mark.skipif(_library() is None, reason="the allocator of this system is not glibc's")
+def test_a_forked_worker_keeps_memory_too() -> None:
+    kept, large = worker_faults()
+    own_heap, large_there = worker_faults(MALLOC_ARENA_MAX="64")
+    # 20 steps touch 8 GB: two million pages of 4 KiB.
+    assert kept < 2000
+    assert own_heap > 1000
+    if HUGE.exists() and "[never]" not in HUGE.read_text():
+        assert large < 20_000 < large_there  # 65,536 pages of 4 KiB
+
+
+@pytest.mark.skipif(_library() is None, reason="the allocator of this system is not glibc's")
+def test_a_process_that_trained_gives_its_memory_back() -> None:
+    program = (
+        "import torch\n"
+        "from shardwise.run.heap import give_freed_memory_back, keep_freed_memory\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "keep_freed_memory()\n"
+        "before = resident()\n"
+        "torch.ones(64 * 1024**2)\n"
+        "kept = resident() - before\n"
+        "give_freed_memory_back()\n"
+        "print(kept, resident() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    kept, after = map(int, done.stdout.split())
+    assert kept > 200 * 2**20
+    assert after < 20 * 2**20
+
+
+def test_the_number_of_heaps_that_somebody_chose_is_kept() -> None:
+    assert not use_one_heap({"MALLOC_ARENA_MAX": "4"})
+    assert not use_one_heap({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4:glibc.malloc.hugetlb=1"})

@@ -20,7 +20,7 @@ from shardwise.spec.plan import Plan
 
 MOST_KEPT = 200
 AGAIN = "decided before for this model, batch and machine"
-VERSION = 1
+VERSION = 2
 """Of what a signature is made of and of how plans are chosen: another one forgets what was kept."""
 
 

@@ -17,6 +17,7 @@ from shardwise.probe.kernels import call_overheads, kernel_rates
 from shardwise.probe.messages import SIZES, message_times, node_message_times, overlap_slowdown
 from shardwise.probe.place import memory_bytes, others_running, this_place
 from shardwise.run.choose import usable_cores
+from shardwise.run.heap import keep_freed_memory
 from shardwise.run.launch import Nodes, launch
 from shardwise.spec.machine import Accelerator, Figure, Link, Machine
 from shardwise.spec.measured import METHOD, KernelRate, Measured, MessageTime
@@ -222,11 +223,13 @@ def as_machine(measured: Measured) -> Machine:
 
 
 def _alone(rank: Rank, quick: bool) -> _Alone:
+    keep_freed_memory()  # as a training does: what a call costs depends on it
     call, graph = call_overheads()
     return _Alone(kernel_rates(1, 1, lambda: None, 2 if quick else 3), call, graph)
 
 
 def _together(rank: Rank, quick: bool, busy: bool) -> _Together:
+    keep_freed_memory()
     torch.set_num_threads(1)
     with process_group(rank, "cpu", _TIMEOUT_SECONDS):
         world = Group.world().with_shared_memory(_TIMEOUT_SECONDS)

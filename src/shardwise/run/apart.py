@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from shardwise.errors import RunFailed
 from shardwise.run.failure import Failure, from_exit_code
+from shardwise.run.heap import use_one_heap
 from shardwise.run.process import Setup, default_start_method, start
 from shardwise.spec.rank import SERIAL, Rank
 
@@ -72,6 +73,7 @@ def in_thread(function: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001  # raised again in the calling thread
             raised.append(error)
 
+    use_one_heap()
     thread = threading.Thread(target=call, name="shardwise apart", daemon=True)
     thread.start()
     thread.join()

@@ -24,6 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousGrac
 
 from shardwise import errors
 from shardwise.run import network
+from shardwise.run.heap import give_freed_memory_back, use_one_heap
 from shardwise.run.process import StartMethod, default_start_method, set_threads
 from shardwise.run.progress import tell
 from shardwise.run.rendezvous import FixedRendezvous
@@ -203,6 +204,7 @@ def _run_inline(worker: Callable[[Rank], T], rank: Rank, threads: int) -> T:
         return worker(rank)
     finally:
         torch.set_num_threads(before)
+        give_freed_memory_back()  # the process is its owner's again
 
 
 def _run_as_rank(
@@ -267,6 +269,7 @@ def _run_agent(agent: RankAgent, signals: list[int]) -> None:
         except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
             raised.append(error)
 
+    use_one_heap()
     thread = threading.Thread(target=run, name="shardwise launcher", daemon=True)
     with handling(signals.append):
         thread.start()

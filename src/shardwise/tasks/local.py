@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, final
 
 from shardwise.errors import RunFailed
+from shardwise.run.available import available_memory, memory_figures
 from shardwise.tasks import wire
 from shardwise.tasks.backend import Backend, Death, Event, Order, Reply, Worker
-from shardwise.tasks.need import Allocation, Capacity, available_memory, device_environment, memory_figures
+from shardwise.tasks.need import Allocation, Capacity, device_environment
 from shardwise.tasks.slot import Slot, new_slot_file
 from shardwise.tasks.wire import SharedFile
 from shardwise.tasks.worker import STACK_SIGNAL
