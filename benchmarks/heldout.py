@@ -103,6 +103,9 @@ SEALED = (
     "bigscience_1b3_v100",
     "bmtrain_v100",
     "megatron_deepspeed_long",
+    "mlperf_gpt3",
+    "mlperf_llama405b",
+    "mlperf_llama8b",
     "torchao_float8",
     "yafsdp_a100",
 )
