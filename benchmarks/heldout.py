@@ -102,11 +102,16 @@ SEALED = (
     "amp_t4",
     "bigscience_1b3_v100",
     "bmtrain_v100",
+    "flagperf_small_a100",
+    "fms_acceleration_a100",
+    "google_gpu_recipes",
     "megatron_deepspeed_long",
     "mlperf_gpt3",
     "mlperf_llama405b",
     "mlperf_llama8b",
     "torchao_float8",
+    "vectorlm_a100",
+    "vocabulary_pp8_a100",
     "yafsdp_a100",
 )
 """Set E: collected after D was opened, by quality of statement alone and without running the planner on a row."""
