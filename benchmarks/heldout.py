@@ -106,6 +106,8 @@ SEALED = (
     "fms_acceleration_a100",
     "google_gpu_recipes",
     "megatron_deepspeed_long",
+    "megatron_tests",
+    "megatron_tests_tiny",
     "mlperf_gpt3",
     "mlperf_llama405b",
     "mlperf_llama8b",
