@@ -105,6 +105,8 @@ SEALED = (
     "flagperf_small_a100",
     "fms_acceleration_a100",
     "google_gpu_recipes",
+    "jean_zay_qwen_sft",
+    "megatron_bridge_notes",
     "megatron_deepspeed_long",
     "megatron_tests",
     "megatron_tests_tiny",
