@@ -113,6 +113,7 @@ SEALED = (
     "mlperf_gpt3",
     "mlperf_llama405b",
     "mlperf_llama8b",
+    "nvidia_bert_tf2",
     "torchao_float8",
     "vectorlm_a100",
     "vocabulary_pp8_a100",
