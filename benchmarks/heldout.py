@@ -106,6 +106,7 @@ SEALED = (
     "fms_acceleration_a100",
     "google_gpu_recipes",
     "jean_zay_qwen_sft",
+    "lightning_gpt_v100",
     "megatron_bridge_notes",
     "megatron_deepspeed_long",
     "megatron_tests",
