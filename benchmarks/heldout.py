@@ -3,8 +3,8 @@
     python benchmarks/heldout.py [--tables ../shared/tables] [--record FILE.json] [--first]
 
 `published/` holds tables collected from public pages, in the canonical columns, each with its source and licence; `--tables`
-is the folder with their scorer. `--record` keeps today's figures, which is how the first ones were kept; `--first` adds tables
-that have no first figures yet to them.
+is the folder with their scorer. `--record` keeps today's figures, which is how the first ones were kept. A table without first
+figures has never been scored and is left alone; `--first` scores such tables too, once, and keeps what came out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,13 +91,53 @@ OPENED = (
 )
 """The half of them whose rows were looked at later; of the others nobody has looked at a row beside its prediction."""
 
+SEALED = (
+    "aleph_13b",
+    "aleph_13b_8k",
+    "aleph_30b",
+    "aleph_30b_8k",
+    "aleph_65b",
+    "aleph_sequence",
+    "alpa_2d_v100",
+    "alpa_v100",
+    "amp_t4",
+    "bigscience_1b3_v100",
+    "bmtrain_v100",
+    "esm2_a10g",
+    "flagperf_small_a100",
+    "fms_acceleration_a100",
+    "google_gpu_recipes",
+    "jean_zay_qwen_sft",
+    "lightning_gpt_v100",
+    "megatron_bridge_notes",
+    "megatron_deepspeed_long",
+    "megatron_tests",
+    "megatron_tests_tiny",
+    "mlperf_gpt3",
+    "mlperf_llama405b",
+    "mlperf_llama8b",
+    "nvidia_bert_tf2",
+    "torchao_float8",
+    "vectorlm_a100",
+    "vocabulary_pp8_a100",
+    "yafsdp_a100",
+)
+"""Set E: collected after D was opened, by quality of statement alone and without running the planner on a row."""
+
 Figures = Mapping[str, Any]
 
 
-def score_tables(scorer: ModuleType) -> dict[str, Figures]:
-    """What `predict` reaches on every table, and the relative errors row by row."""
+def first_figures() -> dict[str, Figures]:
+    """Figures of the first score by table; a table that is not in it has never been scored."""
+    return dict(json.loads(FIRST_FILE.read_text(encoding="utf-8"))) if FIRST_FILE.is_file() else {}
+
+
+def score_tables(scorer: ModuleType, names: Collection[str]) -> dict[str, Figures]:
+    """What `predict` reaches on the tables of these names, and the relative errors row by row."""
     found: dict[str, Figures] = {}
     for path in sorted(PUBLISHED.glob("*.csv")):
+        if path.stem not in names:
+            continue
         rows = read_runs(path, strict=False)
         answers = list(csv.DictReader(io.StringIO(write_csv(predict_runs(rows)))))
         whole = scorer.score(scorer.read(path), answers)
@@ -137,6 +177,8 @@ def lines_of(first: Mapping[str, Figures], now: Mapping[str, Figures]) -> list[s
         "|---" * 9 + "|",
     ]
     for half, names in halves(now).items():
+        if not names:
+            continue
         for name in names:
             old, new = first[name], now[name]
             cells = (
@@ -183,10 +225,10 @@ def memory_lines(first: Mapping[str, Figures], now: Mapping[str, Figures]) -> li
 
 
 def halves(now: Mapping[str, Figures]) -> dict[str, list[str]]:
-    """Names of the tables by half, and those collected after the changes: C, and D blindly, in two halves."""
-    half_b = [name for name in now if name not in (*HALF_A, *LATER, *BLIND)]
+    """Names of the tables by half, and those collected after the changes: C, D blindly in two halves, and E."""
+    half_b = [name for name in now if name not in (*HALF_A, *LATER, *BLIND, *SEALED)]
     closed = [name for name in BLIND if name not in OPENED]
-    chosen = {"A": HALF_A, "B": half_b, "C": LATER, "D opened": OPENED, "D closed": closed}
+    chosen = {"A": HALF_A, "B": half_b, "C": LATER, "D opened": OPENED, "D closed": closed, "E": SEALED}
     return {half: [name for name in now if name in names] for half, names in chosen.items()}
 
 
@@ -292,6 +334,22 @@ what the NVIDIA tables recompute, heads wider than hidden over heads, shared exp
 """
 
 
+UNSCORED = """Set E, {rows} rows of {tables} tables, {memory} of them out of memory, was collected after D was opened and has not
+been scored: the planner was never run on a row of it.
+"""
+
+
+def unscored_note(scored: Collection[str]) -> str:
+    """What the page says of the tables that have no figures yet."""
+    rows: list[dict[str, str]] = []
+    tables = [path for path in sorted(PUBLISHED.glob("*.csv")) if path.stem not in scored]
+    for path in tables:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows += csv.DictReader(line for line in lines if not line.startswith("#"))
+    memory = sum(row["status"] == "oom" for row in rows)
+    return UNSCORED.format(rows=len(rows), tables=len(tables), memory=memory)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tables", type=Path, default=Path(__file__).parents[2] / "shared" / "tables")
@@ -299,14 +357,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, help="also write the figures to this file")
     parser.add_argument("--first", action="store_true", help="keep today's figures as the first ones of new tables")
     chosen = parser.parse_args(arguments)
-    now = score_tables(load_scorer(chosen.tables))
+    first = first_figures()
+    every = {path.stem for path in PUBLISHED.glob("*.csv")}
+    now = score_tables(load_scorer(chosen.tables), every if chosen.first else every & set(first))
     if chosen.record:
         chosen.record.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-    first = json.loads(FIRST_FILE.read_text(encoding="utf-8")) if FIRST_FILE.is_file() else now
     if chosen.first:
         first = {**now, **first}
         FIRST_FILE.write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
     page = [INTRODUCTION.format(rows=sum(figures["rows"] for figures in now.values()), tables=len(now))]
+    page += [unscored_note(now)] if every - set(now) else []
     page += ["## Seconds of a step", "", *lines_of(first, now), MEANING, "## Memory", "", *memory_lines(first, now)]
     chosen.out.write_text("\n".join(page) + "\n", encoding="utf-8")
 
