@@ -332,6 +332,22 @@ def test_v_shaped_and_interleaved_pipelines_have_two_stages_a_rank() -> None:
     assert few.seconds["compute"] > 0
 
 
+def test_what_a_plan_says_of_pipelines_is_left_out_where_there_is_none() -> None:
+    base = Plan(schedule="zbv")
+    found = search_job(problem(machine=machine(), workers=2, axes=("data", "pipeline"), base=base), accept)
+    schedules = {str(item.plan.layout): item.plan.schedule for item in found.plans}
+    assert schedules == {"serial": "1f1b", "data=2": "1f1b", "pipeline=2": "zbv"}
+    for schedule in ("zbv", "dualpipev", "interleaved1f1b"):  # by hand: training refuses it, its price is that without
+        odd = replace(plan("data=2"), schedule=schedule)
+        assert estimate_job(facts(), machine(), odd).seconds == estimate_job(facts(), machine(), plan("data=2")).seconds
+
+
+def test_a_plan_says_how_many_stages_a_rank_has() -> None:
+    planned = replace(plan("pipeline=2", micro_batch=2), schedule="interleaved1f1b", virtual_stages=4)
+    assert len(stages_of(facts(blocks=8), planned).parts) == 8
+    assert len(stages_of(facts(blocks=8), replace(planned, virtual_stages=None)).parts) == 4
+
+
 def test_memory_is_told_part_by_part() -> None:
     serial, shard, data = (estimate_job(facts(), machine(), plan(text)) for text in ("serial", "shard=4", "data=4"))
     assert serial.memory["activations"] == pytest.approx(8e7)

@@ -5,11 +5,13 @@ import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from shardwise.cli.plan import plan as plan_command
+from shardwise.cli.plan_job import write_plan
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.breakeven import LAYOUTS, Budget, break_even_batch, break_even_gbits, break_even_link
@@ -28,6 +30,7 @@ from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure
 from shardwise.spec.plan import Plan
+from shardwise.spec.runnable import check_plan, refusals
 
 SMALL = "llama:layers=32,hidden=4096,heads=32,kv_heads=8,ffn=14336,vocab=128256,seq=8192"
 LARGE = "gpt:layers=96,hidden=12288,heads=96,seq=2048,vocab=51200"
@@ -330,10 +333,38 @@ def test_the_winner_becomes_a_plan_that_reads_back() -> None:
     assert plan.layout.workers == 16 and plan.layout.tensor == found.best.case.tensor
     assert plan.prediction is not None
     assert sum(plan.prediction.seconds_by_part.values()) == pytest.approx(plan.prediction.step_seconds)
-    fp8 = search(problem(SMALL, 16, 64, "h100", precision="fp8")).best
-    assert fp8 is not None
+
+
+def test_a_plan_file_says_all_that_the_search_chose_and_training_refuses_the_rest_in_words(tmp_path: Path) -> None:
+    asked = problem(
+        "gpt:layers=30,hidden=4096,heads=32,seq=2048,vocab=51200", 64, 256, precision="fp8", hardware="h100"
+    )
+    chosen = [
+        item
+        for item in search(asked).plans
+        if item.case.schedule == "interleaved1f1b" and item.case.zero_stage == 1 and item.case.layers_per_stage[0] == 2
+    ]
+    assert chosen
+    case, path = chosen[0].case, tmp_path / "plan.toml"
+    write_plan(as_plan(chosen[0], ("because",)), path)
+    plan = Plan.read(path)
+    assert plan == as_plan(chosen[0], ("because",))
+    said = (plan.virtual_stages, plan.zero_stage, plan.stage_layers, plan.precision, plan.recompute, plan.micro_batch)
+    assert said == (
+        case.virtual_stages, 1, case.layers_per_stage, "fp8", case.recompute, case.micro_batch
+    )  # fmt: skip
+    assert f"virtual_stages={case.virtual_stages}" in str(plan) and "zero_stage=1" in str(plan)
+    assert plan.for_batch(256).prediction is not None
+    assert replace(plan, virtual_stages=None).for_batch(256).prediction is None  # it was made for another plan
+    told = " / ".join(refusals(plan))
+    assert "precision='fp8': shardwise trains in fp32 or bf16" in told
+    assert "zero_stage=1: shardwise's shard axis splits the parameters too" in told
     with pytest.raises(PlanError, match="fp8"):
-        as_plan(fp8)
+        check_plan(plan)
+    runs = replace(plan, precision="bf16", zero_stage=None)
+    check_plan(runs)  # the rest can be executed
+    assert "stage_layers: give one number for each" in " ".join(refusals(replace(runs, stage_layers=(30,))))
+    assert "only interleaved1f1b" in " ".join(refusals(replace(runs, schedule="1f1b")))
 
 
 def test_families_have_names() -> None:

@@ -14,6 +14,7 @@ from shardwise.units import format_bytes, format_seconds, parse_bytes
 if TYPE_CHECKING:
     from shardwise.planner.search import Candidate, Found, Problem
     from shardwise.spec.machine import Machine
+    from shardwise.spec.plan import Plan
 
 
 @click.command()
@@ -218,10 +219,19 @@ def _for_model(
         if asked is not None:
             click.echo(f"{wanted}: {asked}.")
     if out is not None and found.best is not None:
-        from shardwise.cli.plan_job import write_plan
-
-        write_plan(as_plan(found.best, (told,)), out)
+        _write(as_plan(found.best, (told,)), out)
     return 0 if found.best is not None else 1
+
+
+def _write(plan: Plan, out: Path) -> None:
+    """Write the plan of a described model, and say what of it `train` does not run."""
+    from shardwise.cli.plan_job import write_plan
+    from shardwise.spec.runnable import refusals
+
+    write_plan(plan, out)
+    click.echo(f"written to {out}", err=True)
+    for reason in refusals(plan):
+        click.echo(f"note: shardwise train refuses it as it is: plan {plan.layout}{reason}", err=True)
 
 
 SMALLEST_MEMORY = 2**20

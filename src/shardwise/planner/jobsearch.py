@@ -162,7 +162,8 @@ def placed_plans(problem: JobProblem) -> Iterator[tuple[Plan, int]]:
                     count += 1
                     if count > MOST_LAYOUTS:
                         return
-                    yield replace(problem.base, layout=layout, threads=threads, micro_batch=micro), nodes
+                    plan = replace(problem.base.with_layout(layout), threads=threads, micro_batch=micro)
+                    yield plan, nodes
 
 
 def _micro_batches(problem: JobProblem, layout: Layout) -> list[int | None]:

@@ -182,11 +182,7 @@ def tensor_degrees(problem: Problem) -> list[int]:
 
 
 def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
-    """The candidate as a plan that can be written down and run, with its prediction.
-
-    Raises:
-        PlanError: a precision that plans do not have.
-    """
+    """The candidate as a plan that can be written down, with its prediction; `spec/runnable.py` tells whether `train` runs it."""
     case, found = item.case, item.estimate
     prediction = Prediction(
         step_seconds=found.step_seconds,
@@ -195,8 +191,16 @@ def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
         bytes_by_part={name: round(size) for name, size in found.memory.by_part().items()},
         confidence="certain to fit" if found.certain and found.fits else "near the memory limit",
     )
-    plain = Plan(layout=case.layout(), schedule=case.schedule, micro_batch=case.micro_batch, reasons=reasons)
-    settings = {"precision": case.precision, "recompute": case.recompute, "compile": bool(case.compile)}
+    chunks = case.virtual_stages if case.schedule == "interleaved1f1b" else None
+    plain = Plan(layout=case.layout(), schedule=case.schedule, virtual_stages=chunks, micro_batch=case.micro_batch)
+    settings = {
+        "precision": case.precision,
+        "recompute": case.recompute,
+        "compile": bool(case.compile),
+        "zero_stage": case.zero_stage or None,
+        "stage_layers": case.layers_per_stage if case.pipeline > 1 else (),
+        "reasons": reasons,
+    }
     plan = Plan.from_dict({**plain.to_dict(), **settings})
     return replace(plan, prediction=replace(prediction, made_for=plan.planned_for(case.global_batch)))
 

@@ -68,17 +68,26 @@ def placement_of(schedule: str, ranks: int, stages: int) -> tuple[int, ...]:
     return tuple(stage % ranks for stage in range(stages))
 
 
-def stages_for(schedule: str, ranks: int, cuts: Sequence[str] = ()) -> int:
+def stages_for(schedule: str, ranks: int, cuts: Sequence[object] = (), virtual_stages: int | None = None) -> int:
     """How many stages a model is cut into.
 
+    Args:
+        cuts: one entry for each, of any kind; empty where they are chosen.
+        virtual_stages: of every rank, where the plan says so.
+
     Raises:
-        PlanError: the cuts do not fit the ranks.
+        PlanError: these do not fit the ranks, or each other.
     """
     if schedule in V_SHAPED:
         return 2 * ranks
     if schedule != "interleaved1f1b":
         return ranks
-    stages = len(cuts) + 1 if cuts else CHUNKS * ranks
+    stages = len(cuts) + 1 if cuts else (virtual_stages or CHUNKS) * ranks
+    if virtual_stages is not None and stages != virtual_stages * ranks:
+        raise PlanError(
+            f"plan virtual_stages={virtual_stages} makes {virtual_stages * ranks} stages on {ranks} ranks, but its cuts make "
+            f"{stages}: leave one of them out"
+        )
     if stages % ranks or stages == ranks:
         raise PlanError(
             f"plan schedule='interleaved1f1b' with {stages} stages on {ranks} ranks: every rank needs the same number of "
