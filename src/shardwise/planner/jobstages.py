@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from shardwise.planner.closedform import rank_of
-from shardwise.planner.schedule import stages_per_rank
 from shardwise.spec.balance import balanced
-from shardwise.spec.plan import Plan
-from shardwise.spec.schedule import stages_for
+from shardwise.spec.plan import V_SHAPED, Plan
+from shardwise.spec.schedule import rank_of, stages_for
 from shardwise.spec.work import CutFacts, JobFacts
 
 
@@ -125,7 +123,7 @@ def _pack(work: Sequence[float], most: float) -> list[list[int]]:
 
 def _placed(plan: Plan, stages: int) -> tuple[str, int]:
     """The schedule and the number of ranks that so many stages are priced with."""
-    least = plan.layout.pipeline * (1 if stages_per_rank(plan.schedule, 2) == 1 else 2)
+    least = plan.layout.pipeline * (2 if plan.schedule in (*V_SHAPED, "interleaved1f1b") else 1)
     if stages < least or stages % plan.layout.pipeline:
         return "1f1b", stages  # the model has too few blocks to say how it would be cut
     return plan.schedule, plan.layout.pipeline

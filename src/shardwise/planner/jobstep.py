@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardwise.planner.closedform import Timeline, rank_of
+from shardwise.planner.closedform import Timeline
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import MESSAGE_SECONDS, message_seconds
@@ -29,6 +29,7 @@ from shardwise.planner.schedule import simulate
 from shardwise.planner.step import UNCERTAIN
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
+from shardwise.spec.schedule import rank_of
 from shardwise.spec.work import JobFacts
 
 STEP_SECONDS = 1.5e-4

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwise.planner.case import Case
-from shardwise.planner.closedform import Timeline, Wire, closed_form, even, rank_of
+from shardwise.planner.closedform import Timeline, Wire, closed_form, even
 from shardwise.planner.collectives import (
     Network,
     all_gather,
@@ -41,6 +41,7 @@ from shardwise.planner.memory import (
 )
 from shardwise.planner.overlap import delay, exchange_overlaps, hidden, regather_seconds, shards_in_a_loop
 from shardwise.planner.schedule import simulate
+from shardwise.spec.schedule import rank_of
 
 UNCERTAIN = 1.2
 """Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
