@@ -342,6 +342,26 @@ def test_what_a_plan_says_of_pipelines_is_left_out_where_there_is_none() -> None
         assert estimate_job(facts(), machine(), odd).seconds == estimate_job(facts(), machine(), plan("data=2")).seconds
 
 
+def test_pipelines_are_priced_under_the_schedules_that_run() -> None:
+    places = tuple(cut_at(block) for block in range(1, 4))
+
+    def offered(facts: JobFacts, **changes: object) -> dict[str, set[str]]:
+        asked = problem(facts=facts, workers=4, axes=("data", "pipeline", "tensor"), exactly=True, **changes)
+        found: dict[str, set[str]] = {}
+        for item in plans_of(asked):
+            if item.micro_batch:
+                found.setdefault(str(item.layout), set()).add(item.schedule)
+        return found
+
+    every = {"1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev"}
+    known = replace(facts(), cuts=places)
+    assert offered(known)["data=2,pipeline=2"] == every
+    assert offered(known)["tensor=2,pipeline=2"] == {"1f1b", "interleaved1f1b"}  # halves go with data alone
+    assert offered(known)["pipeline=4"] == {"1f1b", "zerobubble"}  # three places make four stages, not eight
+    assert offered(replace(known, expert_bytes=1e6))["data=2,pipeline=2"] == {"1f1b", "interleaved1f1b"}
+    assert offered(known, base=Plan(schedule="gpipe"))["data=2,pipeline=2"] == {"gpipe"}
+
+
 def test_a_plan_says_how_many_stages_a_rank_has() -> None:
     planned = replace(plan("pipeline=2", micro_batch=2), schedule="interleaved1f1b", virtual_stages=4)
     assert len(stages_of(facts(blocks=8), planned).parts) == 8

@@ -24,7 +24,8 @@ from shardwise.planner.explain import (
     why_best,
     why_not,
 )
-from shardwise.planner.search import MANY, Problem, as_plan, cases, family, fewer_workers, search
+from shardwise.planner.search import MANY, Candidate, Problem, as_plan, cases, family, fewer_workers, search
+from shardwise.planner.stagecuts import best_cuts
 from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
@@ -56,6 +57,7 @@ def test_every_layout_uses_all_workers_and_keeps_the_rules() -> None:
                 case.pipeline,
                 case.zero_stage,
                 case.micro_batch,
+                case.schedule,
                 case.virtual_stages,
                 case.recompute,
             )
@@ -339,16 +341,15 @@ def test_a_plan_file_says_all_that_the_search_chose_and_training_refuses_the_res
     asked = problem(
         "gpt:layers=30,hidden=4096,heads=32,seq=2048,vocab=51200", 64, 256, precision="fp8", hardware="h100"
     )
-    chosen = [
+    case = next(
         item
-        for item in search(asked).plans
-        if item.case.schedule == "interleaved1f1b" and item.case.zero_stage == 1 and item.case.layers_per_stage[0] == 2
-    ]
-    assert chosen
-    case, path = chosen[0].case, tmp_path / "plan.toml"
-    write_plan(as_plan(chosen[0], ("because",)), path)
+        for item in cases(asked)
+        if item.schedule == "interleaved1f1b" and item.zero_stage == 1 and len(set(item.layers_per_stage)) > 1
+    )
+    chosen, path = Candidate(case, estimate(case)), tmp_path / "plan.toml"
+    write_plan(as_plan(chosen, ("because",)), path)
     plan = Plan.read(path)
-    assert plan == as_plan(chosen[0], ("because",))
+    assert plan == as_plan(chosen, ("because",))
     said = (plan.virtual_stages, plan.zero_stage, plan.stage_layers, plan.precision, plan.recompute, plan.micro_batch)
     assert said == (
         case.virtual_stages, 1, case.layers_per_stage, "fp8", case.recompute, case.micro_batch
@@ -365,6 +366,55 @@ def test_a_plan_file_says_all_that_the_search_chose_and_training_refuses_the_res
     check_plan(runs)  # the rest can be executed
     assert "stage_layers: give one number for each" in " ".join(refusals(replace(runs, stage_layers=(30,))))
     assert "only interleaved1f1b" in " ".join(refusals(replace(runs, schedule="1f1b")))
+
+
+def test_the_ends_of_a_pipeline_get_fewer_layers_where_that_is_faster() -> None:
+    asked = problem("gpt:layers=32,hidden=2048,heads=16,seq=2048,vocab=256000", 8, 64)
+    wide = next(c for c in cases(asked) if c.pipeline == 8 and c.schedule == "1f1b" and c.micro_batch == 1)
+    assert wide.head_in_layers > 4  # the output projection alone is more than an even stage
+    case, found = best_cuts(wide)
+    assert sum(case.layers_per_stage) == 32 and case.layers_per_stage[-1] == 0
+    assert max(case.layers_per_stage) - min(case.layers_per_stage[1:-1]) <= 1
+    everything = [
+        replace(wide, stage_layers=(first, *middle, 32 - first - sum(middle)))
+        for first in range(1, 7)
+        for least in range(2, 6)
+        for more in range(7)
+        if 32 - first - sum(middle := (least + 1,) * more + (least,) * (6 - more)) >= 0
+    ]
+    assert found.step_seconds <= 1.002 * min(estimate(item).step_seconds for item in everything)
+    assert found.step_seconds < estimate(replace(wide, stage_layers=(4,) * 8)).step_seconds
+    flat = problem("gpt:layers=32,hidden=8192,heads=64,seq=2048,vocab=51200", 8, 64)
+    even = next(c for c in cases(flat) if c.pipeline == 4 and c.schedule == "1f1b" and c.micro_batch == 1)
+    assert best_cuts(even)[0].layers_per_stage == (8,) * 4
+    with pytest.raises(PlanError, match="8 numbers that sum to 32"):
+        replace(wide, stage_layers=(4,) * 7)
+
+
+def test_schedules_are_those_that_software_offers() -> None:
+    dense = list(cases(problem("gpt:layers=32,hidden=4096,heads=32,seq=2048,vocab=51200", 16, 256)))
+    assert {case.schedule for case in dense} == {"1f1b", "interleaved1f1b", "zbv"}
+    for case in dense:
+        if case.schedule == "zbv":
+            assert case.recompute == "none" and case.micro_batches >= 2 * case.pipeline
+            assert case.virtual_stages == 2 and 2 * case.pipeline <= 32
+    assert {case.zero_stage for case in dense if case.pipeline == 1 and case.data > 1} == {0, 1, 2, 3}
+    old = problem("gpt:layers=32,hidden=4096,heads=32,seq=2048,vocab=51200", 16, 256, "v100-32gb-sxm", precision="fp16")
+    assert {case.schedule for case in cases(replace(old, attention="math"))} == {"1f1b", "interleaved1f1b"}
+    mixture = list(cases(problem(SMALL + ",experts=8,experts_per_token=2", 16, 256)))
+    assert {case.schedule for case in mixture if case.expert > 1} == {"1f1b", "interleaved1f1b", "dualpipev"}
+
+
+def test_experts_over_nodes_are_hidden_by_dualpipe_as_published() -> None:
+    """DeepSeek-V3 (arXiv:2412.19437, section 3.2): 2,048 H800, 16 stages of DualPipe, ZeRO-1, no tensor ranks."""
+    text = "llama:layers=61,hidden=7168,heads=128,ffn=2048,vocab=129280,experts=256,experts_per_token=8,seq=4096"
+    best = search(problem(text, 2048, 15360, "h800-sxm")).best
+    assert best is not None
+    case = best.case
+    assert (case.schedule, case.pipeline, case.zero_stage, case.tensor) == ("dualpipev", 16, 1, 1)
+    assert case.expert >= 8
+    plan = as_plan(best)
+    assert plan.schedule == "dualpipev" and plan.virtual_stages is None and sum(plan.stage_layers) == 61
 
 
 def test_families_have_names() -> None:

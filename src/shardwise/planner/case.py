@@ -38,6 +38,7 @@ class Case:
         sequence_parallel: activations outside the matrix products are split over the tensor ranks too.
         attention: `flash` never writes the score matrix, `math` does.
         compile: the model runs through a compiler that fuses its element-wise kernels; None is unknown.
+        stage_layers: layers of every stage, in model order; empty for what software does by itself (`layers_per_stage`).
         schedule: `gpipe`, `1f1b`, `interleaved1f1b`, `zerobubble`, `zbv` or `dualpipev`.
     """
 
@@ -59,6 +60,7 @@ class Case:
     precision: str = "bf16"
     compile: bool | None = False
     schedule: str = "1f1b"
+    stage_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -78,6 +80,11 @@ class Case:
         for name, allowed in (("recompute", RECOMPUTES), ("attention", ATTENTIONS), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise PlanError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(allowed)}")
+        stages = self.pipeline * self.virtual_stages
+        if self.stage_layers and (len(self.stage_layers), sum(self.stage_layers)) != (stages, self.model.layers):
+            raise PlanError(
+                f"stage_layers={self.stage_layers}: {stages} numbers that sum to {self.model.layers} are needed"
+            )
         if self.zero_stage not in (0, 1, 2, 3):
             raise PlanError(f"zero_stage={self.zero_stage!r}: it must be 0, 1, 2 or 3")
 
@@ -175,6 +182,8 @@ class Case:
     @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:
         """Layers of every stage, in model order; `pipeline * virtual_stages` entries."""
+        if self.stage_layers:
+            return self.stage_layers
         stages = self.pipeline * self.virtual_stages
         layers = self.model.layers
         if self.classic or stages == 1:

@@ -224,7 +224,10 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
         precision=precision,
         compile=_compiled(row, place),
         schedule=schedule,
-        **degrees,
+        data=degrees["data"],
+        tensor=degrees["tensor"],
+        pipeline=degrees["pipeline"],
+        context=degrees["context"],
     )
 
 

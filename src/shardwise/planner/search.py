@@ -8,15 +8,16 @@ from shardwise.errors import PlanError
 from shardwise.planner.case import Case
 from shardwise.planner.compute import device_rates
 from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.stagecuts import best_cuts
 from shardwise.planner.step import Estimate, Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
-from shardwise.spec.plan import Plan, Prediction
+from shardwise.spec.plan import V_SHAPED, Plan, Prediction, in_runs
 
 LONG_SEQUENCE = 16384
 """Shorter sequences are not worth splitting: one of them fits a device with any other kind of parallelism."""
 
-Setting = tuple[int, ...]
+Setting = tuple[int | str, ...]
 
 SIMULATED = 8
 """Best layouts whose pipeline is simulated; the others keep the closed form."""
@@ -102,7 +103,7 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
             priced += _price(replace(problem, workers=workers), problem.workers, constants, some, {})
             best.update({key: item for key, item in some.items() if item.estimate.step_seconds < fastest})
     ranked = sorted(best.values(), key=lambda item: item.estimate.step_seconds)
-    head = [replace(item, estimate=estimate(item.case, constants)) for item in ranked[:SIMULATED]]
+    head = [Candidate(*best_cuts(item.case, constants), item.workers) for item in ranked[:SIMULATED]]
     head.sort(key=lambda item: item.estimate.step_seconds)
     lost = [item for key, item in least.items() if key not in best]
     lost.sort(key=lambda item: item.estimate.step_seconds)
@@ -123,7 +124,7 @@ def _price(
     memo = Memo()
     for case in cases(problem):
         key = (case.data, case.tensor, case.pipeline, case.context, case.expert, case.zero_stage)
-        setting = (*key, case.micro_batch, case.virtual_stages)
+        setting = (*key, case.micro_batch, case.schedule, case.virtual_stages)
         if setting == settled:
             continue  # it fits with less recomputation, and more of it only takes longer
         found = Candidate(case, estimate(case, constants, quick=True, memo=memo), at_hand)
@@ -227,14 +228,11 @@ def _base(problem: Problem, tensor: int, pipeline: int, context: int, data: int,
 def _settings(base: Case) -> Iterator[Case]:
     """Micro-batch, chunks, recomputation and sharding of one setting of the degrees."""
     share = base.global_batch // base.data
-    stages = (0,) if base.data * base.context == 1 else ((0, 1, 3) if base.pipeline == 1 else (0, 1))
+    stages = (0,) if base.data * base.context == 1 else ((0, 1, 2, 3) if base.pipeline == 1 else (0, 1))
     for micro_batch in _micro_batches(share):
-        for chunks in CHUNKS if base.pipeline > 1 else (1,):
-            if base.pipeline * chunks > base.model.layers or (chunks > 1 and (share // micro_batch) % base.pipeline):
-                continue
-            schedule = "interleaved1f1b" if chunks > 1 else "1f1b"
+        for schedule, chunks in _schedules(base, share // micro_batch):
             for stage in stages:
-                for recompute in RECOMPUTES:
+                for recompute in RECOMPUTES if schedule != "zbv" else ("none",):
                     yield replace(
                         base,
                         micro_batch=micro_batch,
@@ -243,6 +241,23 @@ def _settings(base: Case) -> Iterator[Case]:
                         recompute=recompute,
                         zero_stage=stage,
                     )
+
+
+def _schedules(base: Case, passes: int) -> Iterator[tuple[str, int]]:
+    """(schedule, stages a rank) that software offers for so many micro-batches.
+
+    A V needs as many micro-batches as it has stages (PyTorch, `ScheduleZBVZeroBubble`, `ScheduleDualPipeV`); software of the time
+    before 2022 had none. Under zbv all backward passes are in halves, which nobody joins with recomputation. DualPipe is for
+    exchanges with experts, which it hides, and recomputes (DeepSeek-V3, arXiv:2412.19437, sections 3.2.1 and 3.2.3).
+    """
+    yield "1f1b", 1
+    if base.pipeline == 1:
+        return
+    for chunks in CHUNKS:
+        if chunks > 1 and base.pipeline * chunks <= base.model.layers and passes % base.pipeline == 0:
+            yield "interleaved1f1b", chunks
+    if not base.classic and 2 * base.pipeline <= min(base.model.layers, passes):
+        yield ("dualpipev" if base.expert > 1 else "zbv"), 2
 
 
 def _micro_batches(share: int) -> list[int]:
@@ -288,6 +303,10 @@ def describe(case: Case) -> str:
     parts.append(f"micro_batch={case.micro_batch}")
     if case.recompute != "none":
         parts.append(f"recompute={case.recompute}")
-    if case.virtual_stages > 1:
+    if case.schedule in V_SHAPED:
+        parts.append(f"schedule={case.schedule}")
+    elif case.virtual_stages > 1:
         parts.append(f"virtual_stages={case.virtual_stages}")
+    if case.stage_layers:
+        parts.append(f"stage_layers={in_runs(case.stage_layers)}")
     return " ".join(parts)

@@ -117,11 +117,11 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
             memo.works[done] = works_of(case, device, constants)
         memo.passes[key] = _passes(case, device, net, constants, memo.works[done])
     layer, ends, parts = memo.passes[key]
-    piped = (*key, case.pipeline, case.virtual_stages, case.schedule, case.micro_batches, quick)
+    piped = (*key, case.pipeline, case.virtual_stages, case.schedule, case.micro_batches, quick, case.stage_layers)
     if piped not in memo.timelines:
         memo.timelines[piped] = _timeline(case, net, layer, ends, quick)
     timeline, first, last, waits = memo.timelines[piped]
-    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule)
+    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule, case.stage_layers)
     if split not in memo.shares:
         memo.shares[split] = rank_shares(case)
     shares = memo.shares[split]

@@ -124,10 +124,8 @@ class Plan:
                 raise PlanError(f"plan {name}={value!r}: it must be a whole number of at least 1, or be left out")
         if self.zero_stage is not None and (not _counts(self.zero_stage) or self.zero_stage not in ZERO_STAGES):
             raise PlanError(f"plan zero_stage={self.zero_stage!r}: it must be 1, 2 or 3, or be left out")
-        if not isinstance(self.stage_layers, tuple) or not all(_counts(value) for value in self.stage_layers):
-            raise PlanError(
-                f"plan stage_layers={self.stage_layers!r}: it must be a list of whole numbers of at least 1"
-            )
+        if not isinstance(self.stage_layers, tuple) or not all(_counts(value, 0) for value in self.stage_layers):
+            raise PlanError(f"plan stage_layers={self.stage_layers!r}: it must be a list of whole numbers")
         if not isinstance(self.compile, bool):
             raise PlanError(f"plan compile={self.compile!r}: it must be true or false")
         if not isinstance(self.layout, Layout):
@@ -281,9 +279,9 @@ def _from_runs(text: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _counts(value: object) -> bool:
-    """Whether it is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _counts(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number of at least that."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _layout_from_degrees(degrees: dict[str, int]) -> Layout:

@@ -70,6 +70,8 @@ def _of_pipelines(plan: Plan) -> Iterator[str]:
             f" with schedule={plan.schedule!r} and virtual_stages={plan.virtual_stages}: only interleaved1f1b has any number of "
             "stages a worker; use it, or leave virtual_stages out"
         )
+    if 0 in plan.stage_layers:
+        yield " with stage_layers of 0: a stage needs a layer to start with; move one there, or name cuts"
     if plan.cuts and plan.stage_layers:
         yield " with cuts and stage_layers: both say where the model is cut; leave one of them out"
     elif plan.stage_layers and plan.schedule in (*V_SHAPED, "interleaved1f1b"):
