@@ -15,6 +15,7 @@ from shardwise.cli.plan_job import write_plan
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.breakeven import LAYOUTS, Budget, break_even_batch, break_even_gbits, break_even_link
+from shardwise.planner.confidence import PUBLISHED, published_kind
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.explain import (
     enough_workers,
@@ -417,6 +418,20 @@ def test_experts_over_nodes_are_hidden_by_dualpipe_as_published() -> None:
     assert plan.schedule == "dualpipev" and plan.virtual_stages is None and sum(plan.stage_layers) == 61
 
 
+def test_the_range_goes_by_the_kind_of_run() -> None:
+    kinds = {
+        name: published_kind(next(cases(problem(text, workers, 64, hardware))))
+        for name, text, workers, hardware in (
+            ("one", SMALL, 8, "a100-80gb-sxm"),
+            ("two", SMALL, 16, "h100-sxm"),
+            ("mixture", SMALL + ",experts=8,experts_per_token=2", 8, "b200"),
+            ("old", SMALL, 8, "v100-32gb-sxm"),
+        )
+    }
+    assert kinds == {"one": "one node", "two": "several nodes", "mixture": "experts", "old": "other parts"}
+    assert all(low < 1.0 < high for low, high in PUBLISHED.values())
+
+
 def test_families_have_names() -> None:
     names = {family(case) for case in cases(problem(SMALL, 8, 64))}
     assert {"data", "shard", "tensor", "pipeline", "data+tensor+pipeline"} <= names
@@ -435,10 +450,14 @@ def test_command_line() -> None:
     best = document["plans"][0]
     assert best["fits"] is True and best["layout"].keys() == Layout().degrees.keys()
     assert sum(best["breakdown"]["seconds"].values()) == pytest.approx(best["step_seconds"])
+    low, high = PUBLISHED["several nodes"]
+    assert best["step_seconds_range"] == pytest.approx([low * best["step_seconds"], high * best["step_seconds"]])
+    assert best["range_of"] == "4 of 5 published runs, several nodes"
     assert {"layout", "family", "reason"} == document["rejected"][0].keys()
     assert document["why_not"]["layout"] == "tensor=8"
     code, text, _ = run(*words)
     assert code == 0 and text.splitlines()[1].startswith("1. ")
+    assert f"4 of 5 published runs on several nodes took {low:g} to {high:g} times their prediction" in text
 
 
 def test_command_line_says_no_and_refuses_nonsense() -> None:

@@ -164,6 +164,7 @@ def _for_model(
 ) -> int:
     from shardwise.cli.plan_job import check_out
     from shardwise.planner.case import usual_kernels
+    from shardwise.planner.confidence import published_words
     from shardwise.planner.explain import enough_workers, losers, nothing_fits, what_helps, why_best, why_not
     from shardwise.planner.search import Problem, as_plan, search
     from shardwise.spec.facts import Transformer
@@ -212,6 +213,8 @@ def _for_model(
     else:
         _print_table(problem, found, top)
         click.echo(told)
+        if found.best is not None:
+            click.echo(f"  how sure: {published_words(found.best.case)}; layouts of one model err alike.")
         for item in reasons:
             click.echo(f"  {item.family}: {item.layout}: {item.sentence}.")
         for sentence in helps:
@@ -274,7 +277,10 @@ def _machine(name: str, gpus_per_node: int | None, network: float | None, memory
 
 
 def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
+    from shardwise.planner.confidence import PUBLISHED, published_kind
+
     case, found = item.case, item.estimate
+    kind = published_kind(case)
     return {
         "layout": case.layout().degrees,
         "workers": case.workers,
@@ -288,6 +294,8 @@ def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
             "precision": case.precision,
         },
         "step_seconds": found.step_seconds,
+        "step_seconds_range": [factor * found.step_seconds for factor in PUBLISHED[kind]],
+        "range_of": f"4 of 5 published runs, {kind}",
         "samples_per_second": problem.global_batch / found.step_seconds,
         "memory_bytes": round(found.memory.total),
         "fits": found.fits,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
 from shardwise.planner.compute import device_rates
+from shardwise.planner.confidence import published_words
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.stagecuts import best_cuts
 from shardwise.planner.step import Estimate, Memo, estimate
@@ -190,7 +191,7 @@ def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
         memory_bytes=round(found.memory.total),
         seconds_by_part=dict(found.seconds),
         bytes_by_part={name: round(size) for name, size in found.memory.by_part().items()},
-        confidence="certain to fit" if found.certain and found.fits else "near the memory limit",
+        confidence=f"{published_words(case)}; {'certain to fit' if found.certain and found.fits else 'near the memory limit'}",
     )
     chunks = case.virtual_stages if case.schedule == "interleaved1f1b" else None
     plain = Plan(layout=case.layout(), schedule=case.schedule, virtual_stages=chunks, micro_batch=case.micro_batch)
