@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardwise.errors import UserError
-from shardwise.units import format_bytes, format_seconds, parse_bytes
+from shardwise.units import format_bytes, format_count, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from shardwise.planner.search import Candidate, Found, Problem
@@ -162,7 +162,7 @@ def _for_model(
     why_not_text: str | None,
     as_json: bool,
 ) -> int:
-    from shardwise.cli.plan_job import check_out
+    from shardwise.cli.plan_job import FAMILIES, check_out
     from shardwise.planner.case import usual_kernels
     from shardwise.planner.confidence import published_words
     from shardwise.planner.explain import enough_workers, losers, nothing_fits, what_helps, why_best, why_not
@@ -215,8 +215,10 @@ def _for_model(
         click.echo(told)
         if found.best is not None:
             click.echo(f"  how sure: {published_words(found.best.case)}; layouts of one model err alike.")
-        for item in reasons:
+        for item in reasons[:FAMILIES]:
             click.echo(f"  {item.family}: {item.layout}: {item.sentence}.")
+        if len(reasons) > FAMILIES:
+            click.echo(f"  {len(reasons) - FAMILIES} other kinds: --json tells about them, --why-not about one layout.")
         for sentence in helps:
             click.echo(f"  would help: {sentence}.")
         if asked is not None:
@@ -316,7 +318,7 @@ def _print_table(problem: Problem, found: Found, top: int) -> None:
         share = 100 / item.estimate.step_seconds
         sure = "sure to fit" if item.estimate.certain else "near the limit"
         click.echo(
-            f"{rank}. {format_seconds(item.estimate.step_seconds)}  {speed:.3g} samples/s  "
+            f"{rank}. {format_seconds(item.estimate.step_seconds)}  {format_count(speed)} samples/s  "
             f"{format_bytes(item.estimate.memory.total)} ({sure})  communication {share * exposed:.0f} %  "
             f"bubble {share * item.estimate.seconds['bubble']:.0f} %  {item}"
         )
