@@ -158,6 +158,8 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Run:
         Plan(layout=Layout(pipeline=2, data=2), schedule="dualpipev", cuts=("blocks.1", "blocks.2", "norm")),
         Plan(layout=Layout(pipeline=2, tensor=2), cuts=("blocks.1.3",)),  # where tensor has its values in pieces
         Plan(layout=Layout(shard=2)),  # for what an evaluation between steps leaves behind
+        Plan(layout=Layout(shard=2), zero_stage=2),
+        Plan(layout=Layout(pipeline=2, shard=2), zero_stage=2),
     ],
     ids=str,
 )
@@ -283,7 +285,8 @@ def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         ),
         ({}, Plan(layout=Layout(pipeline=2), stage_layers=(2, 1, 1)), "give one number for each of the 2 stages"),
         ({}, Plan(layout=Layout(pipeline=2), virtual_stages=2), "only interleaved1f1b has any number of stages"),
-        ({}, Plan(layout=Layout(shard=2), zero_stage=1), "splits the parameters too"),
+        ({}, Plan(layout=Layout(shard=2), zero_stage=1), "splits gradients too; write zero_stage=2, or data=2"),
+        ({}, Plan(layout=Layout(data=2), zero_stage=2), "it belongs to a shard axis"),
         ({}, Plan(layout=Layout(data=2), precision="fp8"), "shardwise trains in fp32 or bf16"),
         (
             {},

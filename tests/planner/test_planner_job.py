@@ -364,6 +364,21 @@ def test_pipelines_are_priced_under_the_schedules_that_run() -> None:
     assert offered(known, base=Plan(schedule="gpipe"))["data=2,pipeline=2"] == {"gpipe"}
 
 
+def test_stage_two_gathers_half_as_often_and_holds_all_parameters() -> None:
+    asked = problem(axes=("shard",), workers=2, exactly=True)
+    assert [(str(item.layout), item.zero_stage) for item in plans_of(replace(asked, threads=1))] == [
+        ("shard=2", None),
+        ("shard=2", 2),
+    ]
+    again, once = (estimate_job(facts(), machine(), replace(plan("shard=2"), zero_stage=stage)) for stage in (None, 2))
+    units = facts().shard_units + 1
+    gather = Links(machine(), Layout(shard=2)).seconds("all_gather", facts().gradient_bytes / units, ("shard",))
+    assert again.seconds["shards"] - once.seconds["shards"] == pytest.approx(units * gather)
+    assert once.memory["gathered"] - again.memory["gathered"] == pytest.approx(
+        facts().parameter_bytes - facts().gradient_bytes / units
+    )
+
+
 def test_a_plan_says_how_many_stages_a_rank_has() -> None:
     planned = replace(plan("pipeline=2", micro_batch=2), schedule="interleaved1f1b", virtual_stages=4)
     assert len(stages_of(facts(blocks=8), planned).parts) == 8

@@ -360,7 +360,7 @@ def test_a_plan_file_says_all_that_the_search_chose_and_training_refuses_the_res
     assert replace(plan, virtual_stages=None).for_batch(256).prediction is None  # it was made for another plan
     told = " / ".join(refusals(plan))
     assert "precision='fp8': shardwise trains in fp32 or bf16" in told
-    assert "zero_stage=1: shardwise's shard axis splits the parameters too" in told
+    assert "zero_stage=1: shardwise's shard axis splits gradients too; write zero_stage=2" in told
     with pytest.raises(PlanError, match="fp8"):
         check_plan(plan)
     runs = replace(plan, precision="bf16", zero_stage=None)

@@ -231,7 +231,8 @@ def compose(
         dealt = {p for name, p in model.named_parameters() if name in experts}
         whole = None if stages is None else [name for name, _ in stages.part.units()]
         inside = () if split is None else split.inside
-        sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside, deferred=deferred)
+        keep = plan.zero_stage == 2
+        sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside, deferred=deferred, keep=keep)
         communicates = True
     named = [(name, p) for name, p in model.named_parameters() if not is_elsewhere(p)]
     summed = _plan_sums(named, plan, mesh, experts, sparse, sharded)

@@ -170,12 +170,15 @@ def placed_plans(problem: JobProblem) -> Iterator[tuple[Plan, int]]:
 
 
 def _schedules(problem: JobProblem, plan: Plan) -> Iterator[Plan]:
-    """The plan, and where its pipeline has several micro-batches and its schedule is open, the same under others that run.
+    """The plan; where it shards, the same at ZeRO stage 2; and where its pipeline has several micro-batches and its schedule is
+    open, the same under others that run.
 
     Those with several stages a worker need as many places for cuts; those with halved passes do not go with experts.
     """
     yield plan
     facts, layout = problem.facts, plan.layout
+    if layout.shard > 1 and plan.zero_stage is None:
+        yield replace(plan, zero_stage=2)
     share = math.ceil(facts.batch_size / layout.replicas)
     if layout.pipeline == 1 or plan.schedule != Plan().schedule or not plan.micro_batch or plan.micro_batch >= share:
         return

@@ -352,7 +352,7 @@ def _memory(
     summed = layout.data * layout.context * layout.expert
     if layout.shard > 1:
         unit = facts.gradient_bytes * held / (facts.shard_units + 1)
-        found["gathered"] = 3.0 * unit
+        found["gathered"] = 3.0 * unit if plan.zero_stage != 2 else facts.parameter_bytes * held + 2.0 * unit
     elif summed > 1:
         found["buckets"] = BUCKET_COPIES.get(plan.compression, 1.0) * gradients
     if machine.measured is not None:

@@ -63,7 +63,8 @@ class Plan:
         stage_layers: in place of cuts: how many of the model's repeated blocks each stage has, in model order; in files also as
             text, `7,8x14,7`. What comes before the first block goes with it, what comes after the last one with that.
         zero_stage: what the ranks of the `shard` axis split (Rajbhandari et al. 2020): 1 optimizer states, 2 gradients too, 3
-            parameters too. None is 3.
+            parameters too. None is 3. `train` runs 2 as FSDP2 does: parameters are whole from the forward pass of a
+            micro-batch to its backward pass, and in parts between steps.
         micro_batch: samples per worker and forward pass; None is the worker's whole share of the global batch.
         recompute: what is thrown away after a module's forward pass and computed again in the backward pass: `none`, with
             `full` all but its inputs, with `selective` what is cheap (what products of matrices, convolutions and attention

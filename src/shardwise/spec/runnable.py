@@ -6,7 +6,7 @@ A plan may say more than that: one for a cluster with other software is written 
 from collections.abc import Iterator
 
 from shardwise.errors import PlanError
-from shardwise.spec.plan import HALVED, TRAINED_PRECISIONS, V_SHAPED, ZERO_STAGES, Plan
+from shardwise.spec.plan import HALVED, TRAINED_PRECISIONS, V_SHAPED, Plan
 from shardwise.spec.schedule import stages_for
 
 
@@ -27,10 +27,10 @@ def refusals(plan: Plan) -> Iterator[str]:
         yield f" with precision={plan.precision!r}: shardwise trains in {' or '.join(TRAINED_PRECISIONS)}; choose one of these"
     if plan.zero_stage is not None and layout.shard == 1:
         yield f" with zero_stage={plan.zero_stage}: it belongs to a shard axis, which this layout has not; leave it out"
-    elif plan.zero_stage not in (None, ZERO_STAGES[-1]):
+    elif plan.zero_stage == 1:
         yield (
-            f" with zero_stage={plan.zero_stage}: shardwise's shard axis splits the parameters too (zero_stage=3); leave "
-            f"zero_stage out, or write data={layout.data * layout.shard} in place of shard={layout.shard} to split nothing"
+            f" with zero_stage=1: shardwise's shard axis splits gradients too; write zero_stage=2, or data="
+            f"{layout.data * layout.shard} in place of shard={layout.shard} to split nothing"
         )
     if plan.recompute != "none" and plan.compile:
         yield (
