@@ -31,6 +31,7 @@ from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure
+from shardwise.spec.measured import Measured
 from shardwise.spec.plan import Plan
 from shardwise.spec.runnable import check_plan, refusals
 
@@ -476,6 +477,52 @@ def test_command_line_says_no_and_refuses_nonsense() -> None:
     ):
         _, _, error = run(*words)
         assert isinstance(error, UserError) and message in str(error)
+
+
+def test_machine_files_may_leave_rates_out_and_say_so_where_one_is_needed(tmp_path: Path) -> None:
+    whole = catalogue.machine("h100")
+
+    def written(*names: str) -> str:
+        device = replace(
+            whole.accelerator,
+            peak_flops={name: whole.accelerator.peak_flops[name] for name in names},
+            matmul_fraction={name: whole.accelerator.matmul_fraction[name] for name in names},
+        )
+        path = tmp_path / f"{'-'.join(names)}.toml"
+        replace(whole, accelerator=device).write(path)
+        return str(path)
+
+    words = ("--model", SMALL, "--batch", "64", "--json", "--machine")
+    code, text, error = run(*words, written("bf16", "fp32"))
+    assert code == 0, error
+    steps = [json.loads(each)["plans"][0]["step_seconds"] for each in (text, run(*words, "h100")[1])]
+    assert steps[0] == pytest.approx(steps[1])
+    for file, more, message in (
+        (written("bf16"), ("--precision", "fp32"), "states no peak_flops and matmul_fraction for fp32; it has bf16"),
+        (written("fp16"), ("--precision", "fp8"), "matmul_fraction for bf16; it has fp16"),
+        (written("fp32"), (), "--model needs peak_flops and matmul_fraction for bf16 or fp16"),
+    ):
+        _, _, error = run(*words, file, *more)
+        assert isinstance(error, UserError) and message in str(error)
+
+
+def test_a_file_of_cpus_is_refused_for_described_models(tmp_path: Path) -> None:
+    found = catalogue.machine("a100")
+    cores = Measured(
+        date="2026-11-26",
+        place={"processor": "test"},
+        cores=2,
+        memory_bytes=1e9,
+        call_seconds=1e-6,
+        graph_seconds=1e-6,
+        overlap_slowdown=1.0,
+        startup_seconds=1.0,
+        worker_bytes=1e8,
+    )
+    path = tmp_path / "here.toml"
+    replace(found, name="here", measured=cores).write(path)
+    _, _, error = run("--model", SMALL, "--machine", str(path))
+    assert isinstance(error, UserError) and "here was measured by `shardwise probe` and has CPUs" in str(error)
 
 
 def test_parts_without_bf16_units_are_planned_in_fp16() -> None:

@@ -163,7 +163,6 @@ def _for_model(
     as_json: bool,
 ) -> int:
     from shardwise.cli.plan_job import FAMILIES, check_out
-    from shardwise.planner.case import usual_kernels
     from shardwise.planner.confidence import published_words
     from shardwise.planner.explain import enough_workers, losers, nothing_fits, what_helps, why_best, why_not
     from shardwise.planner.search import Problem, as_plan, search
@@ -173,13 +172,7 @@ def _for_model(
     check_out(out)
     described, seq_len = Transformer.parse(model)
     place = _machine(machine, gpus_per_node, network, memory)
-    usual = usual_kernels(place.accelerator)
-    if precision is None and usual[1] != "bf16":
-        click.echo(f"note: {place.accelerator.name} has no bf16 units: planned in {usual[1]}", err=True)
-    elif precision == "bf16" != usual[1]:
-        click.echo(
-            f"note: {place.accelerator.name} has no bf16 units, bf16 runs at the speed of fp32: try fp16", err=True
-        )
+    usual = _usual_software(place, precision)
     problem = Problem(
         model=described,
         machine=place,
@@ -276,6 +269,45 @@ def _machine(name: str, gpus_per_node: int | None, network: float | None, memory
         return place
     size = Figure(memory_bytes(memory), "nominal", "--memory")
     return replace(place, accelerator=replace(place.accelerator, memory_bytes=size))
+
+
+def _check_accelerator(place: Machine, precision: str | None) -> None:
+    """Whether the formulas of `--model` hold for a machine file.
+
+    Raises:
+        UserError: it is of CPUs, or lacks the rate of a precision.
+    """
+    if place.measured is not None:
+        raise UserError(
+            f"--machine: {place.name} was measured by `shardwise probe` and has CPUs, but --model knows formulas of accelerators "
+            "only: give a catalogue name or a file with an accelerator's figures, or plan a JOB on it"
+        )
+    peaks, fractions = place.accelerator.peak_flops, place.accelerator.matmul_fraction
+    needed = {"fp8": "bf16", "fp4": "bf16"}.get(precision or "", precision)  # narrow products fall back to bf16
+    if needed is not None and not (needed in peaks and needed in fractions):
+        raise UserError(
+            f"--precision {precision}: {place.accelerator.name} states no peak_flops and matmul_fraction for {needed}; it has "
+            f"{', '.join(sorted(set(peaks) & set(fractions)))}"
+        )
+
+
+def _usual_software(place: Machine, precision: str | None) -> tuple[str, str]:
+    """(attention, precision) that the part is used with; says where that is not bf16, or where a file cannot be planned with.
+
+    Raises:
+        UserError: see `_check_accelerator`.
+    """
+    from shardwise.planner.case import usual_kernels
+
+    _check_accelerator(place, precision)
+    usual = usual_kernels(place.accelerator)
+    if precision is None and usual[1] != "bf16":
+        click.echo(f"note: {place.accelerator.name} has no bf16 units: planned in {usual[1]}", err=True)
+    elif precision == "bf16" != usual[1]:
+        click.echo(
+            f"note: {place.accelerator.name} has no bf16 units, bf16 runs at the speed of fp32: try fp16", err=True
+        )
+    return usual
 
 
 def _record(item: Candidate, problem: Problem) -> dict[str, Any]:

@@ -213,9 +213,18 @@ class Case:
 
 
 def usual_kernels(accelerator: Accelerator) -> tuple[str, str]:
-    """(attention, precision) of the software that a part is used with: the fused kernels and bf16 came with Ampere's units."""
-    old = accelerator.peak_flops["bf16"].value < accelerator.peak_flops["fp16"].value
-    return ("math", "fp16") if old else ("flash", "bf16")
+    """(attention, precision) of the software that a part is used with: the fused kernels and bf16 came with Ampere's units.
+
+    Raises:
+        PlanError: no rate is stated for either precision.
+    """
+    peaks = {name: figure.value for name, figure in accelerator.peak_flops.items() if name in ("bf16", "fp16")}
+    if not peaks:
+        raise PlanError(
+            f"{accelerator.name} states rates for {', '.join(accelerator.peak_flops) or 'nothing'}: --model needs peak_flops and "
+            "matmul_fraction for bf16 or fp16"
+        )
+    return ("flash", "bf16") if peaks.get("bf16", 0.0) >= peaks.get("fp16", 0.0) else ("math", "fp16")
 
 
 @lru_cache(maxsize=4096)
