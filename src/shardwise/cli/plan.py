@@ -211,7 +211,7 @@ def _for_model(
         for item in reasons[:FAMILIES]:
             click.echo(f"  {item.family}: {item.layout}: {item.sentence}.")
         if len(reasons) > FAMILIES:
-            click.echo(f"  {len(reasons) - FAMILIES} other kinds: --json tells about them, --why-not about one layout.")
+            click.echo(f"  and {len(reasons) - FAMILIES} more: --json tells about all, --why-not about one layout.")
         for sentence in helps:
             click.echo(f"  would help: {sentence}.")
         if asked is not None:

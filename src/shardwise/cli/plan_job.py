@@ -86,7 +86,7 @@ def plan_job(
         for reason in shown[:FAMILIES]:
             click.echo(f"  {reason.family}: {reason.plan}: {reason.sentence}.")
         if len(shown) > FAMILIES:
-            click.echo(f"  {len(shown) - FAMILIES} other kinds: --json tells about them, --why-not about one layout.")
+            click.echo(f"  and {len(shown) - FAMILIES} more: --json tells about all, --why-not about one layout.")
         for sentence in helps:
             click.echo(f"  would help: {sentence}.")
         for note in advice.facts.model.notes:
