@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ranges import blind_share, counted_lines, counted_ratios, published_ratios, range_lines
 from scoring import (
     KINDS,
     LEFT_OUT_FILE,
@@ -184,7 +185,10 @@ def report(tables: Path) -> tuple[str, dict[str, Any]]:
         memory_lines.append(memory_line(label, name, whole, band))
     constants = [f"| `{key}` | {getattr(DEFAULT, key):g} | {low:g} | {high:g} |" for key, (low, high) in BOUNDS.items()]
     page = [INTRODUCTION, *lines, "", GOAL_TEXT, *goal_lines(record), "", MEMORY_TEXT, *memory_lines, ""]
+    seen, closed = published_ratios(scorer, tables)
+    page += [RANGE_TEXT, *range_lines(seen, closed), COUNTED_TEXT, *counted_lines(counted_ratios()), ""]
     page += [CHOICE_TEXT, *choice_lines(scorer, tables, record[f"{SWEEP}, measured bandwidths"]), ""]
+    record["stated ranges"] = {"blind": blind_share(closed)}
     page += [KIND_TEXT, *kind_lines(scorer, tables), "", CONSTANTS_TEXT, *constants, "", LIMITS]
     return "\n".join(page) + "\n", record
 
@@ -224,6 +228,23 @@ MEMORY_HEAD = (
     "| source | out of memory found | false alarms | right outside the band | uncertain | rows with memory | error "
     "| left out: error | peaks in band |\n" + "|---" * 9 + "|"
 )
+RANGE_TEXT = """## Are the stated ranges right?
+
+`plan --model` says between which multiples of a predicted step 4 of 5 measured ones lay (`planner/confidence.py`). The ranges are
+the 5th and 95th percentile of measured over predicted, over the tables of this page and those of [heldout.md](heldout.md) whose
+rows were looked at, each table with the same weight. The 10th and 90th hold 4 of 5 of these rows, but only 3 of 4 of a table
+that is left out, because runs of one source err together. "Left out": how many runs of a table lie in the range that the other
+tables give, mean over tables. "Blind": runs of the tables that nobody has looked into (D closed), within the stated range.
+Layouts of one model on one machine err together, so a comparison of two is surer than either.
+
+| kind of run | stated | runs, tables | percentiles today | left out: within | blind: runs, tables | blind: within |
+|---|---|---|---|---|---|---|"""
+COUNTED_TEXT = """
+`plan JOB` states ranges of its own on the machine at hand, from the eleven models of `benchmarks/regret.py` on two cores
+(`results/regret.json`). "Left out": plans of a model within the 10th to 90th percentile of the other models.
+
+| kind of plan | stated | plans | within | left out: within |
+|---|---|---|---|---|"""
 CHOICE_TEXT = f"""## Choices in the H100 sweep
 
 With the measured bandwidths. The last column is no prediction: runs of one configuration of that cluster differ by

@@ -9,7 +9,7 @@ that of the best plan, less 1; the choice is the plan predicted fastest. What tr
 compared in short real trainings, each in a process of its own.
 
 A trial is a step without the loop around it, so predictions are compared without that part. Errors are told by kind of plan, as
-what 4 of 5 plans stay within: `shardwise plan` states these (planner/jobstep.py, TIME_WITHIN).
+what 4 of 5 plans stay within: `shardwise plan` states ranges (planner/confidence.py).
 """
 
 from __future__ import annotations

@@ -87,3 +87,8 @@ def _three_figures(value: float) -> str:
     if magnitude >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if magnitude >= 10 else f"{value:.2f}"
+
+
+def format_count(value: float) -> str:
+    """`3,132`, `214`, `14.5`, `0.023`: three digits, or all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

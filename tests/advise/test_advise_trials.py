@@ -48,7 +48,7 @@ def test_each_width_has_a_price_that_is_kept(figures: None, monkeypatch: pytest.
     for item in found:
         assert 1e-5 < item.step_seconds < 1.0
         assert 1 << 20 < item.memory_bytes < 1 << 30  # without the process itself, which is a few hundred MiB
-    assert "time within" in found[0].confidence
+    assert "times that (4 of 5)" in found[0].confidence
 
     def forbidden(*given: Any, **named: Any) -> None:
         raise AssertionError("what is kept is not counted again")

@@ -149,6 +149,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Run:
         Plan(layout=Layout(pipeline=2, data=2), schedule="gpipe"),
         Plan(layout=Layout(pipeline=2, shard=2)),
         Plan(layout=Layout(pipeline=2), schedule="interleaved1f1b", cuts=("blocks.1", "blocks.2", "norm")),
+        Plan(layout=Layout(pipeline=2), schedule="interleaved1f1b", virtual_stages=2, stage_layers=(1, 1, 1, 1)),
         Plan(layout=Layout(pipeline=3), schedule="zerobubble"),
         Plan(layout=Layout(pipeline=2, data=2), schedule="zerobubble"),
         Plan(
@@ -157,6 +158,8 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Run:
         Plan(layout=Layout(pipeline=2, data=2), schedule="dualpipev", cuts=("blocks.1", "blocks.2", "norm")),
         Plan(layout=Layout(pipeline=2, tensor=2), cuts=("blocks.1.3",)),  # where tensor has its values in pieces
         Plan(layout=Layout(shard=2)),  # for what an evaluation between steps leaves behind
+        Plan(layout=Layout(shard=2), zero_stage=2),
+        Plan(layout=Layout(pipeline=2, shard=2), zero_stage=2),
     ],
     ids=str,
 )
@@ -252,6 +255,13 @@ def test_own_loop(serial: Run, tmp_path: Path, ranks: Callable[..., list[Any]]) 
     torch.testing.assert_close(weights, expected, rtol=2e-4, atol=1e-5)
 
 
+def test_layers_a_stage_are_blocks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('layout = "pipeline=2"\nstage_layers = "3,1"\nmicro_batch = 4\n')
+    shardwise.train(_job(epochs=None, steps=2), plan=file, out=tmp_path / "run", threads=1)
+    assert "1  blocks.3" in capfd.readouterr().err
+
+
 def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """`cuts` and `schedule` of a plan file, and the table of stages that is printed."""
     file = tmp_path / "plan.toml"
@@ -268,6 +278,16 @@ def test_plan_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         ({}, Plan(layout=Layout(pipeline=2), cuts=("blocks.9",)), "no module 'blocks.9'; did you mean"),
         ({}, Plan(layout=Layout(pipeline=2), cuts=("norm", "head")), "makes 3 stages, but 2 are needed"),
         ({}, Plan(layout=Layout(pipeline=2), schedule="zbv", cuts=("norm",)), "makes 2 stages, but 4 are needed"),
+        (
+            {},
+            Plan(layout=Layout(pipeline=2), stage_layers=(3, 2)),
+            "for a model of 5 layers, but this one has 4 repeated blocks",
+        ),
+        ({}, Plan(layout=Layout(pipeline=2), stage_layers=(2, 1, 1)), "give one number for each of the 2 stages"),
+        ({}, Plan(layout=Layout(pipeline=2), virtual_stages=2), "only interleaved1f1b has any number of stages"),
+        ({}, Plan(layout=Layout(shard=2), zero_stage=1), "splits gradients too; write zero_stage=2, or data=2"),
+        ({}, Plan(layout=Layout(data=2), zero_stage=2), "it belongs to a shard axis"),
+        ({}, Plan(layout=Layout(data=2), precision="fp8"), "shardwise trains in fp32 or bf16"),
         (
             {},
             Plan(layout=Layout(pipeline=2), schedule="dualpipev", recompute="full"),

@@ -31,10 +31,13 @@ from shardwise.spec.plan import Plan
 Result = tuple[list[float], dict[str, Tensor], dict[str, float]]
 
 
-def _train(job: Job, micro_batch: int | None = None, steps: int = 5, layout: str = "") -> Result:
+def _train(
+    job: Job, micro_batch: int | None = None, steps: int = 5, layout: str = "", zero_stage: int | None = None
+) -> Result:
     """Losses over the global batch, final parameters and buffers, and metrics, as any rank sees them."""
     world = Group.world()
-    plan = settle_plan(job, Plan(layout=Layout.parse(layout or f"data={world.size}"), micro_batch=micro_batch))
+    axes = Layout.parse(layout or f"data={world.size}")
+    plan = settle_plan(job, Plan(layout=axes, micro_batch=micro_batch, zero_stage=zero_stage))
     assembly = assemble(job, plan, world, torch.device("cpu"), total_steps=steps)
     losses: list[float] = []
     epoch = 0
@@ -234,6 +237,38 @@ def test_sharded_equals_serial(case: str, size: int, layout: str, ranks: Callabl
         torch.testing.assert_close(losses, serial_losses, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(state, serial_state, rtol=1e-10, atol=1e-11)
         torch.testing.assert_close(metrics, serial_metrics, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_stage_two_equals_serial(micro_batch: int | None, ranks: Callable[..., list[Any]]) -> None:
+    serial = _train(_job())
+    for found in ranks(2, _train, _job(), micro_batch, 5, "shard=2", 2):
+        for here, there in zip(found, serial, strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-11)
+
+
+def _sent(zero_stage: int) -> int:
+    """Bytes that one rank hands over in its second step, in two passes."""
+    job = _job()
+    plan = settle_plan(job, Plan(layout=Layout(shard=2), micro_batch=3, zero_stage=zero_stage))
+    assembly = assemble(job, plan, Group.world(), torch.device("cpu"), total_steps=2)
+    stream = batches(job.data.train, batch_size=job.batch_size, seed=0, epoch=0, rank=assembly.samples.rank, ranks=2)
+    before = 0
+    for _ in range(2):
+        before = assembly.mesh.meter.payload_bytes
+        batch = next_batch(stream, assembly.samples, assembly.device)
+        assert batch is not None
+        take_step(assembly, batch)
+    stream.close()
+    return assembly.mesh.meter.payload_bytes - before
+
+
+def test_stage_two_gathers_once_in_every_pass(ranks: Callable[..., list[Any]]) -> None:
+    every, once = ranks(2, _sent, 3), ranks(2, _sent, 2)
+    parameters = sum(value.numel() * value.element_size() for value in _mlp().double().parameters())
+    passes = -(-_job().batch_size // 2 // 3)
+    for more, less in zip(every, once, strict=True):
+        assert more - less == pytest.approx(passes * parameters / 2, rel=0.25)  # parts are padded to equal sizes
 
 
 def test_sparse_gradients_cannot_be_sharded() -> None:

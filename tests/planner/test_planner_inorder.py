@@ -9,7 +9,8 @@ import pytest
 
 from shardwise.planner.closedform import WEIGHT_SHARE, Wire
 from shardwise.planner.inorder import NEARLY, spans
-from shardwise.planner.schedule import simulate, table
+from shardwise.planner.schedule import simulate
+from shardwise.spec.schedule import computations
 
 
 def by_table(
@@ -17,7 +18,8 @@ def by_table(
 ) -> float:
     """One action after the other, whichever rank can; links, waits and gaps as `simulate` states them."""
     stages = len(forward)
-    rows = table(schedule, ranks, count, stages // ranks)
+    # gradients of weights are placed here, in gaps
+    rows = computations("1f1b" if schedule == "zerobubble" else schedule, ranks, stages, count)
     halves = WEIGHT_SHARE if schedule == "zerobubble" else 0.0
     ends: dict[tuple[str, int, int], float] = {}
     clock, place, waiting = [0.0] * ranks, [0] * ranks, [0] * ranks
@@ -72,6 +74,6 @@ def test_chunks_in_flight_also_where_the_last_group_has_gaps(chunks: int, micro_
     stages = 4 * chunks
     still = (Wire(0.0, 0.0, 0.0),) * (stages - 1)
     found = simulate("interleaved1f1b", micro_batches, (1.0,) * stages, (2.0,) * stages, still, 4)
-    for row, peak in zip(table("interleaved1f1b", 4, micro_batches, chunks), found.in_flight, strict=True):
+    for row, peak in zip(computations("interleaved1f1b", 4, stages, micro_batches), found.in_flight, strict=True):
         levels = [sum(1 if kind == "F" else -1 for kind, _, _ in row[:end]) for end in range(len(row) + 1)]
         assert peak == max(levels)

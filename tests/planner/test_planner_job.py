@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from shardwise.planner import catalogue
+from shardwise.planner.confidence import COUNTED, counted_width
 from shardwise.planner.jobexplain import (
     faster_links,
     losers_of_job,
@@ -23,7 +25,7 @@ from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobsearch import JobProblem, layouts, plans_of, search_job
 from shardwise.planner.jobstages import stage_blocks, stages_of
-from shardwise.planner.jobstep import LIBRARY_BYTES, PASS_SECONDS, REUSED_BYTES, TIME_WITHIN, JobMemo, estimate_job
+from shardwise.planner.jobstep import LIBRARY_BYTES, PASS_SECONDS, REUSED_BYTES, JobMemo, estimate_job
 from shardwise.planner.operations import Sharing, correction, phase_seconds
 from shardwise.spec.facts import BlockFacts, ModelFacts
 from shardwise.spec.layout import Layout
@@ -332,6 +334,57 @@ def test_v_shaped_and_interleaved_pipelines_have_two_stages_a_rank() -> None:
     assert few.seconds["compute"] > 0
 
 
+def test_what_a_plan_says_of_pipelines_is_left_out_where_there_is_none() -> None:
+    base = Plan(schedule="zbv")
+    found = search_job(problem(machine=machine(), workers=2, axes=("data", "pipeline"), base=base), accept)
+    schedules = {str(item.plan.layout): item.plan.schedule for item in found.plans}
+    assert schedules == {"serial": "1f1b", "data=2": "1f1b", "pipeline=2": "zbv"}
+    for schedule in ("zbv", "dualpipev", "interleaved1f1b"):  # by hand: training refuses it, its price is that without
+        odd = replace(plan("data=2"), schedule=schedule)
+        assert estimate_job(facts(), machine(), odd).seconds == estimate_job(facts(), machine(), plan("data=2")).seconds
+
+
+def test_pipelines_are_priced_under_the_schedules_that_run() -> None:
+    places = tuple(cut_at(block) for block in range(1, 4))
+
+    def offered(facts: JobFacts, **changes: object) -> dict[str, set[str]]:
+        asked = problem(facts=facts, workers=4, axes=("data", "pipeline", "tensor"), exactly=True, **changes)
+        found: dict[str, set[str]] = {}
+        for item in plans_of(asked):
+            if item.micro_batch:
+                found.setdefault(str(item.layout), set()).add(item.schedule)
+        return found
+
+    every = {"1f1b", "interleaved1f1b", "zerobubble", "zbv", "dualpipev"}
+    known = replace(facts(), cuts=places)
+    assert offered(known)["data=2,pipeline=2"] == every
+    assert offered(known)["tensor=2,pipeline=2"] == {"1f1b", "interleaved1f1b"}  # halves go with data alone
+    assert offered(known)["pipeline=4"] == {"1f1b", "zerobubble"}  # three places make four stages, not eight
+    assert offered(replace(known, expert_bytes=1e6))["data=2,pipeline=2"] == {"1f1b", "interleaved1f1b"}
+    assert offered(known, base=Plan(schedule="gpipe"))["data=2,pipeline=2"] == {"gpipe"}
+
+
+def test_stage_two_gathers_half_as_often_and_holds_all_parameters() -> None:
+    asked = problem(axes=("shard",), workers=2, exactly=True)
+    assert [(str(item.layout), item.zero_stage) for item in plans_of(replace(asked, threads=1))] == [
+        ("shard=2", None),
+        ("shard=2", 2),
+    ]
+    again, once = (estimate_job(facts(), machine(), replace(plan("shard=2"), zero_stage=stage)) for stage in (None, 2))
+    units = facts().shard_units + 1
+    gather = Links(machine(), Layout(shard=2)).seconds("all_gather", facts().gradient_bytes / units, ("shard",))
+    assert again.seconds["shards"] - once.seconds["shards"] == pytest.approx(units * gather)
+    assert once.memory["gathered"] - again.memory["gathered"] == pytest.approx(
+        facts().parameter_bytes - facts().gradient_bytes / units
+    )
+
+
+def test_a_plan_says_how_many_stages_a_rank_has() -> None:
+    planned = replace(plan("pipeline=2", micro_batch=2), schedule="interleaved1f1b", virtual_stages=4)
+    assert len(stages_of(facts(blocks=8), planned).parts) == 8
+    assert len(stages_of(facts(blocks=8), replace(planned, virtual_stages=None)).parts) == 4
+
+
 def test_memory_is_told_part_by_part() -> None:
     serial, shard, data = (estimate_job(facts(), machine(), plan(text)) for text in ("serial", "shard=4", "data=4"))
     assert serial.memory["activations"] == pytest.approx(8e7)
@@ -390,17 +443,23 @@ def test_the_stated_confidence_is_what_was_measured() -> None:
         for text in ("serial", "data=2", "data=4", "shard=2")
     }
     assert kind_of == {"serial": "one worker", "data=2": "replicas", "data=4": "crowded", "shard=2": "other"}
-    told = estimate_job(seen, machine(), plan("serial")).confidence
-    assert f"within {100 * TIME_WITHIN['one worker']:.0f} %" in told
+    low, high = COUNTED["one worker"]
+    assert f"{low:.2f} to {high:.2f} times that" in estimate_job(seen, machine(), plan("serial")).confidence
     assert "not checked" in estimate_job(facts(), machine(), plan("serial")).confidence
+    assert (1 + counted_width("other")) ** 2 == pytest.approx(COUNTED["other"][1] / COUNTED["other"][0])
     results = Path(__file__).parents[2] / "benchmarks" / "results" / "regret.json"
     if not results.is_file():
         pytest.skip("benchmarks/regret.py has left no result")
-    kinds = json.loads(results.read_text(encoding="utf-8"))["summary"]["step_error_by_kind"]
-    for kind, found in kinds.items():
-        assert found["four_of_five"] <= TIME_WITHIN[kind] + 0.005, (
-            f"state at least {found['four_of_five']:.2f} for {kind}"
-        )
+    within: dict[str, list[bool]] = {}
+    for result in json.loads(results.read_text(encoding="utf-8"))["results"]:
+        for row in result["plans"]:
+            low, high = COUNTED[row["kind"]]
+            within.setdefault(row["kind"], []).append(
+                low <= median(row["measured_seconds"]) / row["predicted_seconds"] <= high
+            )
+    shares = {kind: sum(found) / len(found) for kind, found in within.items()}
+    # 4 of 5, and not far more: a range that holds everything says nothing
+    assert all(0.78 <= share <= 0.93 for share in shares.values()), f"planner/confidence.py: {shares}"
 
 
 # Several machines

@@ -3,9 +3,9 @@
 import pytest
 
 from shardwise.errors import PlanError
-from shardwise.planner.closedform import Timeline, Wire, closed_form, even, rank_of
-from shardwise.planner.schedule import simulate, table
-from shardwise.spec.schedule import schedule_table
+from shardwise.planner.closedform import Timeline, Wire, closed_form, even
+from shardwise.planner.schedule import simulate
+from shardwise.spec.schedule import computations, rank_of, schedule_table
 
 F, B = 1.0, 2.0
 
@@ -16,7 +16,7 @@ def run(schedule: str, ranks: int, micro_batches: int, chunks: int = 1, send: fl
 
 
 def test_one_forward_one_backward_can_be_read_as_a_table() -> None:
-    assert table("1f1b", 2, 3) == [
+    assert computations("1f1b", 2, 2, 3) == [
         [("F", 0, 0), ("F", 0, 1), ("B", 0, 0), ("F", 0, 2), ("B", 0, 1), ("B", 0, 2)],
         [("F", 1, 0), ("B", 1, 0), ("F", 1, 1), ("B", 1, 1), ("F", 1, 2), ("B", 1, 2)],
     ]
@@ -39,7 +39,7 @@ def test_interleaving_divides_the_bubble_by_the_chunks(chunks: int) -> None:
 
 
 def test_every_action_of_the_interleaved_table_appears_once() -> None:
-    rows = table("interleaved1f1b", 4, 6, 3)
+    rows = computations("interleaved1f1b", 4, 12, 6)
     actions = [action for row in rows for action in row]
     assert sorted(actions) == sorted((kind, stage, index) for kind in "FB" for stage in range(12) for index in range(6))
     assert all(stage % 4 == rank for rank, row in enumerate(rows) for _, stage, _ in row)
@@ -114,7 +114,7 @@ def test_no_schedule_beats_its_busiest_rank(schedule: str, micro_batches: int) -
 
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(PlanError, match="zigzag"):
-        table("zigzag", 2, 2)
+        computations("zigzag", 2, 2, 2)
 
 
 # F and B of 1 and 2 against a link that takes 8 for every message: the link sets the pace.

@@ -5,14 +5,17 @@ import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from shardwise.cli.plan import plan as plan_command
+from shardwise.cli.plan_job import write_plan
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.breakeven import LAYOUTS, Budget, break_even_batch, break_even_gbits, break_even_link
+from shardwise.planner.confidence import PUBLISHED, published_kind
 from shardwise.planner.constants import DEFAULT
 from shardwise.planner.explain import (
     enough_workers,
@@ -22,12 +25,15 @@ from shardwise.planner.explain import (
     why_best,
     why_not,
 )
-from shardwise.planner.search import MANY, Problem, as_plan, cases, family, fewer_workers, search
+from shardwise.planner.search import MANY, Candidate, Problem, as_plan, cases, family, fewer_workers, search
+from shardwise.planner.stagecuts import best_cuts
 from shardwise.planner.step import Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure
+from shardwise.spec.measured import Measured
 from shardwise.spec.plan import Plan
+from shardwise.spec.runnable import check_plan, refusals
 
 SMALL = "llama:layers=32,hidden=4096,heads=32,kv_heads=8,ffn=14336,vocab=128256,seq=8192"
 LARGE = "gpt:layers=96,hidden=12288,heads=96,seq=2048,vocab=51200"
@@ -53,6 +59,7 @@ def test_every_layout_uses_all_workers_and_keeps_the_rules() -> None:
                 case.pipeline,
                 case.zero_stage,
                 case.micro_batch,
+                case.schedule,
                 case.virtual_stages,
                 case.recompute,
             )
@@ -330,10 +337,100 @@ def test_the_winner_becomes_a_plan_that_reads_back() -> None:
     assert plan.layout.workers == 16 and plan.layout.tensor == found.best.case.tensor
     assert plan.prediction is not None
     assert sum(plan.prediction.seconds_by_part.values()) == pytest.approx(plan.prediction.step_seconds)
-    fp8 = search(problem(SMALL, 16, 64, "h100", precision="fp8")).best
-    assert fp8 is not None
+
+
+def test_a_plan_file_says_all_that_the_search_chose_and_training_refuses_the_rest_in_words(tmp_path: Path) -> None:
+    asked = problem(
+        "gpt:layers=30,hidden=4096,heads=32,seq=2048,vocab=51200", 64, 256, precision="fp8", hardware="h100"
+    )
+    case = next(
+        item
+        for item in cases(asked)
+        if item.schedule == "interleaved1f1b" and item.zero_stage == 1 and len(set(item.layers_per_stage)) > 1
+    )
+    chosen, path = Candidate(case, estimate(case)), tmp_path / "plan.toml"
+    write_plan(as_plan(chosen, ("because",)), path)
+    plan = Plan.read(path)
+    assert plan == as_plan(chosen, ("because",))
+    said = (plan.virtual_stages, plan.zero_stage, plan.stage_layers, plan.precision, plan.recompute, plan.micro_batch)
+    assert said == (
+        case.virtual_stages, 1, case.layers_per_stage, "fp8", case.recompute, case.micro_batch
+    )  # fmt: skip
+    assert f"virtual_stages={case.virtual_stages}" in str(plan) and "zero_stage=1" in str(plan)
+    assert plan.for_batch(256).prediction is not None
+    assert replace(plan, virtual_stages=None).for_batch(256).prediction is None  # it was made for another plan
+    told = " / ".join(refusals(plan))
+    assert "precision='fp8': shardwise trains in fp32 or bf16" in told
+    assert "zero_stage=1: shardwise's shard axis splits gradients too; write zero_stage=2" in told
     with pytest.raises(PlanError, match="fp8"):
-        as_plan(fp8)
+        check_plan(plan)
+    runs = replace(plan, precision="bf16", zero_stage=None)
+    check_plan(runs)  # the rest can be executed
+    assert "stage_layers: give one number for each" in " ".join(refusals(replace(runs, stage_layers=(30,))))
+    assert "only interleaved1f1b" in " ".join(refusals(replace(runs, schedule="1f1b")))
+
+
+def test_the_ends_of_a_pipeline_get_fewer_layers_where_that_is_faster() -> None:
+    asked = problem("gpt:layers=32,hidden=2048,heads=16,seq=2048,vocab=256000", 8, 64)
+    wide = next(c for c in cases(asked) if c.pipeline == 8 and c.schedule == "1f1b" and c.micro_batch == 1)
+    assert wide.head_in_layers > 4  # the output projection alone is more than an even stage
+    case, found = best_cuts(wide)
+    assert sum(case.layers_per_stage) == 32 and case.layers_per_stage[-1] == 0
+    assert max(case.layers_per_stage) - min(case.layers_per_stage[1:-1]) <= 1
+    everything = [
+        replace(wide, stage_layers=(first, *middle, 32 - first - sum(middle)))
+        for first in range(1, 7)
+        for least in range(2, 6)
+        for more in range(7)
+        if 32 - first - sum(middle := (least + 1,) * more + (least,) * (6 - more)) >= 0
+    ]
+    assert found.step_seconds <= 1.002 * min(estimate(item).step_seconds for item in everything)
+    assert found.step_seconds < estimate(replace(wide, stage_layers=(4,) * 8)).step_seconds
+    flat = problem("gpt:layers=32,hidden=8192,heads=64,seq=2048,vocab=51200", 8, 64)
+    even = next(c for c in cases(flat) if c.pipeline == 4 and c.schedule == "1f1b" and c.micro_batch == 1)
+    assert best_cuts(even)[0].layers_per_stage == (8,) * 4
+    with pytest.raises(PlanError, match="8 numbers that sum to 32"):
+        replace(wide, stage_layers=(4,) * 7)
+
+
+def test_schedules_are_those_that_software_offers() -> None:
+    dense = list(cases(problem("gpt:layers=32,hidden=4096,heads=32,seq=2048,vocab=51200", 16, 256)))
+    assert {case.schedule for case in dense} == {"1f1b", "interleaved1f1b", "zbv"}
+    for case in dense:
+        if case.schedule == "zbv":
+            assert case.recompute == "none" and case.micro_batches >= 2 * case.pipeline
+            assert case.virtual_stages == 2 and 2 * case.pipeline <= 32
+    assert {case.zero_stage for case in dense if case.pipeline == 1 and case.data > 1} == {0, 1, 2, 3}
+    old = problem("gpt:layers=32,hidden=4096,heads=32,seq=2048,vocab=51200", 16, 256, "v100-32gb-sxm", precision="fp16")
+    assert {case.schedule for case in cases(replace(old, attention="math"))} == {"1f1b", "interleaved1f1b"}
+    mixture = list(cases(problem(SMALL + ",experts=8,experts_per_token=2", 16, 256)))
+    assert {case.schedule for case in mixture if case.expert > 1} == {"1f1b", "interleaved1f1b", "dualpipev"}
+
+
+def test_experts_over_nodes_are_hidden_by_dualpipe_as_published() -> None:
+    """DeepSeek-V3 (arXiv:2412.19437, section 3.2): 2,048 H800, 16 stages of DualPipe, ZeRO-1, no tensor ranks."""
+    text = "llama:layers=61,hidden=7168,heads=128,ffn=2048,vocab=129280,experts=256,experts_per_token=8,seq=4096"
+    best = search(problem(text, 2048, 15360, "h800-sxm")).best
+    assert best is not None
+    case = best.case
+    assert (case.schedule, case.pipeline, case.zero_stage, case.tensor) == ("dualpipev", 16, 1, 1)
+    assert case.expert >= 8
+    plan = as_plan(best)
+    assert plan.schedule == "dualpipev" and plan.virtual_stages is None and sum(plan.stage_layers) == 61
+
+
+def test_the_range_goes_by_the_kind_of_run() -> None:
+    kinds = {
+        name: published_kind(next(cases(problem(text, workers, 64, hardware))))
+        for name, text, workers, hardware in (
+            ("one", SMALL, 8, "a100-80gb-sxm"),
+            ("two", SMALL, 16, "h100-sxm"),
+            ("mixture", SMALL + ",experts=8,experts_per_token=2", 8, "b200"),
+            ("old", SMALL, 8, "v100-32gb-sxm"),
+        )
+    }
+    assert kinds == {"one": "one node", "two": "several nodes", "mixture": "experts", "old": "other parts"}
+    assert all(low < 1.0 < high for low, high in PUBLISHED.values())
 
 
 def test_families_have_names() -> None:
@@ -354,10 +451,14 @@ def test_command_line() -> None:
     best = document["plans"][0]
     assert best["fits"] is True and best["layout"].keys() == Layout().degrees.keys()
     assert sum(best["breakdown"]["seconds"].values()) == pytest.approx(best["step_seconds"])
+    low, high = PUBLISHED["several nodes"]
+    assert best["step_seconds_range"] == pytest.approx([low * best["step_seconds"], high * best["step_seconds"]])
+    assert best["range_of"] == "4 of 5 published runs, several nodes"
     assert {"layout", "family", "reason"} == document["rejected"][0].keys()
     assert document["why_not"]["layout"] == "tensor=8"
     code, text, _ = run(*words)
     assert code == 0 and text.splitlines()[1].startswith("1. ")
+    assert f"4 of 5 published runs on several nodes took {low:g} to {high:g} times their prediction" in text
 
 
 def test_command_line_says_no_and_refuses_nonsense() -> None:
@@ -376,6 +477,52 @@ def test_command_line_says_no_and_refuses_nonsense() -> None:
     ):
         _, _, error = run(*words)
         assert isinstance(error, UserError) and message in str(error)
+
+
+def test_machine_files_may_leave_rates_out_and_say_so_where_one_is_needed(tmp_path: Path) -> None:
+    whole = catalogue.machine("h100")
+
+    def written(*names: str) -> str:
+        device = replace(
+            whole.accelerator,
+            peak_flops={name: whole.accelerator.peak_flops[name] for name in names},
+            matmul_fraction={name: whole.accelerator.matmul_fraction[name] for name in names},
+        )
+        path = tmp_path / f"{'-'.join(names)}.toml"
+        replace(whole, accelerator=device).write(path)
+        return str(path)
+
+    words = ("--model", SMALL, "--batch", "64", "--json", "--machine")
+    code, text, error = run(*words, written("bf16", "fp32"))
+    assert code == 0, error
+    steps = [json.loads(each)["plans"][0]["step_seconds"] for each in (text, run(*words, "h100")[1])]
+    assert steps[0] == pytest.approx(steps[1])
+    for file, more, message in (
+        (written("bf16"), ("--precision", "fp32"), "states no peak_flops and matmul_fraction for fp32; it has bf16"),
+        (written("fp16"), ("--precision", "fp8"), "matmul_fraction for bf16; it has fp16"),
+        (written("fp32"), (), "--model needs peak_flops and matmul_fraction for bf16 or fp16"),
+    ):
+        _, _, error = run(*words, file, *more)
+        assert isinstance(error, UserError) and message in str(error)
+
+
+def test_a_file_of_cpus_is_refused_for_described_models(tmp_path: Path) -> None:
+    found = catalogue.machine("a100")
+    cores = Measured(
+        date="2026-11-26",
+        place={"processor": "test"},
+        cores=2,
+        memory_bytes=1e9,
+        call_seconds=1e-6,
+        graph_seconds=1e-6,
+        overlap_slowdown=1.0,
+        startup_seconds=1.0,
+        worker_bytes=1e8,
+    )
+    path = tmp_path / "here.toml"
+    replace(found, name="here", measured=cores).write(path)
+    _, _, error = run("--model", SMALL, "--machine", str(path))
+    assert isinstance(error, UserError) and "here was measured by `shardwise probe` and has CPUs" in str(error)
 
 
 def test_parts_without_bf16_units_are_planned_in_fp16() -> None:

@@ -361,7 +361,7 @@ def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
     ("changes", "options", "kind", "words"),
     [
         ({}, {"plan": "data=13"}, PlanError, "1 of 13 workers would have no sample"),
-        ({}, {"plan": shardwise.Plan(cuts=("2",))}, PlanError, "schedule and cuts belong to a pipeline"),
+        ({}, {"plan": shardwise.Plan(cuts=("2",))}, PlanError, "cuts and stage_layers belong to a pipeline"),
         ({"micro_batch": 2}, {}, PlanError, "BatchNorm layer '1' needs statistics of the whole global batch"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {}, JobError, "LBFGS"),
         (

@@ -10,8 +10,8 @@ from shardwise.advise.advice import keep_machine, refusals
 from shardwise.advise.contest import Contender, Outcome, Seen, hold
 from shardwise.advise.trial import LEAST_STEPS, WARM_STEPS, Tried, try_plan
 from shardwise.data.source import Splits
+from shardwise.planner.confidence import counted_width
 from shardwise.planner.jobsearch import JobCandidate, JobFound, JobProblem, search_job
-from shardwise.planner.jobstep import TIME_WITHIN
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe
 from shardwise.probe.place import cached_machine
@@ -166,7 +166,7 @@ def contender(item: JobCandidate) -> Contender:
     """A priced plan as the contest takes it. A trial has no loop around its steps, so the prediction goes without it."""
     found = item.estimate
     step = max(1e-9, found.step_seconds - found.seconds["loop"])
-    within = TIME_WITHIN[found.kind] if found.measured else UNCHECKED_WITHIN
+    within = counted_width(found.kind) if found.measured else UNCHECKED_WITHIN
     took = START_SECONDS + WARM_STEPS * step + max(TRIED_SECONDS, LEAST_STEPS * step)
     return Contender(step, within, item.plan.threads or 1, took)
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardwise.errors import UserError
-from shardwise.units import format_bytes, format_seconds, parse_bytes
+from shardwise.units import format_bytes, format_count, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from shardwise.planner.search import Candidate, Found, Problem
     from shardwise.spec.machine import Machine
+    from shardwise.spec.plan import Plan
 
 
 @click.command()
@@ -161,8 +162,8 @@ def _for_model(
     why_not_text: str | None,
     as_json: bool,
 ) -> int:
-    from shardwise.cli.plan_job import check_out
-    from shardwise.planner.case import usual_kernels
+    from shardwise.cli.plan_job import FAMILIES, check_out
+    from shardwise.planner.confidence import published_words
     from shardwise.planner.explain import enough_workers, losers, nothing_fits, what_helps, why_best, why_not
     from shardwise.planner.search import Problem, as_plan, search
     from shardwise.spec.facts import Transformer
@@ -171,13 +172,7 @@ def _for_model(
     check_out(out)
     described, seq_len = Transformer.parse(model)
     place = _machine(machine, gpus_per_node, network, memory)
-    usual = usual_kernels(place.accelerator)
-    if precision is None and usual[1] != "bf16":
-        click.echo(f"note: {place.accelerator.name} has no bf16 units: planned in {usual[1]}", err=True)
-    elif precision == "bf16" != usual[1]:
-        click.echo(
-            f"note: {place.accelerator.name} has no bf16 units, bf16 runs at the speed of fp32: try fp16", err=True
-        )
+    usual = _usual_software(place, precision)
     problem = Problem(
         model=described,
         machine=place,
@@ -211,17 +206,30 @@ def _for_model(
     else:
         _print_table(problem, found, top)
         click.echo(told)
-        for item in reasons:
+        if found.best is not None:
+            click.echo(f"  how sure: {published_words(found.best.case)}; layouts of one model err alike.")
+        for item in reasons[:FAMILIES]:
             click.echo(f"  {item.family}: {item.layout}: {item.sentence}.")
+        if len(reasons) > FAMILIES:
+            click.echo(f"  and {len(reasons) - FAMILIES} more: --json tells about all, --why-not about one layout.")
         for sentence in helps:
             click.echo(f"  would help: {sentence}.")
         if asked is not None:
             click.echo(f"{wanted}: {asked}.")
     if out is not None and found.best is not None:
-        from shardwise.cli.plan_job import write_plan
-
-        write_plan(as_plan(found.best, (told,)), out)
+        _write(as_plan(found.best, (told,)), out)
     return 0 if found.best is not None else 1
+
+
+def _write(plan: Plan, out: Path) -> None:
+    """Write the plan of a described model, and say what of it `train` does not run."""
+    from shardwise.cli.plan_job import write_plan
+    from shardwise.spec.runnable import refusals
+
+    write_plan(plan, out)
+    click.echo(f"written to {out}", err=True)
+    for reason in refusals(plan):
+        click.echo(f"note: shardwise train refuses it as it is: plan {plan.layout}{reason}", err=True)
 
 
 SMALLEST_MEMORY = 2**20
@@ -263,8 +271,50 @@ def _machine(name: str, gpus_per_node: int | None, network: float | None, memory
     return replace(place, accelerator=replace(place.accelerator, memory_bytes=size))
 
 
+def _check_accelerator(place: Machine, precision: str | None) -> None:
+    """Whether the formulas of `--model` hold for a machine file.
+
+    Raises:
+        UserError: it is of CPUs, or lacks the rate of a precision.
+    """
+    if place.measured is not None:
+        raise UserError(
+            f"--machine: {place.name} was measured by `shardwise probe` and has CPUs, but --model knows formulas of accelerators "
+            "only: give a catalogue name or a file with an accelerator's figures, or plan a JOB on it"
+        )
+    peaks, fractions = place.accelerator.peak_flops, place.accelerator.matmul_fraction
+    needed = {"fp8": "bf16", "fp4": "bf16"}.get(precision or "", precision)  # narrow products fall back to bf16
+    if needed is not None and not (needed in peaks and needed in fractions):
+        raise UserError(
+            f"--precision {precision}: {place.accelerator.name} states no peak_flops and matmul_fraction for {needed}; it has "
+            f"{', '.join(sorted(set(peaks) & set(fractions)))}"
+        )
+
+
+def _usual_software(place: Machine, precision: str | None) -> tuple[str, str]:
+    """(attention, precision) that the part is used with; says where that is not bf16, or where a file cannot be planned with.
+
+    Raises:
+        UserError: see `_check_accelerator`.
+    """
+    from shardwise.planner.case import usual_kernels
+
+    _check_accelerator(place, precision)
+    usual = usual_kernels(place.accelerator)
+    if precision is None and usual[1] != "bf16":
+        click.echo(f"note: {place.accelerator.name} has no bf16 units: planned in {usual[1]}", err=True)
+    elif precision == "bf16" != usual[1]:
+        click.echo(
+            f"note: {place.accelerator.name} has no bf16 units, bf16 runs at the speed of fp32: try fp16", err=True
+        )
+    return usual
+
+
 def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
+    from shardwise.planner.confidence import PUBLISHED, published_kind
+
     case, found = item.case, item.estimate
+    kind = published_kind(case)
     return {
         "layout": case.layout().degrees,
         "workers": case.workers,
@@ -278,6 +328,8 @@ def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
             "precision": case.precision,
         },
         "step_seconds": found.step_seconds,
+        "step_seconds_range": [factor * found.step_seconds for factor in PUBLISHED[kind]],
+        "range_of": f"4 of 5 published runs, {kind}",
         "samples_per_second": problem.global_batch / found.step_seconds,
         "memory_bytes": round(found.memory.total),
         "fits": found.fits,
@@ -298,7 +350,7 @@ def _print_table(problem: Problem, found: Found, top: int) -> None:
         share = 100 / item.estimate.step_seconds
         sure = "sure to fit" if item.estimate.certain else "near the limit"
         click.echo(
-            f"{rank}. {format_seconds(item.estimate.step_seconds)}  {speed:.3g} samples/s  "
+            f"{rank}. {format_seconds(item.estimate.step_seconds)}  {format_count(speed)} samples/s  "
             f"{format_bytes(item.estimate.memory.total)} ({sure})  communication {share * exposed:.0f} %  "
             f"bubble {share * item.estimate.seconds['bubble']:.0f} %  {item}"
         )

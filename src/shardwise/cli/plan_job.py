@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from shardwise.spec.plan import Plan
 
 
+FAMILIES = 10
+"""Kinds of layouts that are told why they lose: those of one axis, then the fastest others; more of them nobody reads."""
+
+
 def plan_job(
     job: str,
     settings: tuple[str, ...],
@@ -77,10 +81,12 @@ def plan_job(
     else:
         _print(advice, made.name, top)
         click.echo(told + ".")
-        for reason in reasons:
-            if "context" in reason.family and _no_sequences(advice, reason.plan):
-                continue
+        shown = [item for item in reasons if not ("context" in item.family and _no_sequences(advice, item.plan))]
+        shown.sort(key=lambda item: "+" in item.family)
+        for reason in shown[:FAMILIES]:
             click.echo(f"  {reason.family}: {reason.plan}: {reason.sentence}.")
+        if len(shown) > FAMILIES:
+            click.echo(f"  and {len(shown) - FAMILIES} more: --json tells about all, --why-not about one layout.")
         for sentence in helps:
             click.echo(f"  would help: {sentence}.")
         for note in advice.facts.model.notes:

@@ -35,7 +35,8 @@ from shardwise.parallel.expert import check_experts, expert_parameters, forward_
 from shardwise.parallel.local import LocalSteps, check_local_steps
 from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
-from shardwise.spec.plan import HALVED, V_SHAPED, Plan
+from shardwise.spec.plan import HALVED, Plan
+from shardwise.spec.runnable import check_plan, unhalved
 from shardwise.spec.shares import share_bounds
 
 if TYPE_CHECKING:
@@ -97,15 +98,6 @@ class Composed:
         return self.gradients if isinstance(self.gradients, LocalSteps) else None
 
 
-def defers_weights(plan: Plan) -> bool:
-    """Whether large weights are made in parts, each when it is sharded, unless the model does not allow that.
-
-    The other axes need whole weights: to try the model out, to cut single weights, to deal experts out.
-    """
-    layout = plan.layout
-    return plan.build != "whole" and layout.shard > 1 and layout.data * layout.shard == layout.workers
-
-
 def check_layout(plan: Plan) -> None:
     """Refuse axes and settings that cannot run: none is ignored.
 
@@ -119,40 +111,7 @@ def check_layout(plan: Plan) -> None:
                 f"plan {layout}: this version splits over {', '.join(READY_AXES)} only, not yet over {axis}; "
                 f"use --plan data={layout.workers} or serial"
             )
-    if plan.recompute != "none" and plan.compile:
-        raise PlanError(
-            f"plan recompute={plan.recompute!r} with compile: compiled code decides itself what to compute again; leave one of "
-            "them out"
-        )
-    if plan.recompute == "none" and plan.recompute_modules:
-        raise PlanError(
-            "plan recompute_modules names what to recompute, but recompute is 'none': give recompute as well"
-        )
-    others = layout.shard * layout.tensor * layout.context * layout.expert
-    if plan.schedule in HALVED and (others > 1 or plan.recompute != "none"):
-        whole = _unhalved(plan)
-        raise PlanError(
-            f"plan {layout} with schedule={plan.schedule!r}: its backward passes are in two halves, through which neither shard, "
-            f"tensor, context, expert nor recompute go; use schedule={whole!r}, or data beside the pipeline"
-        )
-    if layout.pipeline == 1 and (plan.cuts or plan.schedule != Plan().schedule):
-        raise PlanError(
-            f"plan {layout}: schedule and cuts belong to a pipeline, which this layout has not; leave them out"
-        )
-    if plan.build == "deferred" and not defers_weights(plan):
-        raise PlanError(
-            f"plan {layout} with build='deferred': weights are made in parts where the layout has a shard axis, alone or with "
-            "data; leave build out, or use shard="
-        )
-    if layout.tensor == 1 and plan.tensor_rules:
-        raise PlanError(
-            f"plan {layout}: tensor_rules belong to a tensor axis, which this layout has not; leave them out"
-        )
-
-
-def _unhalved(plan: Plan) -> str:
-    """The schedule nearest to a halved one."""
-    return "interleaved1f1b" if plan.schedule in V_SHAPED else "1f1b"
+    check_plan(plan)
 
 
 def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: str) -> None:
@@ -196,7 +155,7 @@ def check_model(model: nn.Module, plan: Plan, *, batch_size: int, batch_norm: st
     if plan.schedule in HALVED and forward_meets_others(model, plan.layout):
         raise PlanError(
             f"plan {plan.layout} with schedule={plan.schedule!r}: its backward passes are in two halves, in which layers with "
-            f"experts cannot keep in step with other workers; use schedule={_unhalved(plan)!r}"
+            f"experts cannot keep in step with other workers; use schedule={unhalved(plan)!r}"
         )
     check_compiled(model, plan)
     norms = batch_norms(model)
@@ -272,7 +231,8 @@ def compose(
         dealt = {p for name, p in model.named_parameters() if name in experts}
         whole = None if stages is None else [name for name, _ in stages.part.units()]
         inside = () if split is None else split.inside
-        sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside, deferred=deferred)
+        keep = plan.zero_stage == 2
+        sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside, deferred=deferred, keep=keep)
         communicates = True
     named = [(name, p) for name, p in model.named_parameters() if not is_elsewhere(p)]
     summed = _plan_sums(named, plan, mesh, experts, sparse, sharded)

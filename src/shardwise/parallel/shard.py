@@ -119,6 +119,7 @@ def shard_model(
     ignored: set[nn.Parameter] | None = None,
     stage: Sequence[str] | None = None,
     deferred: Deferred | None = None,
+    keep: bool = False,
 ) -> Sharded:
     """Split the model's parameters over the mesh's shard axis (and replicate the shards over its data axis), in place.
 
@@ -134,27 +135,34 @@ def shard_model(
             split, and what lies around them is not. None splits the whole model.
         deferred: gives `model` those weights that it lacks still: those of a unit just before it is split, so that a rank has
             room for its parts and the largest unit.
+        keep: what was gathered for the forward pass is kept for the backward pass (ZeRO stage 2), not gathered again (stage 3).
     """
     device_mesh = _mesh(mesh)
     ignored = ignored or set()
     modules = dict(model.named_modules())
     names = unit_names(model, no_units) if stage is None else _stage_units(model, stage)
 
-    def split(module: nn.Module, **options: Any) -> None:
+    def split(module: nn.Module, *, again: bool) -> None:
         module.register_forward_hook(_owned)  # before FSDP2's own hook, which looks at what is returned
-        fully_shard(module, mesh=device_mesh, shard_placement_fn=_other_dim, ignored_params=ignored, **options)
+        fully_shard(
+            module,
+            mesh=device_mesh,
+            shard_placement_fn=_other_dim,
+            ignored_params=ignored,
+            reshard_after_forward=again,
+        )
 
     with garbage_found_soon() if deferred is not None else nullcontext(_nothing) as collect:
         for name in names:
             if deferred is not None:
                 deferred.fill(modules[name])
-            split(modules[name])
+            split(modules[name], again=not keep)
             collect()
         if deferred is not None:
             deferred.fill(model)
         if stage is None:
             # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
-            split(model, reshard_after_forward=False)
+            split(model, again=False)
             names = [*names, ""]
         collect()
     for module in model.modules():

@@ -38,6 +38,7 @@ class Case:
         sequence_parallel: activations outside the matrix products are split over the tensor ranks too.
         attention: `flash` never writes the score matrix, `math` does.
         compile: the model runs through a compiler that fuses its element-wise kernels; None is unknown.
+        stage_layers: layers of every stage, in model order; empty for what software does by itself (`layers_per_stage`).
         schedule: `gpipe`, `1f1b`, `interleaved1f1b`, `zerobubble`, `zbv` or `dualpipev`.
     """
 
@@ -59,6 +60,7 @@ class Case:
     precision: str = "bf16"
     compile: bool | None = False
     schedule: str = "1f1b"
+    stage_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -78,6 +80,11 @@ class Case:
         for name, allowed in (("recompute", RECOMPUTES), ("attention", ATTENTIONS), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise PlanError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(allowed)}")
+        stages = self.pipeline * self.virtual_stages
+        if self.stage_layers and (len(self.stage_layers), sum(self.stage_layers)) != (stages, self.model.layers):
+            raise PlanError(
+                f"stage_layers={self.stage_layers}: {stages} numbers that sum to {self.model.layers} are needed"
+            )
         if self.zero_stage not in (0, 1, 2, 3):
             raise PlanError(f"zero_stage={self.zero_stage!r}: it must be 0, 1, 2 or 3")
 
@@ -175,6 +182,8 @@ class Case:
     @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:
         """Layers of every stage, in model order; `pipeline * virtual_stages` entries."""
+        if self.stage_layers:
+            return self.stage_layers
         stages = self.pipeline * self.virtual_stages
         layers = self.model.layers
         if self.classic or stages == 1:
@@ -204,9 +213,18 @@ class Case:
 
 
 def usual_kernels(accelerator: Accelerator) -> tuple[str, str]:
-    """(attention, precision) of the software that a part is used with: the fused kernels and bf16 came with Ampere's units."""
-    old = accelerator.peak_flops["bf16"].value < accelerator.peak_flops["fp16"].value
-    return ("math", "fp16") if old else ("flash", "bf16")
+    """(attention, precision) of the software that a part is used with: the fused kernels and bf16 came with Ampere's units.
+
+    Raises:
+        PlanError: no rate is stated for either precision.
+    """
+    peaks = {name: figure.value for name, figure in accelerator.peak_flops.items() if name in ("bf16", "fp16")}
+    if not peaks:
+        raise PlanError(
+            f"{accelerator.name} states rates for {', '.join(accelerator.peak_flops) or 'nothing'}: --model needs peak_flops and "
+            "matmul_fraction for bf16 or fp16"
+        )
+    return ("flash", "bf16") if peaks.get("bf16", 0.0) >= peaks.get("fp16", 0.0) else ("math", "fp16")
 
 
 @lru_cache(maxsize=4096)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shardwise.spec.plan import V_SHAPED
+from shardwise.spec.schedule import rank_of, warm_up
 
 WEIGHT_SHARE = 0.5
 """Share of the backward pass that computes weight gradients; a linear layer has one product for each."""
@@ -42,13 +43,6 @@ class Timeline:
     def bubble(self) -> float:
         """Idle share of the busiest rank."""
         return 1.0 - self.busiest_seconds / self.seconds if self.seconds else 0.0
-
-
-def rank_of(stage: int, ranks: int, schedule: str) -> int:
-    """Pipeline rank that holds `stage`: round robin, or down and up again for the V schedules."""
-    if schedule in V_SHAPED:
-        return stage if stage < ranks else 2 * ranks - 1 - stage
-    return stage % ranks
 
 
 def closed_form(
@@ -143,11 +137,8 @@ def _in_groups(
 
 def flight(schedule: str, micro_batches: int, chunks: int, ranks: int) -> tuple[int, ...]:
     """Chunks in flight on every rank."""
-    if schedule == "gpipe":
-        return (micro_batches,) * ranks
     if schedule in V_SHAPED:
         return (min(2 * micro_batches, 2 * ranks),) * ranks
-    if chunks > 1:
-        warm = [(ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1 for rank in range(ranks)]
-        return tuple(min(micro_batches * chunks, most) for most in warm)
-    return tuple(min(micro_batches, ranks - rank) for rank in range(ranks))
+    most = micro_batches * chunks
+    ordered = schedule if chunks == 1 else "interleaved1f1b"
+    return tuple(min(most, warm_up(ordered, rank, ranks, chunks, micro_batches)) for rank in range(ranks))

@@ -17,6 +17,7 @@ from shardwise.planner.search import (
     cases,
     search,
 )
+from shardwise.planner.stagecuts import best_cuts
 from shardwise.planner.step import Estimate, estimate
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
@@ -127,7 +128,7 @@ def why_not(problem: Problem, wanted: Layout, found: Found, constants: Constants
     if not fitting:
         item = min(priced, key=lambda one: one.estimate.memory.total)
         return f"{prefix}its smallest form is {item}; {_too_large(item)}"
-    some = [replace(one, estimate=estimate(one.case, constants)) for one in fitting[:SIMULATED]]
+    some = [Candidate(*best_cuts(one.case, constants), problem.workers) for one in fitting[:SIMULATED]]
     item = min(some, key=lambda one: one.estimate.step_seconds)
     if found.best is None or item.estimate.step_seconds <= found.best.estimate.step_seconds:
         if prefix:

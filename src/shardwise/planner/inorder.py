@@ -11,13 +11,7 @@ from collections.abc import Sequence
 
 from shardwise.planner.closedform import WEIGHT_SHARE, Wire
 from shardwise.spec.plan import HALVED
-
-
-def warm_up(schedule: str, rank: int, ranks: int, chunks: int, micro_batches: int) -> int:
-    """Forward passes that a rank runs before its first backward pass, and then is ahead by."""
-    if schedule == "gpipe":
-        return micro_batches
-    return (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1 if schedule == "interleaved1f1b" else ranks - rank
+from shardwise.spec.schedule import warm_up
 
 
 def spans(

@@ -53,6 +53,7 @@ def why_best_job(problem: JobProblem, found: JobFound) -> str:
         if others:
             loss = others[0].estimate.step_seconds / best.estimate.step_seconds
             longer = f"{loss:.1f} times as long" if loss > 2 else f"{100 * (loss - 1):.0f} % longer"
+            longer = "no less" if loss < 1.005 else longer
             return f"{text}. Do not parallelise: {others[0]} would take {longer}"
         return text
     if serial is not None:

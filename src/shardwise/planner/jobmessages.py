@@ -143,7 +143,8 @@ def _shard_seconds(facts: JobFacts, plan: Plan, links: Links, held_bytes: float,
     each = held_bytes / units
     gather = links.seconds("all_gather", each, ("shard",))
     scatter = links.seconds("reduce_scatter", each, ("shard",))
-    messages = units * (2.0 * gather + scatter) * passes
+    gathers = 1.0 if plan.zero_stage == 2 else 2.0
+    messages = units * (gathers * gather + scatter) * passes
     if links.machine.measured is None:
         return 0.5 * messages
     return messages + units * UNIT_SECONDS * passes

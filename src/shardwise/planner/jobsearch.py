@@ -10,7 +10,9 @@ from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.jobstep import JobEstimate, JobMemo, estimate_job
 from shardwise.spec.layout import AXES, Layout
 from shardwise.spec.machine import Machine
-from shardwise.spec.plan import Plan, Prediction
+from shardwise.spec.plan import HALVED, V_SHAPED, Plan, Prediction
+from shardwise.spec.runnable import refusals
+from shardwise.spec.schedule import stages_for
 from shardwise.spec.work import JobFacts
 
 MOST_LAYOUTS = 4000
@@ -159,10 +161,36 @@ def placed_plans(problem: JobProblem) -> Iterator[tuple[Plan, int]]:
                 continue
             for nodes in _node_counts(problem, workers):
                 for threads, micro in product(_threads(problem, workers // nodes), _micro_batches(problem, layout)):
-                    count += 1
-                    if count > MOST_LAYOUTS:
-                        return
-                    yield replace(problem.base, layout=layout, threads=threads, micro_batch=micro), nodes
+                    plan = replace(problem.base.with_layout(layout), threads=threads, micro_batch=micro)
+                    for scheduled in _schedules(problem, plan):
+                        count += 1
+                        if count > MOST_LAYOUTS:
+                            return
+                        yield scheduled, nodes
+
+
+def _schedules(problem: JobProblem, plan: Plan) -> Iterator[Plan]:
+    """The plan; where it shards, the same at ZeRO stage 2; and where its pipeline has several micro-batches and its schedule is
+    open, the same under others that run.
+
+    Those with several stages a worker need as many places for cuts; those with halved passes do not go with experts.
+    """
+    yield plan
+    facts, layout = problem.facts, plan.layout
+    if layout.shard > 1 and plan.zero_stage is None:
+        yield replace(plan, zero_stage=2)
+    share = math.ceil(facts.batch_size / layout.replicas)
+    if layout.pipeline == 1 or plan.schedule != Plan().schedule or not plan.micro_batch or plan.micro_batch >= share:
+        return
+    for schedule in ("interleaved1f1b", "zerobubble", *V_SHAPED):
+        other = replace(plan, schedule=schedule)
+        stages = stages_for(schedule, layout.pipeline)
+        if stages > layout.pipeline and len(facts.cuts) < stages - 1:
+            continue
+        if schedule in HALVED and facts.expert_bytes:
+            continue
+        if next(refusals(other), None) is None:
+            yield other
 
 
 def _micro_batches(problem: JobProblem, layout: Layout) -> list[int | None]:

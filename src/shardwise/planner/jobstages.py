@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from shardwise.planner.closedform import rank_of
-from shardwise.planner.schedule import stages_per_rank
 from shardwise.spec.balance import balanced
-from shardwise.spec.plan import Plan
+from shardwise.spec.plan import V_SHAPED, Plan
+from shardwise.spec.schedule import rank_of, stages_for
 from shardwise.spec.work import CutFacts, JobFacts
 
 
@@ -43,8 +42,7 @@ def stages_of(facts: JobFacts, plan: Plan) -> Stages:
 
     There are fewer than the plan's schedule asks for where the model has too few places.
     """
-    named = (len(plan.cuts) + 1) // plan.layout.pipeline if plan.cuts else 2
-    count = plan.layout.pipeline * stages_per_rank(plan.schedule, named)
+    count = 1 if plan.layout.pipeline == 1 else stages_for(plan.schedule, plan.layout.pipeline, *_said(plan))
     if count == 1:
         return Stages((dict.fromkeys(range(len(facts.model.blocks)), 1.0),), (), (), 0.0, plan.schedule, 1)
     cuts = _chosen(facts.cuts, count, plan.cuts)
@@ -60,6 +58,11 @@ def stages_of(facts: JobFacts, plan: Plan) -> Stages:
         shared = 0.0
     schedule, ranks = _placed(plan, len(parts))
     return Stages(parts, tuple(sent), tuple(returned), shared, schedule, ranks)
+
+
+def _said(plan: Plan) -> tuple[Sequence[object], int | None]:
+    """What a plan says about its stages: an entry for each cut, and stages a rank."""
+    return plan.cuts or plan.stage_layers[1:], plan.virtual_stages
 
 
 @lru_cache(maxsize=512)
@@ -120,7 +123,7 @@ def _pack(work: Sequence[float], most: float) -> list[list[int]]:
 
 def _placed(plan: Plan, stages: int) -> tuple[str, int]:
     """The schedule and the number of ranks that so many stages are priced with."""
-    least = plan.layout.pipeline * (1 if stages_per_rank(plan.schedule, 2) == 1 else 2)
+    least = plan.layout.pipeline * (2 if plan.schedule in (*V_SHAPED, "interleaved1f1b") else 1)
     if stages < least or stages % plan.layout.pipeline:
         return "1f1b", stages  # the model has too few blocks to say how it would be cut
     return plan.schedule, plan.layout.pipeline

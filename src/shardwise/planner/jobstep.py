@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardwise.planner.closedform import Timeline, rank_of
+from shardwise.planner.closedform import Timeline
+from shardwise.planner.confidence import counted_words
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.joblinks import Links
 from shardwise.planner.jobmessages import MESSAGE_SECONDS, message_seconds
@@ -29,6 +30,7 @@ from shardwise.planner.schedule import simulate
 from shardwise.planner.step import UNCERTAIN
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
+from shardwise.spec.schedule import rank_of
 from shardwise.spec.work import JobFacts
 
 STEP_SECONDS = 1.5e-4
@@ -54,10 +56,6 @@ RING_BYTES = 8 * 2**20
 
 BUCKET_COPIES = {"fp16": 1.5, "bf16": 1.5, "powersgd": 2.0}
 """Copies of the gradients that summing them takes, by compression: buckets and their 16 bits; sums and what was left out."""
-
-TIME_WITHIN = {"one worker": 0.20, "replicas": 0.45, "crowded": 0.50, "other": 0.45}
-"""Kind of plan -> what 4 of 5 predictions for it stay within of the measured step, over eleven models on two cores
-(benchmarks/regret.py tells them as `step_error_by_kind`; a test holds these to benchmarks/results/regret.json)."""
 
 PART_NAMES = {
     "compute": "computing",
@@ -86,7 +84,7 @@ class JobEstimate:
         memory: bytes of the fullest rank by part.
         room_bytes: what a rank may use.
         measured: compute was corrected by a real step seen on this machine.
-        kind: of the plan, a key of `TIME_WITHIN`.
+        kind: of the plan, a key of `confidence.COUNTED`.
     """
 
     seconds: dict[str, float]
@@ -118,8 +116,7 @@ class JobEstimate:
     @property
     def confidence(self) -> str:
         """How sure time and memory are, in words."""
-        within = round(100 * TIME_WITHIN[self.kind])
-        time = f"time within {within} % (4 of 5)" if self.measured else "time not checked on such a machine"
+        time = counted_words(self.kind) if self.measured else "time not checked on such a machine"
         return f"{time}, {'certain' if self.certain else 'not certain'} to {'fit' if self.fits else 'be too large'}"
 
     def share(self, names: Sequence[str]) -> float:
@@ -355,7 +352,7 @@ def _memory(
     summed = layout.data * layout.context * layout.expert
     if layout.shard > 1:
         unit = facts.gradient_bytes * held / (facts.shard_units + 1)
-        found["gathered"] = 3.0 * unit
+        found["gathered"] = 3.0 * unit if plan.zero_stage != 2 else facts.parameter_bytes * held + 2.0 * unit
     elif summed > 1:
         found["buckets"] = BUCKET_COPIES.get(plan.compression, 1.0) * gradients
     if machine.measured is not None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from shardwise.planner.activations import kept_bytes, on_tpu, spare_activations, spare_of_experts
 from shardwise.planner.case import Case
-from shardwise.planner.closedform import rank_of
 from shardwise.spec.plan import V_SHAPED
+from shardwise.spec.schedule import rank_of
 
 CONTEXT_BYTES = 1.6 * 2**30
 """Device memory outside the allocator: driver context, library workspaces, communication buffers of a few groups."""

@@ -11,6 +11,7 @@ from typing import Any
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case, usual_kernels
+from shardwise.planner.confidence import PUBLISHED, published_kind
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.memory import MemoryParts
 from shardwise.planner.repair import repair
@@ -60,6 +61,9 @@ class RunPrediction:
         return {
             "run_id": self.run_id,
             "step_seconds": self.estimate.step_seconds,
+            "step_seconds_range": [
+                factor * self.estimate.step_seconds for factor in PUBLISHED[published_kind(self.case)]
+            ],
             "memory_gib": printed_bytes(self.case, self.estimate.memory) / GIB,
             "fullest_gib": self.estimate.memory.total / GIB,
             "fits": self.estimate.fits,
@@ -224,7 +228,10 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
         precision=precision,
         compile=_compiled(row, place),
         schedule=schedule,
-        **degrees,
+        data=degrees["data"],
+        tensor=degrees["tensor"],
+        pipeline=degrees["pipeline"],
+        context=degrees["context"],
     )
 
 

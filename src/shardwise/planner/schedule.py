@@ -1,7 +1,6 @@
-"""Pipeline schedules as tables, and their duration by simulating the table.
+"""How long a pipeline takes, by simulating its schedule; the order of the passes is that of `spec/schedule.py`.
 
-A table has one row per pipeline rank: the order in which that rank runs its actions. Legend: F forward, B backward
-(with `zerobubble` and the V schedules only the gradient of the input), W gradient of the weights.
+Legend: F forward, B backward (with `zerobubble` and the V schedules only the gradient of the input), W gradient of the weights.
 """
 
 from bisect import bisect_right
@@ -9,11 +8,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
 
-from shardwise.errors import PlanError
-from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, flight, rank_of
-from shardwise.planner.inorder import spans, warm_up
+from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, flight
+from shardwise.planner.inorder import spans
 from shardwise.spec.plan import V_SHAPED
-from shardwise.spec.schedule import schedule_table
+from shardwise.spec.schedule import computations, rank_of, schedule_table, warm_up
 
 Action = tuple[str, int, int]
 """(kind, stage, micro-batch)."""
@@ -26,62 +24,6 @@ MAX_GREEDY = 256
 
 MAX_ACTIONS = 150_000
 """Largest table that is simulated, about half a second; a larger one takes the closed form."""
-
-
-def stages_per_rank(schedule: str, virtual_stages: int) -> int:
-    """Chunks of the model on each rank: V schedules have two, plain schedules one."""
-    if schedule in V_SHAPED:
-        return 2
-    return virtual_stages if schedule == "interleaved1f1b" else 1
-
-
-def table(schedule: str, ranks: int, micro_batches: int, virtual_stages: int = 1) -> list[list[Action]]:
-    """The order of actions of every rank.
-
-    gpipe: Huang et al. 2019. 1f1b: Narayanan et al. 2019 (PipeDream-flush). interleaved1f1b: Narayanan et al. 2021,
-    section 2.2. zerobubble: 1f1b whose weight gradients fill the gaps (Qi et al. 2023, ZB-H1); they are placed by the
-    simulation. zbv and dualpipev have no fixed order here: the simulation builds one.
-
-    Raises:
-        PlanError: an unknown schedule.
-    """
-    if schedule == "gpipe":
-        forward = [[("F", rank, index) for index in range(micro_batches)] for rank in range(ranks)]
-        return [row + [("B", rank, index) for index in range(micro_batches)] for rank, row in enumerate(forward)]
-    if schedule in ("1f1b", "zerobubble"):
-        return [_one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)]
-    if schedule == "interleaved1f1b":
-        return [_interleaved(rank, ranks, micro_batches, virtual_stages) for rank in range(ranks)]
-    raise PlanError(f"schedule {schedule!r}: a table exists for gpipe, 1f1b, interleaved1f1b and zerobubble")
-
-
-def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[Action]:
-    warm = min(ranks - rank, micro_batches)
-    row: list[Action] = [("F", rank, index) for index in range(warm)]
-    for index in range(micro_batches):
-        row.append(("B", rank, index))
-        if warm + index < micro_batches:
-            row.append(("F", rank, warm + index))
-    return row
-
-
-def _interleaved(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Action]:
-    """Micro-batches advance in groups of `ranks`; a last, smaller group leaves its gaps empty."""
-    padded = -(-micro_batches // ranks) * ranks
-    total = padded * chunks
-    warm = min(total, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1)
-
-    def item(position: int, kind: str) -> Action:
-        chunk = position // ranks % chunks
-        chunk = chunk if kind == "F" else chunks - 1 - chunk
-        return kind, chunk * ranks + rank, position // (ranks * chunks) * ranks + position % ranks
-
-    row = [item(position, "F") for position in range(warm)]
-    for position in range(total):
-        row.append(item(position, "B"))
-        if warm + position < total:
-            row.append(item(warm + position, "F"))
-    return [action for action in row if action[2] < micro_batches]
 
 
 @lru_cache(maxsize=4096)
@@ -99,7 +41,7 @@ def simulate(
     A message starts when it was made and its direction of the link between the two ranks is free; the sender goes on computing.
 
     Args:
-        forward_seconds, backward_seconds: per stage, in model order; `ranks * stages_per_rank` entries.
+        forward_seconds, backward_seconds: per stage, in model order; as many for every rank.
         wires: of the cuts between the stages, in the same order.
         meeting: the table is that of a training, with its places for weight gradients, and a message also waits until the other
             rank asks for it (gloo sends nothing before): when it takes the one before from the same rank, or where the table
@@ -161,7 +103,7 @@ def _in_flight(schedule: str, micro_batches: int, chunks: int, ranks: int) -> tu
     if schedule != "interleaved1f1b":
         return flight(schedule, micro_batches, chunks, ranks)
     if micro_batches % ranks and micro_batches < 2 * ranks:
-        return tuple(_peak(row) for row in table(schedule, ranks, micro_batches, chunks))
+        return tuple(_peak(row) for row in computations(schedule, ranks, ranks * chunks, micro_batches))
     return tuple(
         min(micro_batches * chunks, warm_up(schedule, rank, ranks, chunks, micro_batches)) for rank in range(ranks)
     )
@@ -254,8 +196,7 @@ def _busiest(micro_batches: int, forward: Sequence[float], backward: Sequence[fl
 @lru_cache(maxsize=256)
 def _rows(schedule: str, ranks: int, micro_batches: int, chunks: int) -> tuple[tuple[Action, ...], ...]:
     """What the ranks of a training compute, in their order: passes, and weight gradients where they come later."""
-    found = schedule_table(schedule, ranks, ranks * chunks, micro_batches)
-    return tuple(tuple(action for action in row if action.kind in COMPUTES) for row in found.rows)
+    return tuple(map(tuple, computations(schedule, ranks, ranks * chunks, micro_batches)))
 
 
 @lru_cache(maxsize=256)

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
 from shardwise.planner.compute import device_rates
+from shardwise.planner.confidence import published_words
 from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.stagecuts import best_cuts
 from shardwise.planner.step import Estimate, Memo, estimate
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
-from shardwise.spec.plan import Plan, Prediction
+from shardwise.spec.plan import V_SHAPED, Plan, Prediction, in_runs
 
 LONG_SEQUENCE = 16384
 """Shorter sequences are not worth splitting: one of them fits a device with any other kind of parallelism."""
 
-Setting = tuple[int, ...]
+Setting = tuple[int | str, ...]
 
 SIMULATED = 8
 """Best layouts whose pipeline is simulated; the others keep the closed form."""
@@ -102,7 +104,7 @@ def search(problem: Problem, constants: Constants = DEFAULT) -> Found:
             priced += _price(replace(problem, workers=workers), problem.workers, constants, some, {})
             best.update({key: item for key, item in some.items() if item.estimate.step_seconds < fastest})
     ranked = sorted(best.values(), key=lambda item: item.estimate.step_seconds)
-    head = [replace(item, estimate=estimate(item.case, constants)) for item in ranked[:SIMULATED]]
+    head = [Candidate(*best_cuts(item.case, constants), item.workers) for item in ranked[:SIMULATED]]
     head.sort(key=lambda item: item.estimate.step_seconds)
     lost = [item for key, item in least.items() if key not in best]
     lost.sort(key=lambda item: item.estimate.step_seconds)
@@ -123,7 +125,7 @@ def _price(
     memo = Memo()
     for case in cases(problem):
         key = (case.data, case.tensor, case.pipeline, case.context, case.expert, case.zero_stage)
-        setting = (*key, case.micro_batch, case.virtual_stages)
+        setting = (*key, case.micro_batch, case.schedule, case.virtual_stages)
         if setting == settled:
             continue  # it fits with less recomputation, and more of it only takes longer
         found = Candidate(case, estimate(case, constants, quick=True, memo=memo), at_hand)
@@ -182,21 +184,25 @@ def tensor_degrees(problem: Problem) -> list[int]:
 
 
 def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
-    """The candidate as a plan that can be written down and run, with its prediction.
-
-    Raises:
-        PlanError: a precision that plans do not have.
-    """
+    """The candidate as a plan that can be written down, with its prediction; `spec/runnable.py` tells whether `train` runs it."""
     case, found = item.case, item.estimate
     prediction = Prediction(
         step_seconds=found.step_seconds,
         memory_bytes=round(found.memory.total),
         seconds_by_part=dict(found.seconds),
         bytes_by_part={name: round(size) for name, size in found.memory.by_part().items()},
-        confidence="certain to fit" if found.certain and found.fits else "near the memory limit",
+        confidence=f"{published_words(case)}; {'certain to fit' if found.certain and found.fits else 'near the memory limit'}",
     )
-    plain = Plan(layout=case.layout(), schedule=case.schedule, micro_batch=case.micro_batch, reasons=reasons)
-    settings = {"precision": case.precision, "recompute": case.recompute, "compile": bool(case.compile)}
+    chunks = case.virtual_stages if case.schedule == "interleaved1f1b" else None
+    plain = Plan(layout=case.layout(), schedule=case.schedule, virtual_stages=chunks, micro_batch=case.micro_batch)
+    settings = {
+        "precision": case.precision,
+        "recompute": case.recompute,
+        "compile": bool(case.compile),
+        "zero_stage": case.zero_stage or None,
+        "stage_layers": case.layers_per_stage if case.pipeline > 1 else (),
+        "reasons": reasons,
+    }
     plan = Plan.from_dict({**plain.to_dict(), **settings})
     return replace(plan, prediction=replace(prediction, made_for=plan.planned_for(case.global_batch)))
 
@@ -223,14 +229,11 @@ def _base(problem: Problem, tensor: int, pipeline: int, context: int, data: int,
 def _settings(base: Case) -> Iterator[Case]:
     """Micro-batch, chunks, recomputation and sharding of one setting of the degrees."""
     share = base.global_batch // base.data
-    stages = (0,) if base.data * base.context == 1 else ((0, 1, 3) if base.pipeline == 1 else (0, 1))
+    stages = (0,) if base.data * base.context == 1 else ((0, 1, 2, 3) if base.pipeline == 1 else (0, 1))
     for micro_batch in _micro_batches(share):
-        for chunks in CHUNKS if base.pipeline > 1 else (1,):
-            if base.pipeline * chunks > base.model.layers or (chunks > 1 and (share // micro_batch) % base.pipeline):
-                continue
-            schedule = "interleaved1f1b" if chunks > 1 else "1f1b"
+        for schedule, chunks in _schedules(base, share // micro_batch):
             for stage in stages:
-                for recompute in RECOMPUTES:
+                for recompute in RECOMPUTES if schedule != "zbv" else ("none",):
                     yield replace(
                         base,
                         micro_batch=micro_batch,
@@ -239,6 +242,23 @@ def _settings(base: Case) -> Iterator[Case]:
                         recompute=recompute,
                         zero_stage=stage,
                     )
+
+
+def _schedules(base: Case, passes: int) -> Iterator[tuple[str, int]]:
+    """(schedule, stages a rank) that software offers for so many micro-batches.
+
+    A V needs as many micro-batches as it has stages (PyTorch, `ScheduleZBVZeroBubble`, `ScheduleDualPipeV`); software of the time
+    before 2022 had none. Under zbv all backward passes are in halves, which nobody joins with recomputation. DualPipe is for
+    exchanges with experts, which it hides, and recomputes (DeepSeek-V3, arXiv:2412.19437, sections 3.2.1 and 3.2.3).
+    """
+    yield "1f1b", 1
+    if base.pipeline == 1:
+        return
+    for chunks in CHUNKS:
+        if chunks > 1 and base.pipeline * chunks <= base.model.layers and passes % base.pipeline == 0:
+            yield "interleaved1f1b", chunks
+    if not base.classic and 2 * base.pipeline <= min(base.model.layers, passes):
+        yield ("dualpipev" if base.expert > 1 else "zbv"), 2
 
 
 def _micro_batches(share: int) -> list[int]:
@@ -284,6 +304,10 @@ def describe(case: Case) -> str:
     parts.append(f"micro_batch={case.micro_batch}")
     if case.recompute != "none":
         parts.append(f"recompute={case.recompute}")
-    if case.virtual_stages > 1:
+    if case.schedule in V_SHAPED:
+        parts.append(f"schedule={case.schedule}")
+    elif case.virtual_stages > 1:
         parts.append(f"virtual_stages={case.virtual_stages}")
+    if case.stage_layers:
+        parts.append(f"stage_layers={in_runs(case.stage_layers)}")
     return " ".join(parts)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwise.planner.case import Case
-from shardwise.planner.closedform import Timeline, Wire, closed_form, even, rank_of
+from shardwise.planner.closedform import Timeline, Wire, closed_form, even
 from shardwise.planner.collectives import (
     Network,
     all_gather,
@@ -41,6 +41,7 @@ from shardwise.planner.memory import (
 )
 from shardwise.planner.overlap import delay, exchange_overlaps, hidden, regather_seconds, shards_in_a_loop
 from shardwise.planner.schedule import simulate
+from shardwise.spec.schedule import rank_of
 
 UNCERTAIN = 1.2
 """Margin of the memory model: a layout is certain to fit, or not to, when it does so with this factor to spare."""
@@ -116,11 +117,11 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
             memo.works[done] = works_of(case, device, constants)
         memo.passes[key] = _passes(case, device, net, constants, memo.works[done])
     layer, ends, parts = memo.passes[key]
-    piped = (*key, case.pipeline, case.virtual_stages, case.schedule, case.micro_batches, quick)
+    piped = (*key, case.pipeline, case.virtual_stages, case.schedule, case.micro_batches, quick, case.stage_layers)
     if piped not in memo.timelines:
         memo.timelines[piped] = _timeline(case, net, layer, ends, quick)
     timeline, first, last, waits = memo.timelines[piped]
-    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule)
+    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule, case.stage_layers)
     if split not in memo.shares:
         memo.shares[split] = rank_shares(case)
     shares = memo.shares[split]

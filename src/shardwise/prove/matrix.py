@@ -52,7 +52,10 @@ def prove_all(
     whole = replace(
         serial,
         schedule=given.schedule,
+        virtual_stages=given.virtual_stages,
         cuts=given.cuts,
+        stage_layers=given.stage_layers,
+        zero_stage=given.zero_stage,
         tensor_rules=given.tensor_rules,
         compression=given.compression,
         compression_rank=given.compression_rank,

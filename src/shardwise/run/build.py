@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.dist.collectives import Group
 from shardwise.errors import JobError, PlanError
-from shardwise.parallel.compose import defers_weights
 from shardwise.run.blame import readable_failure
 from shardwise.run.heap import memory_given_back
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
+from shardwise.spec.runnable import defers_weights
 
 if TYPE_CHECKING:
     from shardwise.parallel.deferred.build import Deferred

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
 Recompute = Literal["none", "selective", "full"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
 Build = Literal["auto", "whole", "deferred"]
@@ -23,7 +24,10 @@ V_SHAPED = ("zbv", "dualpipev")
 """Schedules under which a pipeline rank has two stages, as far from the two ends of the model as it is from the first rank."""
 HALVED = ("zerobubble", "zbv", "dualpipev")
 """Schedules with backward passes in two halves: the gradients of activations, and those of weights, later."""
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp4")
+TRAINED_PRECISIONS = ("fp32", "bf16")
+"""Those that `train` knows; a cluster with other software may run a plan in the others."""
+ZERO_STAGES = (1, 2, 3)
 RECOMPUTES = ("none", "selective", "full")
 COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
 BUILDS = ("auto", "whole", "deferred")
@@ -54,13 +58,19 @@ class Plan:
     Attributes:
         layout: the degree of each mesh axis.
         schedule: pipeline schedule, one of `SCHEDULES`; meaningless without a pipeline.
+        virtual_stages: stages of every pipeline rank under `interleaved1f1b`; None is 2, or what the cuts make.
         cuts: names of the modules that start a new pipeline stage; empty lets shardwise balance them.
+        stage_layers: in place of cuts: how many of the model's repeated blocks each stage has, in model order; in files also as
+            text, `7,8x14,7`. What comes before the first block goes with it, what comes after the last one with that.
+        zero_stage: what the ranks of the `shard` axis split (Rajbhandari et al. 2020): 1 optimizer states, 2 gradients too, 3
+            parameters too. None is 3. `train` runs 2 as FSDP2 does: parameters are whole from the forward pass of a
+            micro-batch to its backward pass, and in parts between steps.
         micro_batch: samples per worker and forward pass; None is the worker's whole share of the global batch.
         recompute: what is thrown away after a module's forward pass and computed again in the backward pass: `none`, with
             `full` all but its inputs, with `selective` what is cheap (what products of matrices, convolutions and attention
             gave is kept).
         recompute_modules: names of the modules, `*` for any one part of a name ("blocks.*.mlp"); empty for the repeated blocks.
-        precision: `fp32`, or `bf16` for bfloat16 autocast over fp32 weights.
+        precision: `fp32`, or `bf16` for bfloat16 autocast over fp32 weights; `fp16`, `fp8` and `fp4` are for other software.
         threads: compute threads per worker; None lets shardwise divide the cores.
         compile: run the model through `torch.compile`.
         tensor_rules: module name -> one of `TENSOR_RULES`, where the user knows better how the tensor axis splits it.
@@ -81,7 +91,10 @@ class Plan:
 
     layout: Layout = Layout()
     schedule: str = "1f1b"
+    virtual_stages: int | None = None
     cuts: tuple[str, ...] = ()
+    stage_layers: tuple[int, ...] = ()
+    zero_stage: int | None = None
     micro_batch: int | None = None
     recompute: Recompute = "none"
     recompute_modules: tuple[str, ...] = ()
@@ -105,11 +118,15 @@ class Plan:
         _check_choice("compression", self.compression, COMPRESSIONS)
         _check_choice("build", self.build, BUILDS)
         _check_choice("kernels", self.kernels, KERNELS)
-        for name in ("micro_batch", "threads", "compression_rank", "local_steps"):
+        for name in ("micro_batch", "threads", "virtual_stages", "compression_rank", "local_steps"):
             value = getattr(self, name)
-            unset = value is None and name in ("micro_batch", "threads")
-            if not unset and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            unset = value is None and name in ("micro_batch", "threads", "virtual_stages")
+            if not unset and not _counts(value):
                 raise PlanError(f"plan {name}={value!r}: it must be a whole number of at least 1, or be left out")
+        if self.zero_stage is not None and (not _counts(self.zero_stage) or self.zero_stage not in ZERO_STAGES):
+            raise PlanError(f"plan zero_stage={self.zero_stage!r}: it must be 1, 2 or 3, or be left out")
+        if not isinstance(self.stage_layers, tuple) or not all(_counts(value, 0) for value in self.stage_layers):
+            raise PlanError(f"plan stage_layers={self.stage_layers!r}: it must be a list of whole numbers")
         if not isinstance(self.compile, bool):
             raise PlanError(f"plan compile={self.compile!r}: it must be true or false")
         if not isinstance(self.layout, Layout):
@@ -128,6 +145,8 @@ class Plan:
         """Plain data without unset values; the layout in its text form. `from_dict` reads it back."""
         record = {key: value for key, value in asdict(self).items() if value is not None and value not in ((), {})}
         record["layout"] = str(self.layout)
+        if self.stage_layers:
+            record["stage_layers"] = in_runs(self.stage_layers)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
 
     @classmethod
@@ -155,7 +174,9 @@ class Plan:
                 raise PlanError(
                     f"plan prediction={prediction!r}: {error}; leave it out of a plan of your own"
                 ) from error
-        for name in ("cuts", "recompute_modules", "reasons", "shares"):
+        if isinstance(values.get("stage_layers"), str):
+            values["stage_layers"] = _from_runs(values["stage_layers"])
+        for name in ("cuts", "stage_layers", "recompute_modules", "reasons", "shares"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(layout=layout, prediction=prediction, **values)
@@ -184,13 +205,16 @@ class Plan:
             plan = replace(plan, tensor_rules={})
         if layout.shard == 1 and plan.build == "deferred":
             plan = replace(plan, build=Plan().build)
+        if layout.shard == 1:
+            plan = replace(plan, zero_stage=None)
         if layout.pipeline == 1:
-            plan = replace(plan, schedule=Plan().schedule, cuts=())
+            plan = replace(plan, schedule=Plan().schedule, virtual_stages=None, cuts=(), stage_layers=())
         return plan if layout.data > 1 else plan.exact()
 
     def planned_for(self, batch_size: int) -> str:
         """What a prediction holds for: the plan and the samples of a step, in one line."""
-        return f"{self}, {batch_size} samples a step"
+        named = f" cuts={','.join(self.cuts)}" if self.cuts else ""
+        return f"{self}{named}, {batch_size} samples a step"
 
     def for_batch(self, batch_size: int) -> "Plan":
         """The same plan, without a prediction and its reasons where they were made for another plan or batch."""
@@ -226,11 +250,39 @@ class Plan:
             value = getattr(self, name)
             if value != getattr(defaults, name):
                 parts.append(f"{name}={value}")
+        if self.zero_stage not in (None, ZERO_STAGES[-1]):
+            parts.append(f"zero_stage={self.zero_stage}")
         if self.layout.pipeline > 1:
             parts.append(f"schedule={self.schedule}")
+        if self.virtual_stages is not None:
+            parts.append(f"virtual_stages={self.virtual_stages}")
+        if self.stage_layers:
+            parts.append(f"stage_layers={in_runs(self.stage_layers)}")
         if self.shares:
             parts.append("shares=" + ",".join(f"{share:g}" for share in self.shares))
         return " ".join(parts)
+
+
+def in_runs(counts: tuple[int, ...]) -> str:
+    """`7,8x14,7` for a 7, fourteen times 8 and a 7."""
+    runs = [(value, len(list(equal))) for value, equal in groupby(counts)]
+    return ",".join(f"{value}x{times}" if times > 1 else str(value) for value, times in runs)
+
+
+def _from_runs(text: str) -> tuple[int, ...]:
+    """What `in_runs` wrote."""
+    counts: list[int] = []
+    for run in text.split(","):
+        value, _, times = (part.strip() for part in run.partition("x"))
+        if not value.isdecimal() or not (times or "1").isdecimal():
+            raise PlanError(f"plan stage_layers={text!r}: write numbers of layers, such as [7, 8, 8, 7] or '7,8x2,7'")
+        counts += [int(value)] * int(times or "1")
+    return tuple(counts)
+
+
+def _counts(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number of at least that."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _layout_from_degrees(degrees: dict[str, int]) -> Layout:

@@ -61,24 +61,45 @@ class ScheduleTable:
         return "\n".join([head, *(f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.rows))])
 
 
-def placement_of(schedule: str, ranks: int, stages: int) -> tuple[int, ...]:
-    """The rank of every stage: round robin, or from the first rank to the last and back for a V."""
+def rank_of(stage: int, ranks: int, schedule: str) -> int:
+    """The pipeline rank that has a stage: round robin, or from the first rank to the last and back for a V."""
     if schedule in V_SHAPED:
-        return (*range(ranks), *reversed(range(ranks)))
-    return tuple(stage % ranks for stage in range(stages))
+        return stage if stage < ranks else 2 * ranks - 1 - stage
+    return stage % ranks
 
 
-def stages_for(schedule: str, ranks: int, cuts: Sequence[str] = ()) -> int:
+def placement_of(schedule: str, ranks: int, stages: int) -> tuple[int, ...]:
+    """The rank of every stage."""
+    return tuple(rank_of(stage, ranks, schedule) for stage in range(2 * ranks if schedule in V_SHAPED else stages))
+
+
+def warm_up(schedule: str, rank: int, ranks: int, chunks: int, micro_batches: int) -> int:
+    """Forward passes that a rank runs before its first backward pass, and then is ahead by, in schedules of one fixed order."""
+    if schedule == "gpipe":
+        return micro_batches
+    return (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1 if schedule == "interleaved1f1b" else ranks - rank
+
+
+def stages_for(schedule: str, ranks: int, cuts: Sequence[object] = (), virtual_stages: int | None = None) -> int:
     """How many stages a model is cut into.
 
+    Args:
+        cuts: one entry for each, of any kind; empty where they are chosen.
+        virtual_stages: of every rank, where the plan says so.
+
     Raises:
-        PlanError: the cuts do not fit the ranks.
+        PlanError: these do not fit the ranks, or each other.
     """
     if schedule in V_SHAPED:
         return 2 * ranks
     if schedule != "interleaved1f1b":
         return ranks
-    stages = len(cuts) + 1 if cuts else CHUNKS * ranks
+    stages = len(cuts) + 1 if cuts else (virtual_stages or CHUNKS) * ranks
+    if virtual_stages is not None and stages != virtual_stages * ranks:
+        raise PlanError(
+            f"plan virtual_stages={virtual_stages} makes {virtual_stages * ranks} stages on {ranks} ranks, but its cuts make "
+            f"{stages}: leave one of them out"
+        )
     if stages % ranks or stages == ranks:
         raise PlanError(
             f"plan schedule='interleaved1f1b' with {stages} stages on {ranks} ranks: every rank needs the same number of "
@@ -96,19 +117,26 @@ def schedule_table(schedule: str, ranks: int, stages: int, micro_batches: int) -
     one V instead of two ("cut in half").
     """
     placement = placement_of(schedule, ranks, stages)
-    if schedule == "gpipe":
-        rows = [_all_forward_all_backward(rank, micro_batches) for rank in range(ranks)]
-    elif schedule == "1f1b":
-        rows = [_one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)]
-    elif schedule in ("zerobubble", "zbv"):
-        rows = _zero_bubble(placement, ranks, micro_batches)
-    elif schedule == "dualpipev":
-        rows = [_dual_pipe(rank, ranks, micro_batches) for rank in range(ranks)]
-    elif schedule == "interleaved1f1b":
-        rows = [_interleaved(rank, ranks, stages // ranks, micro_batches) for rank in range(ranks)]
-    else:
-        raise PlanError(f"plan schedule={schedule!r}: known tables are {', '.join(SCHEDULES)}")
+    rows = computations(schedule, ranks, stages, micro_batches)
     return ScheduleTable(schedule, placement, micro_batches, _with_messages(rows, placement))
+
+
+def computations(schedule: str, ranks: int, stages: int, micro_batches: int) -> list[list[Action]]:
+    """The rows of the table without their messages.
+
+    Raises:
+        PlanError: an unknown schedule.
+    """
+    if schedule in ("gpipe", "1f1b"):
+        warm = [min(micro_batches, warm_up(schedule, rank, ranks, 1, micro_batches)) for rank in range(ranks)]
+        return [_taking_turns(rank, warm[rank], micro_batches) for rank in range(ranks)]
+    if schedule in ("zerobubble", "zbv"):
+        return _zero_bubble(placement_of(schedule, ranks, stages), ranks, micro_batches)
+    if schedule == "dualpipev":
+        return [_dual_pipe(rank, ranks, micro_batches) for rank in range(ranks)]
+    if schedule == "interleaved1f1b":
+        return [_interleaved(rank, ranks, stages // ranks, micro_batches) for rank in range(ranks)]
+    raise PlanError(f"plan schedule={schedule!r}: known tables are {', '.join(SCHEDULES)}")
 
 
 def forward_table(placement: tuple[int, ...], ranks: int, micro_batches: int) -> ScheduleTable:
@@ -119,13 +147,7 @@ def forward_table(placement: tuple[int, ...], ranks: int, micro_batches: int) ->
     return ScheduleTable("forward", placement, micro_batches, _with_messages(rows, placement))
 
 
-def _all_forward_all_backward(rank: int, micro_batches: int) -> list[Action]:
-    forward = [Action("F", rank, index) for index in range(micro_batches)]
-    return forward + [Action("B", rank, index) for index in range(micro_batches)]
-
-
-def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[Action]:
-    warm = min(ranks - rank, micro_batches)
+def _taking_turns(rank: int, warm: int, micro_batches: int) -> list[Action]:
     row = [Action("F", rank, index) for index in range(warm)]
     for index in range(micro_batches):
         row.append(Action("B", rank, index))
@@ -138,7 +160,7 @@ def _interleaved(rank: int, ranks: int, chunks: int, micro_batches: int) -> list
     """Micro-batches advance in groups of `ranks` through a rank's stages; a last, smaller group leaves its gaps empty."""
     padded = -(-micro_batches // ranks) * ranks
     total = padded * chunks
-    warm = min(total, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1)
+    warm = min(total, warm_up("interleaved1f1b", rank, ranks, chunks, micro_batches))
 
     def action(place: int, kind: Kind) -> Action:
         chunk = place // ranks % chunks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeAlias, final
 
 import torch
@@ -12,13 +13,14 @@ from torch import nn
 
 from shardwise.dist.collectives import Group
 from shardwise.errors import PlanError
+from shardwise.parallel.blocks import repeated_blocks
 from shardwise.parallel.data import GradientSum, GradientSums
 from shardwise.parallel.pipeline.cuts import places, shared_names
 from shardwise.parallel.pipeline.part import PipelinePart, Split, call_model, split, take_part
 from shardwise.parallel.pipeline.program import Forward, Program, search_trace
 from shardwise.parallel.pipeline.runner import PipelineRunner
 from shardwise.parallel.pipeline.shared import SharedGradientSum
-from shardwise.spec.plan import Plan
+from shardwise.spec.plan import Plan, in_runs
 from shardwise.spec.schedule import placement_of, stages_for
 from shardwise.spec.work import CutFacts
 
@@ -75,15 +77,33 @@ def cut_model(
     Raises:
         PlanError: the model cannot be cut so, or the schedule does not fit.
     """
-    stages = stages_for(plan.schedule, plan.layout.pipeline, plan.cuts)
+    cuts = plan.cuts or _first_blocks(model, plan)
+    stages = stages_for(plan.schedule, plan.layout.pipeline, cuts, plan.virtual_stages)
     outputs = _in_precision(call_model, plan, device)
     if own_loss is None:
-        made = split(model, inputs, stages, plan.cuts, forward=outputs)
+        made = split(model, inputs, stages, cuts, forward=outputs)
         _check_parts(model, made, plan)
         return Cut(made, None)
-    made = split(model, (inputs, targets), stages, plan.cuts, forward=_in_precision(own_loss, plan, device))
+    made = split(model, (inputs, targets), stages, cuts, forward=_in_precision(own_loss, plan, device))
     _check_parts(model, made, plan)
     return Cut(made, Program(model, outputs, made.program.cuts))
+
+
+def _first_blocks(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """The repeated blocks that start stages 1, 2, ... where the plan counts layers; nothing where it does not.
+
+    Raises:
+        PlanError: the model has another number of them.
+    """
+    if not plan.stage_layers:
+        return ()
+    blocks = repeated_blocks(model)
+    if sum(plan.stage_layers) != len(blocks):
+        raise PlanError(
+            f"plan stage_layers={in_runs(plan.stage_layers)} is for a model of {sum(plan.stage_layers)} layers, but this one has "
+            f"{len(blocks)} repeated blocks: leave stage_layers out to have the stages balanced, or name cuts"
+        )
+    return tuple(blocks[count] for count in accumulate(plan.stage_layers[:-1]))
 
 
 def _check_parts(model: nn.Module, made: Split, plan: Plan) -> None:

@@ -1,0 +1,53 @@
+"""How far predicted step times were found to be off, by kind of plan: the ranges that are stated beside them.
+
+A range is a factor below and one above the prediction between which 4 of 5 measured times lie. docs/accuracy.md says how often
+they did, on results that the ranges were not taken from too; a test holds them to the kept measurements.
+"""
+
+from shardwise.planner.case import BLACKWELL, HOPPER, Case
+
+PUBLISHED = {
+    "one node": (0.71, 1.48),
+    "several nodes": (0.75, 2.0),
+    "experts": (0.88, 1.95),
+    "other parts": (0.74, 2.0),
+}
+"""Kind of run -> measured over predicted, of described models: the 5th and 95th percentile over the tables that were looked at,
+each table with the same weight (benchmarks/accuracy.py tells them). The 10th and 90th would hold 4 of 5 of these rows, but fewer
+of a table that is not among them: runs of one source err together."""
+
+COUNTED = {"one worker": (0.90, 1.15), "replicas": (0.85, 1.35), "crowded": (0.75, 1.40), "other": (0.70, 1.40)}
+"""Kind of plan -> measured over predicted, of jobs on the machine that was measured: 4 of 5 over eleven models on two cores
+(benchmarks/results/regret.json)."""
+
+KNOWN_PARTS = ("a100", "a800", *HOPPER, *BLACKWELL)
+"""Parts with a share in most tables."""
+
+
+def published_kind(case: Case) -> str:
+    """The kind of published runs that a case is like: a key of `PUBLISHED`."""
+    if not case.machine.accelerator.name.startswith(KNOWN_PARTS):
+        return "other parts"
+    if case.model.experts:
+        return "experts"
+    return "one node" if case.workers <= case.machine.gpus_per_node else "several nodes"
+
+
+def published_words(case: Case) -> str:
+    """What 4 of 5 published runs of this kind took, over their predictions."""
+    kind = published_kind(case)
+    low, high = PUBLISHED[kind]
+    about = {"experts": "with experts", "other parts": "on other parts than A100 to B300"}.get(kind, f"on {kind}")
+    return f"4 of 5 published runs {about} took {low:g} to {high:g} times their prediction"
+
+
+def counted_words(kind: str) -> str:
+    """The same of plans of jobs on the machine that was measured."""
+    low, high = COUNTED[kind]
+    return f"{low:.2f} to {high:.2f} times that (4 of 5)"
+
+
+def counted_width(kind: str) -> float:
+    """How far such a plan may be off to either side, as a share, its range taken as even on a scale of ratios."""
+    low, high = COUNTED[kind]
+    return float((high / low) ** 0.5 - 1.0)
