@@ -41,8 +41,8 @@ types: $(STAMP) ## mypy in strict mode
 architecture: $(STAMP) ## the floor plan: who imports whom, file and function sizes
 	$(BIN)/pytest tests/test_architecture.py
 
-tests: $(STAMP) ## all other tests
-	$(BIN)/pytest --ignore=tests/test_architecture.py $(ARGS)
+tests: $(STAMP) ## all other tests, file by file on as many cores as there are, up to eight
+	$(BIN)/pytest --ignore=tests/test_architecture.py --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fix: $(STAMP) ## format the code and repair what ruff can
 	$(BIN)/ruff format $(CODE)

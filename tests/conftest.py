@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import tempfile
 import traceback
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as c10d
 
+from shardwise.run.cores import usable_cores
+
 # Forked ranks must not inherit a pool of compute threads that does not exist in the child.
 torch.set_num_threads(1)
 
@@ -25,6 +28,36 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("kept")))
         yield
+
+
+LONGEST = (
+    "bench/test_bench_command",
+    "test_readme",
+    "test_cli_failures",
+    "parallel/test_matrix",
+    "run/test_train.py",
+    "tasks/test_sweep.py",
+    "parallel/test_step_parity",
+    "prove/test_prove_faults",
+    "prove/test_prove_honest",
+    "run/test_watch_names",
+)
+"""Files that take longest, in this order: begun first, they leave no core alone at the end."""
+
+MOST_PROCESSES = 8
+"""Test processes side by side: each holds torch, and its tests start ranks of their own."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Test processes for `--numprocesses auto`."""
+    return min(usable_cores(), MOST_PROCESSES)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests that are divided over processes by file, the longest files first; within a file the order stays."""
+    if config.getoption("numprocesses", None) or os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
 
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # FSDP2 loads it in every rank that did not inherit it, a second each
 from torch import Tensor, nn
 from torch.nn import functional as F
 

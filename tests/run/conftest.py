@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401  # FSDP2 loads it in every rank that did not inherit it, a second each
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from shardwise.errors import PlanError
 from shardwise.planner.case import Case
@@ -10,7 +11,7 @@ from shardwise.planner.compute import device_rates
 from shardwise.planner.confidence import published_words
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.stagecuts import best_cuts
-from shardwise.planner.step import Estimate, Memo, estimate
+from shardwise.planner.step import Estimate, Memo, estimate, quick_memory, room_bytes
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import V_SHAPED, Plan, Prediction, in_runs
@@ -119,23 +120,42 @@ def _price(
     least: dict[tuple[int, ...], Candidate],
 ) -> int:
     """Put the fastest fitting layout of every setting of the degrees into `best`, the smallest of those that do not fit
-    into `least`; how many were priced."""
+    into `least`; how many were priced, those included that cannot be either.
+
+    Memory is counted first, and only what fits is timed. A layout whose bytes exceed the room even without what the allocator
+    loses and without the temporaries of the update, which room that activations leave may hold, has no larger micro-batch that
+    fits: activations in flight and logits only grow with it, and everything else stays. Nor is one of them smaller, if not for
+    a last rank whose logits, which the least memory counts at less, then outweigh the first: it needs more all the same.
+    """
+    memo, smallest = Memo(), dict[tuple[int, ...], tuple[Case, float]]()
     priced = 0
-    settled: Setting | None = None
-    memo = Memo()
-    for case in cases(problem):
-        key = (case.data, case.tensor, case.pipeline, case.context, case.expert, case.zero_stage)
-        setting = (*key, case.micro_batch, case.schedule, case.virtual_stages)
-        if setting == settled:
-            continue  # it fits with less recomputation, and more of it only takes longer
-        found = Candidate(case, estimate(case, constants, quick=True, memo=memo), at_hand)
-        priced += 1
-        if found.estimate.comfortable:
-            settled = setting
-            if key not in best or found.estimate.step_seconds < best[key].estimate.step_seconds:
-                best[key] = found
-        elif key not in least or found.estimate.memory.least < least[key].estimate.memory.least:
-            least[key] = found
+    for base in _bases(problem):
+        room = room_bytes(base)
+        hopeless: set[tuple[str, int, int, str]] = set()
+        settled: Setting | None = None
+        for form in _forms(base):
+            key = (base.data, base.tensor, base.pipeline, base.context, base.expert, form.zero_stage)
+            if form[:4] == settled:
+                continue  # it fits with less recomputation, and more of it only takes longer
+            priced += 1
+            if form[1:] in hopeless:
+                continue
+            case = form.of(base)
+            memory = quick_memory(case, memo)
+            if memory.total <= room:
+                settled = form[:4]
+                found = Candidate(case, estimate(case, constants, quick=True, memo=memo), at_hand)
+                if key not in best or found.estimate.step_seconds < best[key].estimate.step_seconds:
+                    best[key] = found
+                continue
+            if key not in smallest or memory.least < smallest[key][1]:
+                smallest[key] = case, memory.least
+            floor = memory.total - memory.slack - memory.update
+            if floor > room and memory.least - memory.update >= smallest[key][1]:
+                hopeless.add(form[1:])
+    for degrees, (case, _) in smallest.items():
+        if degrees not in best:
+            least[degrees] = Candidate(case, estimate(case, constants, quick=True, memo=memo), at_hand)
     return priced
 
 
@@ -164,6 +184,13 @@ def cases(problem: Problem, tensors: Iterable[int] | None = None) -> Iterator[Ca
     samples of a step are split evenly; context ranks only for long sequences; experts over ranks that hold different
     samples; states are sharded in full (stage 3) only without a pipeline, where every micro-batch would gather anew.
     """
+    for base in _bases(problem, tensors):
+        for form in _forms(base):
+            yield form.of(base)
+
+
+def _bases(problem: Problem, tensors: Iterable[int] | None = None) -> Iterator[Case]:
+    """One case of every setting of the degrees."""
     model = problem.model
     for tensor in tensor_degrees(problem) if tensors is None else tensors:
         for pipeline in _divisors(problem.workers // tensor, model.layers):
@@ -172,8 +199,7 @@ def cases(problem: Problem, tensors: Iterable[int] | None = None) -> Iterator[Ca
                 if problem.global_batch % data:
                     continue
                 for expert in _experts(model, data):
-                    base = _base(problem, tensor, pipeline, context, data, expert)
-                    yield from _settings(base)
+                    yield _base(problem, tensor, pipeline, context, data, expert)
 
 
 def tensor_degrees(problem: Problem) -> list[int]:
@@ -226,22 +252,36 @@ def _base(problem: Problem, tensor: int, pipeline: int, context: int, data: int,
     )
 
 
-def _settings(base: Case) -> Iterator[Case]:
-    """Micro-batch, chunks, recomputation and sharding of one setting of the degrees."""
+class _Form(NamedTuple):
+    """What layouts of the same degrees differ in."""
+
+    micro_batch: int
+    schedule: str
+    virtual_stages: int
+    zero_stage: int
+    recompute: str
+
+    def of(self, base: Case) -> Case:
+        """The layout with the degrees of `base`."""
+        return replace(
+            base,
+            micro_batch=self.micro_batch,
+            virtual_stages=self.virtual_stages,
+            schedule=self.schedule,
+            recompute=self.recompute,
+            zero_stage=self.zero_stage,
+        )
+
+
+def _forms(base: Case) -> Iterator[_Form]:
+    """Micro-batch, chunks, recomputation and sharding of one setting of the degrees; smaller micro-batches first."""
     share = base.global_batch // base.data
     stages = (0,) if base.data * base.context == 1 else ((0, 1, 2, 3) if base.pipeline == 1 else (0, 1))
     for micro_batch in _micro_batches(share):
         for schedule, chunks in _schedules(base, share // micro_batch):
             for stage in stages:
                 for recompute in RECOMPUTES if schedule != "zbv" else ("none",):
-                    yield replace(
-                        base,
-                        micro_batch=micro_batch,
-                        virtual_stages=chunks,
-                        schedule=schedule,
-                        recompute=recompute,
-                        zero_stage=stage,
-                    )
+                    yield _Form(micro_batch, schedule, chunks, stage, recompute)
 
 
 def _schedules(base: Case, passes: int) -> Iterator[tuple[str, int]]:

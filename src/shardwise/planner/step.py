@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwise.planner.case import Case
-from shardwise.planner.closedform import Timeline, Wire, closed_form, even
+from shardwise.planner.closedform import Timeline, Wire, closed_form, even, flight
 from shardwise.planner.collectives import (
     Network,
     all_gather,
@@ -121,10 +121,7 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     if piped not in memo.timelines:
         memo.timelines[piped] = _timeline(case, net, layer, ends, quick)
     timeline, first, last, waits = memo.timelines[piped]
-    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule, case.stage_layers)
-    if split not in memo.shares:
-        memo.shares[split] = rank_shares(case)
-    shares = memo.shares[split]
+    shares = _shares(case, memo)
     memory = rank_memory(case, timeline.in_flight, shares)
     layers = _busiest_layers(case, shares, layer, ends)
     seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline, waits)
@@ -136,6 +133,19 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     fits = memory.least <= room
     sure = UNCERTAIN * memory.total <= room if fits else memory.least > UNCERTAIN * room
     return Estimate(seconds, memory, timeline, fits, memory.least + memory.rare <= room, memory.total <= room, sure)
+
+
+def quick_memory(case: Case, memo: Memo) -> MemoryParts:
+    """The memory that `estimate` with `quick` finds, without the times."""
+    flying = flight(case.schedule, case.micro_batches, case.virtual_stages, case.pipeline)
+    return rank_memory(case, flying, _shares(case, memo))
+
+
+def _shares(case: Case, memo: Memo) -> tuple[RankShare, ...]:
+    split = (case.tensor, case.expert, case.pipeline, case.virtual_stages, case.schedule, case.stage_layers)
+    if split not in memo.shares:
+        memo.shares[split] = rank_shares(case)
+    return memo.shares[split]
 
 
 def room_bytes(case: Case) -> float:
