@@ -166,11 +166,14 @@ class Case:
     def fusion(self) -> float:
         """How much of the element-wise work runs in fused kernels: 1 compiled or classic, 0 eager, half where unknown.
 
-        Classic stacks brought fused kernels of their own for exactly these parts.
+        Classic stacks brought fused kernels of their own for exactly these parts. Where nobody says so, sharded training that
+        splits no layers compiles nothing: it is the default of DeepSpeed and of PyTorch's, around models as they were written.
         """
         if self.classic or self.engine:
             return 1.0
-        return 0.5 if self.compile is None else float(self.compile)
+        if self.compile is not None:
+            return float(self.compile)
+        return 0.0 if self.zero_stage >= 2 and self.tensor * self.pipeline == 1 else 0.5
 
     @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:

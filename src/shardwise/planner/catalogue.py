@@ -8,7 +8,9 @@ from shardwise.spec.machine import Accelerator, Figure, Link, Machine
 
 GIB = 1024**3
 MATMUL_SOURCE = "best shape of a search, Stas Bekman, ML Engineering, accelerator benchmarks, read 2026"
-MATMUL_GUESS = "mean of the measured parts of the same vendor; no measurement of this part"
+MATMUL_GUESS = "mean of the measured parts of the same vendor (where none is, of NVIDIA's); no measurement of this part"
+MATMUL_GUESSES = {"mi": 0.60}
+"""That mean by the start of a name: of MI300X, MI325X and MI355X; of NVIDIA's parts it is 0.80."""
 ATTENTION_SOURCE = "FlashAttention-2 (arXiv:2307.08691) figure 4 and 7, forward and backward, causal, head width 128"
 AITER_SOURCE = (
     "ROCm/aiter, op_tests/cpp/mha/README.md (2026): causal, head width 128, 4,096 and 8,192 tokens, sums of gradients in fp32,"
@@ -333,7 +335,8 @@ def accelerator(name: str) -> Accelerator:
     if size and abs(float(size.group(1)) - memory) > 0.1 * memory:
         memory = 0.985 * float(size.group(1))
     peaks = {"fp16": part.fp16, "bf16": part.bf16, "fp32": part.fp32, "fp8": part.fp8, "fp4": part.fp4}
-    half = Figure(part.matmul, "measured", MATMUL_SOURCE) if part.matmul else Figure(0.8, "nominal", MATMUL_GUESS)
+    guess = next((mean for start, mean in MATMUL_GUESSES.items() if known.startswith(start)), 0.8)
+    half = Figure(part.matmul, "measured", MATMUL_SOURCE) if part.matmul else Figure(guess, "nominal", MATMUL_GUESS)
     eighth = (
         Figure(part.matmul_fp8, "measured", MATMUL_SOURCE)
         if part.matmul_fp8
