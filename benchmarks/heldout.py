@@ -328,6 +328,8 @@ Found in the half of D opened later and changed, each by a reason of its own tha
   (nemo_a100: 17.2 to 6.6 %).
 - Copies of tokens are gathered, weighted, added up and sorted by expert in kernels of their own, forward and backward
   (megatron_moe_zoo: 15.6 to 9.7 %, primus_mi355x: 12.1 to 3.8 %, megatron_bridge_hopper: mean 16.1 to 15.3 %).
+- The products of experts run one after the other, so that the last wave of tiles of one is not filled by the next
+  (primus_mi355x: 3.8 to 2.6 %, megatron_moe_zoo: 9.7 to 8.8 %, megatron_bridge_hopper: mean 15.3 to 14.8 %).
 - AMD parts without a measurement of their products took the mean of NVIDIA's, 0.8 of the peak, not that of AMD's, 0.6
   (lumi_mi250x: 32.7 to 13.5 %).
 
@@ -335,7 +337,18 @@ Tried there and dropped: copies of tokens gathered and scattered by the tensor r
 default (xtuner_moe_h800: 0.91 to 1.04 of the measured step, but megatron_bridge_hopper, whose recipes switch it off, mean 15.3 to
 16.9 %); fp32 products of Trainium in bf16, the default of its compiler, and materialised attention there (each mends some rows
 of neuron_trn1 and breaks others); other rates of products on V100 (0.75 instead of 0.8 of the peak: better for jean_zay_v100 and
-oneflow_gpt_v100, worse for deepspeed_posts and oneflow_bert_v100).
+oneflow_gpt_v100, worse for deepspeed_posts and oneflow_bert_v100); heads of BERT (its vocabulary tells it) for a seventh of the
+positions alone (nvidia_bert: mean 48.5 to 36.1 %, oneflow_bert_v100: 14.9 to 25.0 %); the host's launches of every small kernel
+of eager Llama layers (nanotron_old_bench: 22.4 to 17.3 %, the sweep of the same software: 28.5 to 32.9 %); exchanges of tensor
+ranks on Hopper in bf16 exposed as where Megatron-LM's flag for them is not set (kwai_atc24: 10.2 to 7.5 %, three more tables a
+little; dgxc_h100, whose recipes set it: 5.5 to 10.6 %).
+
+Looked at there and left: the regret of vtrain_ground_truth_single_node is one region, two or four tensor ranks with 2,048 and
+4,096 tokens, where steps take less than the host needs for its launches everywhere else in that table. Releases of one year
+apart run one configuration of megatron_bridge_blackwell and dgxc_moe 1.2 to 2.5 times as fast. ms_swift packs short samples
+(attention over each alone), and its one mixture with ZeRO 3, all of its regret, fetches 128 experts one after the other.
+jean_zay_v100 with ZeRO 3 takes some 60 s a step beside its products whatever the batch, four times what its links need, and
+gpt2_xl_fsdp has a floor of 15 ms a layer; megatron_sc21_table2 and deepspeed_posts have neither, with the same columns.
 
 What the columns cannot say decides much of what is left: the attention kernel and its year, fp8 with one scale or many,
 reductions in bf16 or fp32, sharding inside a node (`shard_group` in the notes), activations moved to the host (TPU recipes),
