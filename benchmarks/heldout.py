@@ -330,6 +330,10 @@ Found in the half of D opened later and changed, each by a reason of its own tha
   (megatron_moe_zoo: 15.6 to 9.7 %, primus_mi355x: 12.1 to 3.8 %, megatron_bridge_hopper: mean 16.1 to 15.3 %).
 - The products of experts run one after the other, so that the last wave of tiles of one is not filled by the next
   (primus_mi355x: 3.8 to 2.6 %, megatron_moe_zoo: 9.7 to 8.8 %, megatron_bridge_hopper: mean 15.3 to 14.8 %).
+- Pipelines reduce their gradients when all micro-batches are summed, unless asked for more, which the engine's recipes do
+  (lumi_mi250x, neuron_trn1, dtfm_v100 and lucie_a100 a little, the sweep of nanotron 28.5 to 27.7 %). The same for tensor ranks
+  alone would be right for most tables and wrong in the choice: wrappers hide, so that whole models would win by their software
+  (the sweep's regret: 29.5 to 39.3 %).
 - AMD parts without a measurement of their products took the mean of NVIDIA's, 0.8 of the peak, not that of AMD's, 0.6
   (lumi_mi250x: 32.7 to 13.5 %).
 

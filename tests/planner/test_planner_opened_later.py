@@ -12,6 +12,7 @@ from shardwise.planner.constants import DEFAULT
 from shardwise.planner.layers import layer_work
 from shardwise.planner.predict import base_case
 from shardwise.planner.runs import Row
+from shardwise.planner.step import estimate
 from shardwise.spec.facts import Transformer
 
 LLAMA = Transformer(
@@ -120,6 +121,20 @@ def test_copies_of_tokens_are_moved_by_kernels_of_their_own(
     one = 4096 * 8 * 4096 * 2 / device.memory_bytes  # a pass over the copies
     moved = work.inner_forward.seconds + work.inner_backward.seconds - apart * sum(part.seconds for part in products)
     assert moved == pytest.approx((passes + sorts) * one)
+
+
+def test_pipelines_reduce_gradients_when_all_micro_batches_are_summed() -> None:
+    def exposed(**changes: Any) -> float:
+        return estimate(case(global_batch=256, **changes)).seconds["gradients"]
+
+    def whole(**changes: Any) -> float:  # the same with nothing to hide behind
+        bare = replace(DEFAULT, gradient_overlap=0.0)
+        return estimate(case(global_batch=256, **changes), bare).seconds["gradients"]
+
+    piped: dict[str, Any] = {"pipeline": 2, "data": 4, "compile": None}
+    assert exposed(**piped) == pytest.approx(whole(**piped))
+    assert exposed() < 0.5 * whole()  # a wrapper's hooks
+    assert exposed(hardware="h100-80gb-sxm", **piped) < 0.5 * whole(hardware="h100-80gb-sxm", **piped)  # the engine's
 
 
 def test_parts_of_a_vendor_share_its_guess() -> None:

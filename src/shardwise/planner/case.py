@@ -163,6 +163,16 @@ class Case:
         return self.attention == "math" or self.zero_stage < 3
 
     @property
+    def reduces_behind(self) -> bool:
+        """Gradients of replicas are reduced when the last backward pass is over.
+
+        Pipelines sum all micro-batches first, in buffers of their own, and reduce those (Megatron-LM, `--overlap-grad-reduce`,
+        off unless asked for; DeepSpeed, `PipelineEngine._exec_reduce_grads`); the engine's recipes ask for it. Classic
+        software had nothing else.
+        """
+        return self.classic or (self.pipeline > 1 and self.zero_stage <= 1 and not self.engine)
+
+    @property
     def fusion(self) -> float:
         """How much of the element-wise work runs in fused kernels: 1 compiled or classic, 0 eager, half where unknown.
 
