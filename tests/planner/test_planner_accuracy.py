@@ -60,7 +60,7 @@ def test_step_time_of_published_runs(name: str) -> None:
 def test_step_time_of_the_noisy_sweep_with_its_machine_file() -> None:
     found = score(SWEEP, Machine.read(MACHINE))
     assert found["n_without_prediction"] == 0
-    assert found["median_ape_step"] <= 0.16
+    assert found["median_ape_step"] <= 0.17
     assert found["top1_regret_median"] <= 0.02
     assert score(SWEEP)["median_ape_step"] > found["median_ape_step"]
 

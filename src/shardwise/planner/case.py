@@ -170,14 +170,27 @@ class Case:
         return self.attention == "math" or self.zero_stage < 3
 
     @property
+    def reduces_behind(self) -> bool:
+        """Gradients of replicas are reduced when the last backward pass is over.
+
+        Pipelines sum all micro-batches first, in buffers of their own, and reduce those (Megatron-LM, `--overlap-grad-reduce`,
+        off unless asked for; DeepSpeed, `PipelineEngine._exec_reduce_grads`); the engine's recipes ask for it. Classic
+        software had nothing else.
+        """
+        return self.classic or (self.pipeline > 1 and self.zero_stage <= 1 and not self.engine)
+
+    @property
     def fusion(self) -> float:
         """How much of the element-wise work runs in fused kernels: 1 compiled or classic, 0 eager, half where unknown.
 
-        Classic stacks brought fused kernels of their own for exactly these parts.
+        Classic stacks brought fused kernels of their own for exactly these parts. Where nobody says so, sharded training that
+        splits no layers compiles nothing: it is the default of DeepSpeed and of PyTorch's, around models as they were written.
         """
         if self.classic or self.engine:
             return 1.0
-        return 0.5 if self.compile is None else float(self.compile)
+        if self.compile is not None:
+            return float(self.compile)
+        return 0.0 if self.zero_stage >= 2 and self.tensor * self.pipeline == 1 else 0.5
 
     @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:

@@ -4,11 +4,14 @@ import re
 from dataclasses import dataclass
 
 from shardwise.errors import UserError
-from shardwise.spec.machine import Accelerator, Figure, Link, Machine
+from shardwise.spec.machine import Accelerator, Figure, Link, Machine, Origin
 
 GIB = 1024**3
 MATMUL_SOURCE = "best shape of a search, Stas Bekman, ML Engineering, accelerator benchmarks, read 2026"
-MATMUL_GUESS = "mean of the measured parts of the same vendor; no measurement of this part"
+MATMUL_GUESS = "mean of the measured parts of the same vendor (where none is, of NVIDIA's); no measurement of this part"
+MATMUL_GUESSES = {"mi": 0.60}
+"""That mean by the start of a name: of MI300X, MI325X and MI355X; of NVIDIA's parts it is 0.80."""
+MATMUL_TPU = "assumed from published training runs (MaxText); no search over shapes is published"
 ATTENTION_SOURCE = "FlashAttention-2 (arXiv:2307.08691) figure 4 and 7, forward and backward, causal, head width 128"
 AITER_SOURCE = (
     "ROCm/aiter, op_tests/cpp/mha/README.md (2026): causal, head width 128, 4,096 and 8,192 tokens, sums of gradients in fp32,"
@@ -202,12 +205,12 @@ _PARTS: dict[str, _Part] = {
         "Intel Gaudi 3 white paper (2024)",
         0.7689,
     ),
-    "tpu-v3": _Part(61.5, 61.5, None, 15, 16.0, 450, 80, 100, 256, 1, 225, 0.9, 0.8, _TPU),
-    "tpu-v4": _Part(275, 275, None, 69, 31.8, 1200, 268, 50, 4096, 4, 192, 0.9, 0.8, _TPU4),
-    "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 200, 25, 256, 4, 225, 0.9, 0.8, _TPU),
-    "tpu-v5p": _Part(459, 459, 459, 115, 95.0, 2765, 600, 50, 8960, 8, 450, 0.9, 0.8, _TPU),
-    "tpu-v6e": _Part(918, 918, 918, 230, 31.2, 1638, 400, 50, 256, 2, 300, 0.85, 0.8, _TPU, 0.85),
-    "tpu-7x": _Part(2307, 2307, 4614, 577, 191.0, 7380, 600, 50, 9216, 4, 1000, 0.85, 0.8, _TPU7),
+    "tpu-v3": _Part(61.5, 61.5, None, 15, 16.0, 450, 80, 100, 256, 1, 225, 0.91, 0.8, _TPU),
+    "tpu-v4": _Part(275, 275, None, 69, 31.8, 1200, 268, 50, 4096, 4, 192, 0.91, 0.8, _TPU4),
+    "tpu-v5e": _Part(197, 197, None, 49, 15.8, 819, 200, 25, 256, 4, 225, 0.91, 0.8, _TPU),
+    "tpu-v5p": _Part(459, 459, 459, 115, 95.0, 2765, 600, 50, 8960, 8, 450, 0.91, 0.8, _TPU),
+    "tpu-v6e": _Part(918, 918, 918, 230, 31.2, 1638, 400, 50, 256, 2, 300, 0.86, 0.8, _TPU, 0.86),
+    "tpu-7x": _Part(2307, 2307, 4614, 577, 191.0, 7380, 600, 50, 9216, 4, 1000, 0.86, 0.8, _TPU7),
     "trainium1-32gb": _Part(190, 190, 190, 47.5, 31.5, 880, 384, 50, 16, 2, 220, None, 0.5, _TRAINIUM),
     "trainium2-96gb": _Part(667, 667, 1299, 181, 95.0, 2900, 640, 200, 16, 8, 500, None, 0.5, _TRAINIUM),
     "trainium3-144gb": _Part(671, 671, 2517, 183, 142.0, 4900, 1280, 400, 64, 8, 800, None, 0.5, _TRAINIUM),
@@ -333,12 +336,12 @@ def accelerator(name: str) -> Accelerator:
     if size and abs(float(size.group(1)) - memory) > 0.1 * memory:
         memory = 0.985 * float(size.group(1))
     peaks = {"fp16": part.fp16, "bf16": part.bf16, "fp32": part.fp32, "fp8": part.fp8, "fp4": part.fp4}
-    half = Figure(part.matmul, "measured", MATMUL_SOURCE) if part.matmul else Figure(0.8, "nominal", MATMUL_GUESS)
-    eighth = (
-        Figure(part.matmul_fp8, "measured", MATMUL_SOURCE)
-        if part.matmul_fp8
-        else Figure(0.93 * half.value, "nominal", MATMUL_GUESS)
-    )
+    guess = next((mean for start, mean in MATMUL_GUESSES.items() if known.startswith(start)), 0.8)
+    told: tuple[Origin, str] = ("measured", MATMUL_SOURCE)
+    if known.startswith("tpu"):
+        told = ("nominal", MATMUL_TPU)
+    half = Figure(part.matmul, *told) if part.matmul else Figure(guess, "nominal", MATMUL_GUESS)
+    eighth = Figure(part.matmul_fp8, *told) if part.matmul_fp8 else Figure(0.93 * half.value, "nominal", MATMUL_GUESS)
     sources = {("a100", "h100"): ATTENTION_SOURCE, ("mi300", "mi325", "mi355"): AITER_SOURCE}
     seen = next((told for names, told in sources.items() if known.startswith(names)), None)
     return Accelerator(

@@ -50,12 +50,13 @@ SMALL_HEAD = 128
 class Device:
     """Rates of one accelerator at one precision, with the constants applied: FLOP/s and bytes/s.
 
-    `batched_flops` and `batched_inner_half` are those of products that stay in 16 bits; `aligned`: products lose rate where
-    dimensions are no multiples of `ALIGNMENT`.
+    `batched_flops` and `batched_inner_half` are those of products that stay in 16 bits; `flash2_flops` is the attention of
+    software that has FlashAttention-2; `aligned`: products lose rate where dimensions are no multiples of `ALIGNMENT`.
     """
 
     matmul_flops: float
     attention_flops: float
+    flash2_flops: float
     batched_flops: float
     memory_bytes: float
     units: int
@@ -111,6 +112,13 @@ extended to endless sequences: 1,450 TFLOP/s on GB200, 1,600 on GB300, whose uni
 cudnn-frontend, benchmark/sdpa_benchmark_training/results/llama3.1, 2026; the same gives 600 on H200)."""
 
 
+FLASH2_PARTS = ("a100", "a800", "a30-", "a40-", "a10g", "a6000", "l4-", "l40s", "rtx", "ascend910b")
+"""Parts on which the attention of software since FlashAttention-2 (July 2023) runs at the published rate of its kernel in
+training too: Ampere, which it was written for, Ada, which runs the same code, and one whose kernels are of that time.
+`attention_rate` is for the kernels before it (FlashAttention-2 is about twice as fast as the first: arXiv:2307.08691,
+figure 4) and for younger parts, whose kernels do not reach their published rates in training."""
+
+
 def device_rates(accelerator: Accelerator, precision: str, constants: Constants, engine: bool = False) -> Device:
     """Rates of `accelerator` at `precision`; a part without fp4 units falls back to fp8, one without fp8 to bf16.
 
@@ -127,11 +135,13 @@ def device_rates(accelerator: Accelerator, precision: str, constants: Constants,
     if engine:
         known = (rate for names, rate in ENGINE_ATTENTION.items() if accelerator.name.startswith(names))
         attention = next(known, attention)
+    flash2 = 1.0 if not engine and accelerator.name.startswith(FLASH2_PARTS) else constants.attention_rate
     units = int(accelerator.multiprocessors.value)
     scale = peaks[half].value if precision != "fp32" else peaks["fp32"].value
     return Device(
         matmul_flops=rate,
         attention_flops=scale * attention * constants.attention_rate,
+        flash2_flops=scale * attention * flash2,
         batched_flops=half_rate,
         memory_bytes=accelerator.memory_bytes_per_second.value * constants.memory_rate,
         units=units,
@@ -212,7 +222,9 @@ def traffic(moved_bytes: float, kernels: float, device: Device) -> Work:
 def attention_core(case: Case, device: Device) -> tuple[Work, Work]:
     """Forward and backward of scores, softmax and weighted values of one layer on one rank.
 
-    Fused: 2 T S h FLOPs forward (causal half), 2.5 times that backward (FlashAttention-2, section 3).
+    Fused: 2 T S h FLOPs forward (causal half), 2.5 times that backward (FlashAttention-2, section 3). Which fused kernel, only
+    the age of the model tells: gated feed-forward layers came with Llama (February 2023), and what trains those has
+    FlashAttention-2.
     Materialised: both batched products in full plus the passes of softmax and dropout over the score matrix with the
     mask fused in: 8 bytes a score forward, 10 backward, beside what the products read and write.
     """
@@ -226,7 +238,8 @@ def attention_core(case: Case, device: Device) -> tuple[Work, Work]:
         if device.units < FEW_UNITS:
             narrow = model.head_dim / (ARRAY_WIDTH * math.ceil(model.head_dim / ARRAY_WIDTH))
         saturation = 1.0 + 512.0 / seq_len
-        forward = flops * saturation / (device.attention_flops * narrow)
+        rate = device.flash2_flops if model.gated_ffn else device.attention_flops
+        forward = flops * saturation / (rate * narrow)
         moved = 4.0 * tokens * width * device.element / device.memory_bytes
         return Work(max(forward, moved, device.kernel_seconds), 1), Work(
             max(2.5 * forward, 3 * moved, 2 * device.kernel_seconds), 3

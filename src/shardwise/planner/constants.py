@@ -32,7 +32,7 @@ class Constants:
             their sum, without end (one rank) the maximum.
     """
 
-    matmul_rate: float = 0.885
+    matmul_rate: float = 0.875
     matmul_inner_half: float = 130.0
     memory_rate: float = 0.83
     attention_rate: float = 0.565

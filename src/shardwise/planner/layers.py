@@ -16,6 +16,21 @@ HOST_CALLS = 32.0
 END_CALLS = 20.0
 """The same for the embedding and for the output projection with its loss."""
 
+MOVES = (7.0, 9.0)
+"""Times that a copy of a token is read or written on its way to its expert and back, forward and backward: gathered 2,
+weighted 2, added up 3 (read, and the sum read and written); backward the gradient gathered 2, weighted 2, the weight's
+gradient 2, added up 3 (Megatron-LM, `moe_utils.py`, `permute` and `unpermute`, whose fused kernels are off unless asked for)."""
+
+FUSED_MOVES = (4.0, 5.0)
+"""The same in fused kernels: gathered 2, and weighted and added up 2; backward 3 for the latter."""
+
+MASK_MOVES = 4.0
+"""The same around products with masks, in either pass: their results written and read by the experts, and the reverse."""
+
+SORTS = 4.0
+"""The same for a rank with several experts behind an exchange: what came is in the order of the ranks, and goes into that of the
+experts and back (Megatron-LM, `moe_utils.py`, `sort_chunks_by_idxs`), in either pass."""
+
 ROUTER_CALLS = 30.0
 """The same for a router and its exchange: scores, choice, counts, sorting, the copy of the counts to the host, views. Beside
 them the host launches the products of every expert on the rank one after the other."""
@@ -89,20 +104,23 @@ def _feed_forward(case: Case, device: Device) -> tuple[Work, Work]:
     if model.experts:
         groups = math.ceil(model.experts / case.expert)
         tokens = math.ceil(case.tokens * model.experts_per_token / groups)
-        moved = 4.0 * case.tokens * model.experts_per_token * model.hidden * device.element
-        router = traffic(moved, 8, device), traffic(moved, 12, device)
+        ahead, back = FUSED_MOVES if case.compile or case.graphs else MOVES
+        sorts = SORTS if case.expert > 1 and groups > 1 else 0.0
+        if case.loops:
+            ahead, back, sorts = MASK_MOVES, MASK_MOVES, 0.0
+        copies = case.tokens * model.experts_per_token * model.hidden * device.element
+        router = traffic((ahead + sorts) * copies, 8, device), traffic((back + sorts) * copies, 12, device)
         if case.loops:
             masks, masks_back = _masks(case, device)
             router = router[0] + masks, router[1] + masks_back
-    up, up_back = product(tokens, wide, model.hidden, device, groups)
-    down, down_back = product(tokens, model.hidden, inner, device, groups)
+    # One kernel for all experts, or a product for each, whose last wave of tiles the next one does not fill (Megatron-LM,
+    # `SequentialMLP`, the default; Transformer Engine, `GroupedLinear`: a product of cuBLAS for each).
+    together, apart = (groups, 1.0) if case.compile else (1, float(groups))
+    up, up_back = (work.times(apart) for work in product(tokens, wide, model.hidden, device, together))
+    down, down_back = (work.times(apart) for work in product(tokens, model.hidden, inner, device, together))
     if model.experts and not case.compile:
-        extra = groups - 1.0
         calls = 0.0 if case.graphs else ROUTER_CALLS
-        router = (
-            router[0] + Work(0.0, calls + extra * (up.kernels + down.kernels)),
-            router[1] + Work(0.0, 1.5 * calls + extra * (up_back.kernels + down_back.kernels)),
-        )
+        router = router[0] + Work(0.0, calls), router[1] + Work(0.0, 1.5 * calls)
     return up + down + router[0], up_back + down_back + router[1]
 
 
@@ -120,19 +138,26 @@ def _masks(case: Case, device: Device) -> tuple[Work, Work]:
 
 
 def _element_wise(case: Case, device: Device, constants: Constants) -> tuple[Work, Work]:
-    """Norms, residual sums, activation, rotary positions, dropout: bytes of perfectly fused kernels times `eager_traffic`.
+    """Norms, residual sums, activation, rotary positions, dropout: bytes of fused kernels, or of what runs instead of them.
 
-    In units of one activation of width hidden: two norms read and write 2 each, two residual sums 3 each; the part
+    In units of one activation of width hidden, fused: two norms read and write 2 each, two residual sums 3 each; the part
     between the products is split over tensor ranks: activation 2 (gated: 3) of the inner width, rotary 2 of query and key.
+    Not fused, layers of the GPT kind move `eager_traffic` times as much. Those of the Llama kind are counted, because eager
+    PyTorch has no kernel for their parts: a norm (to fp32 3, square 4, mean 2, scale 4, back to 16 bits 3, weight 2), rotary
+    positions (times cosine 2, negated half 1, joined 2, times sine 2, sum 3) and the gate (activation 2, product 3), as in
+    Hugging Face transformers, `modeling_llama.py`. Half fused is the geometric mean.
     """
     model = case.model
-    outside = 10.0 * model.hidden / (case.tensor if case.sequence_parallel else 1)
+    outside = case.tensor if case.sequence_parallel else 1
     visits = max(1, model.experts_per_token)
-    inside = (3.0 if model.gated_ffn else 2.0) * model.ffn_hidden * visits
-    if model.gated_ffn:
-        inside += 2.0 * (model.hidden + model.kv_hidden)
-    moved = case.tokens * device.element * (outside + inside / case.tensor)
-    moved *= constants.eager_traffic ** (1.0 - case.fusion)
+
+    def units(norm: float, gate: float, rotary: float) -> float:
+        whole = (2.0 * norm + 6.0) * model.hidden / outside
+        return whole + (gate * model.ffn_hidden * visits + rotary * (model.hidden + model.kv_hidden)) / case.tensor
+
+    fused = units(2.0, 3.0, 2.0) if model.gated_ffn else units(2.0, 2.0, 0.0)
+    eager = units(18.0, 5.0, 10.0) if model.gated_ffn else constants.eager_traffic * fused
+    moved = case.tokens * device.element * fused * (eager / fused) ** (1.0 - case.fusion)
     return traffic(moved, FUSED_KERNELS, device), traffic(2.0 * moved, 2.0 * FUSED_KERNELS, device)
 
 

@@ -213,7 +213,7 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
     if degrees["pipeline"] == 1:
         schedule, virtual = "1f1b", 1
     experts = model.experts
-    return Case(
+    case = Case(
         model=model,
         machine=place,
         seq_len=int(row["seq_len"]),
@@ -233,6 +233,10 @@ def base_case(row: Row, machine: Machine | None = None) -> Case:
         pipeline=degrees["pipeline"],
         context=degrees["context"],
     )
+    if "attention" not in row and case.recompute == "selective" and case.repeats_core and not case.engine:
+        # It repeats the scores because they are not kept: a fused kernel has none (Korthikanti et al. 2022, section 5).
+        case = replace(case, attention="math")
+    return case
 
 
 def _compiled(row: Row, place: Machine) -> bool | None:

@@ -356,7 +356,7 @@ def _gradient_seconds(
             calls * all_gather(2.0 * count / calls, ranks, net),
         )
     rounds = 1 if whole_gradients(case) else case.micro_batches
-    if case.classic:
+    if case.reduces_behind:
         return rounds * whole + after
     twice = 2.0 if case.zero_stage == 0 else 1.0  # an all-reduce is a scatter and a gather
     cost = delay(twice * size, whole, ranks, net, constants)
