@@ -293,14 +293,20 @@ LIMITS = """## What these figures do not say
   a layer of the smaller model takes 10.6, 16, 26 and 58 ms there with 2, 4, 8 and 16 tensor ranks, whatever the number of stages;
   without such a pipeline 4.5, 4.5, 4.6 and 8 ms; one tensor rank pays nothing. So it is the collectives that wait, while
   messages between nodes are under way. Software that waits for its sends before it computes (Megatron-LM) shows nothing like it.
-- 522 runs of the sweep "crashed or ran out of memory", without saying which. 258 of them do not fit with the best software (227
-  with a fifth to spare: surely out of memory), 54 more not with the usual software; 165 fit with a fifth to spare, most of them
-  on 32 GPUs or more, and must have crashed of something else. Of the 1,127 that ran none is of the first kind, 9 of the second.
+- 522 runs of the sweep "crashed or ran out of memory", without saying which. 242 of them do not fit with the best software (217
+  with a fifth to spare: surely out of memory), 43 more not with the usual software; 171 fit with a fifth to spare, most of them
+  on 32 GPUs or more, and must have crashed of something else. Of the 1,127 that ran none is of the first kind, 3 of the second.
 - Memory is compared on rank 0, which frameworks print (on no table does the fullest rank come closer); what must fit is the
-  fullest rank, the last one where there are fewer micro-batches than stages. In the sweep the error is 7 % with fewer than 8
-  tensor ranks, 15 % with more: the same layout is there with and without some 45 tensors of tokens x hidden, which no rule we
-  know tells apart and which hardly depend on the number of layers or tensor ranks. Where the host is far ahead of
-  the device the allocator holds up to 1.8 times what it needs; where those stalls hold the host back it does not.
+  fullest rank, the last one where there are fewer micro-batches than stages.
+- The sweep prints what PyTorch's allocator has reserved, after the third step (nanotron's code of December 2024). Added up from
+  that code (states, DDP's buckets, what the layers save, the loss, shared buffers) it is met within 6 % for one tensor rank.
+  With more, 20 to 60 buffers of tokens x hidden come on top, or none: outputs that a collective has read, which the allocator
+  may not use again before the device has passed them ([planner.md](planner.md#memory)). If one knew for every run whether it
+  holds all of what its host can queue or nothing, the error would be 6.0 %; all hold them: 27 %, none: 13 %. The rule that is
+  taken gets 7 % with fewer than 8 tensor ranks and 13 % with more, 6 % at the median. What is left is not in the rows: without a
+  pipeline a quarter of the runs holds none, most of them slow ones; the same layout took 40 GB on 16 GPUs, 26 on 32, 34 on 128.
+- nanotron's messages between stages changed while the sweep was measured: the later code looks every 0.1 s whether a message has
+  arrived, two tensors of three messages a micro-batch. Those are the layouts with a constant 1.2 to 1.5 seconds per micro-batch.
 """
 
 

@@ -132,7 +132,7 @@ def outside_band(scorer: ModuleType, tables: Path, name: str, found: Sequence[Ru
         if row["memory_gib"] and row["status"] == "ok":
             peak = float(row["memory_gib"]) * 2**30
             counts["peaks"] += 1
-            counts["inside"] += estimate.memory.least / UNCERTAIN <= peak <= estimate.memory.total * UNCERTAIN
+            counts["inside"] += estimate.memory.least / UNCERTAIN <= peak <= estimate.memory.held * UNCERTAIN
     return counts
 
 

@@ -17,6 +17,7 @@ from shardwise.planner.memory import (
     state_bytes,
 )
 from shardwise.planner.predict import printed_bytes
+from shardwise.planner.queued import queued_bytes
 from shardwise.planner.schedule import simulate
 from shardwise.planner.step import estimate, room_bytes
 from shardwise.spec.facts import Transformer
@@ -213,7 +214,7 @@ def test_what_is_printed_is_rank_0_and_what_must_fit_is_the_fullest_rank() -> No
     assert found.logits == 14.0 * 200_000 * layout.tokens  # the last rank is the fuller one
     both = [rank_memory(layout, (flights, 1), shares) for flights in (1, 2)]
     one, entry = shares[0].layers * kept_bytes(layout)[0], 2.0 * layout.tokens * 1024
-    assert both[1].first - both[0].first == pytest.approx(1.03 * (one + entry))  # its layers and the output, with slack
+    assert both[1].first - both[0].first == pytest.approx(1.1 * (one + entry))  # its layers and the output, with slack
     assert found.first < found.total
     single = case(pipeline=1)
     first = rank_memory(single, (1,), rank_shares(single))
@@ -292,3 +293,82 @@ def test_a_run_that_fits_prints_no_more_than_the_device_has() -> None:
     large = replace(layout, seq_len=65536)
     assert not estimate(large).fits
     assert printed_bytes(large, estimate(large).memory) == estimate(large).memory.first > room_bytes(large)
+
+
+def test_layers_split_over_ranks_of_eager_software_keep_what_nanotron_saves() -> None:
+    # h a token in 2 bytes: both inputs and outputs of the norms / t; query, key, value, output of attention / t; gate, up, the
+    # activated gate and their product / t (nanotron, llama.py; TritonRMSNorm saves its input alone)
+    model = replace(GPT, gated_ffn=True)
+    layout = flash(model=model, tensor=2, sequence_parallel=True)
+    assert layer_activation_bytes(layout) == layout.tokens * (8 * 1024 + 8 * 1024 + 8 * 4096) / 2
+    alone = flash(model=model)  # replicas may be anybody's: eager norms keep 3 h more each
+    assert layer_activation_bytes(alone) == layout.tokens * (14 * 1024 + 8 * 1024 + 8 * 4096)
+    # the fp32 copy of a logit and the copy that becomes softmax and gradient; the row leaves no better loss open
+    found = found_for(layout)
+    assert (found.logits, found.fused) == (8.0 * 500 * layout.tokens, 0.0)
+    assert found_for(alone).logits == found_for(replace(alone, pipeline=2)).logits == 14.0 * 1000 * layout.tokens
+    assert found_for(alone).fused == pytest.approx(8.0 * 1000 * layout.tokens)  # 6 bytes a logit are left
+
+
+def test_outputs_of_tensor_ranks_wait_for_the_device_in_eager_software() -> None:
+    output = 2.0 * 4 * 2048 * 1024
+
+    def queued(in_flight: int = 1, layers: float = 8, **changes: object) -> float:
+        return queued_bytes(flash(**{"tensor": 2, **changes}), layers, in_flight) / output
+
+    # without a pipeline all of one forward pass, embedding included, as long as the queue of 1024 launches takes them
+    assert queued() == 17
+    assert queued(layers=40) == pytest.approx(2 * 1024 / 46)
+    # the first rank of 4 stages: 4 in flight, one of them under way, and one waits for the next rank's message
+    assert queued(pipeline=4, layers=2, in_flight=4) == 2 * 5
+    assert queued(pipeline=2, layers=4, in_flight=2) == 0
+    others: tuple[dict[str, object], ...] = (
+        {"tensor": 1},
+        {"compile": True},
+        {"compile": None},
+        {"zero_stage": 3, "data": 2},  # collectives of DTensors give their buffers back
+        {"tensor": 16, "pipeline": 4},  # more than a node has, beside a pipeline
+    )
+    for other in others:
+        layout = flash(**{"tensor": 2, **other})
+        assert queued_bytes(layout, 8, 4) == 0, other
+    layout = flash(tensor=2, sequence_parallel=True)
+    found = found_for(layout)
+    assert found.queued == 17 * output
+    assert found.held == found.total + found.queued
+    assert found.first == found.held
+    assert found.total == pytest.approx(sum(found.by_part().values()))  # what must fit is without it
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "changes", "printed"),
+    [
+        (32, {"data": 8, "tensor": 16}, 41.0),
+        (1, {"data": 16, "tensor": 16}, 3.3),
+        (8, {"data": 2, "tensor": 8}, 21.0),
+        (16, {"tensor": 32, "pipeline": 4}, 6.8),
+        (8, {"tensor": 8, "pipeline": 8}, 16.7),
+    ],
+)
+def test_memory_of_published_runs_of_nanotron(micro_batch: int, changes: dict[str, int], printed: float) -> None:
+    model = Transformer(
+        layers=16,
+        hidden=2048,
+        heads=32,
+        kv_heads=32,
+        ffn_hidden=8192,
+        vocab=131_072,
+        gated_ffn=True,
+        tied_embeddings=True,
+    )
+    layout = flash(
+        model=model,
+        machine=catalogue.machine("h100-80gb-sxm"),
+        seq_len=4096,
+        global_batch=256,
+        micro_batch=micro_batch,
+        sequence_parallel=True,
+        **changes,
+    )
+    found = printed_bytes(layout, estimate(layout).memory) / 2**30
+    assert found == pytest.approx(printed, rel=0.12)

@@ -24,12 +24,12 @@ def layer_activation_bytes(case: Case) -> float:
     each, two dropout masks 1 each (only beside materialised attention); sequence parallelism divides them by t. Inside,
     divided by t: query, key, value, output of attention 2 each; gelu in and out 2 f each; gated: gate, up, their
     product 2 f each, and the activated gate 2 f unless compiled. Materialised attention: 5 bytes per score. Not compiled,
-    RMS norms keep what their four small kernels need (3 each more).
+    RMS norms keep what their four small kernels need (3 each more), but for software that brings norms of one kernel.
     """
     model = case.model
     unit = case.tokens * (2.0 if case.precision == "fp32" else 1.0)
     outside = (10.0 if case.attention == "math" else 8.0) * model.hidden
-    if model.gated_ffn:
+    if model.gated_ffn and not case.eager_parallel:
         outside += 6.0 * (1.0 - case.fusion) * model.hidden
     visits = max(1, model.experts_per_token)
     if model.gated_ffn:

@@ -192,6 +192,17 @@ class Case:
             return float(self.compile)
         return 0.0 if self.zero_stage >= 2 and self.tensor * self.pipeline == 1 else 0.5
 
+    @property
+    def eager_parallel(self) -> bool:
+        """Software that splits layers over ranks around fused attention and runs eagerly: nanotron, after Megatron-LM.
+
+        Its norms are those of the package of its attention, one kernel that keeps its input alone, and the loss of its tensor
+        ranks turns the softmax into the gradient in place (nanotron: `TritonRMSNorm`, `sharded_cross_entropy`).
+        Replicas alone may be anybody's, fully sharded training is PyTorch's.
+        """
+        fused = self.attention == "flash" and self.precision in ("bf16", "fp16")
+        return self.compile is False and fused and self.zero_stage < 3 and self.tensor * self.pipeline > 1
+
     @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:
         """Layers of every stage, in model order; `pipeline * virtual_stages` entries."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from shardwise.planner.activations import kept_bytes, on_tpu, spare_activations, spare_of_experts
 from shardwise.planner.case import Case
+from shardwise.planner.queued import queued_bytes, standing_bytes
 from shardwise.spec.plan import V_SHAPED
 from shardwise.spec.schedule import rank_of
 
@@ -26,6 +27,9 @@ pipeline stays cut up.
 Over the 51 fp16 runs of the BigScience tables least squares give 4.3 GiB + 4.4 N + 18.3 N / D + 1.5 A, where N are a
 rank's parameters and A its layer inputs in flight; the code says 4 N + 18 N / D, and 1.1 to 1.2 A with the stage's output.
 """
+
+EAGER_SLACK = 0.1
+"""The same of eager software that leaves PyTorch's allocator at its default, where segments cannot grow."""
 
 WORKSPACE_BYTES = 0.4 * 2**30
 """Buffers of matrix libraries that the allocator counts."""
@@ -54,6 +58,12 @@ BUCKET_VALUES = 5e8
 LOGIT_BYTES = 14.0
 """Bytes per logit at the peak: the product in 2, its fp32 copy 4, the log-softmax 4, its gradient 4."""
 
+IN_PLACE_LOGIT_BYTES = 8.0
+"""The same of the loss of tensor ranks: the fp32 copy 4, and 4 less their maximum, which become softmax and gradient in place.
+
+(nanotron, `_ShardedCrossEntropy`, from Megatron-LM.)
+"""
+
 FUSED_LOGIT_BYTES = 6.0
 """The same with a fused cross entropy that writes the gradient in 2 bytes: what the best software needs."""
 
@@ -62,10 +72,11 @@ FUSED_LOGIT_BYTES = 6.0
 class MemoryParts:
     """Bytes of the fullest rank of a layout.
 
-    `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `spare` is what gradients
-    kept once and in 2 bytes and an update without temporaries would save, where the software is not known; `moved` is what
-    some software keeps off the chip; `rare` what only some software of its kind spares: a stated layout may have run with it, but
-    nobody counts on it who chooses a layout. `first` is the total of the first pipeline rank: most software prints the memory of
+    `update` is what the optimizer step needs beyond what the activations, gone by then, leave free; `queued` is free for the
+    program and not yet for the device; `fused` is what a fused loss would save, `spare` what gradients kept once and in 2 bytes
+    and an update without temporaries would save, where the software is not known; `moved` is what some software keeps off the
+    chip; `rare` what only some software of its kind spares: a stated layout may have run with it, but
+    nobody counts on it who chooses a layout. `first` is what the first pipeline rank holds: most software prints the memory of
     rank 0, and with fewer micro-batches than stages the last rank can be fuller.
     """
 
@@ -81,18 +92,24 @@ class MemoryParts:
     moved: float = 0.0
     first: float = 0.0
     rare: float = 0.0
+    queued: float = 0.0
+    fused: float = 0.0
 
     @property
     def least(self) -> float:
         """The same with the best software: fused loss and update, no allocator slack, replicated gradients in 2 bytes."""
-        saved = self.slack + self.logits * (1.0 - FUSED_LOGIT_BYTES / LOGIT_BYTES)
-        return self.total - saved - self.spare - self.moved - self.rare
+        return self.total - self.slack - self.fused - self.spare - self.moved - self.rare
 
     @property
     def total(self) -> float:
-        """What the framework's allocator reports at its peak; without driver context."""
+        """What the framework's allocator needs at its peak; without driver context."""
         states = self.parameters + self.gradients + self.optimizer
         return states + self.activations + self.logits + self.gathered + self.update + self.slack
+
+    @property
+    def held(self) -> float:
+        """What it reports: an allocator that gets no more memory waits for the device, so `queued` is never what is missing."""
+        return self.total + self.queued
 
     def by_part(self) -> dict[str, float]:
         """Part -> bytes."""
@@ -236,6 +253,13 @@ def _update_bytes(case: Case) -> float:
     return UPDATE_BYTES if not case.classic and (case.zero_stage > 0 or case.precision == "fp32") else 0.0
 
 
+def _slack(case: Case) -> float:
+    """Share of what changes during the step that the allocator holds beyond what is asked for."""
+    if case.deepspeed and case.pipeline > 1:
+        return OLD_SLACK
+    return EAGER_SLACK if case.eager_parallel else SLACK
+
+
 def _handed_on(case: Case) -> float:
     """Bytes of the output of a stage, which waits for its backward pass with the micro-batch in flight.
 
@@ -295,20 +319,19 @@ def _shards_anyway(case: Case) -> float:
 def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare]) -> MemoryParts:
     """Peak of the fullest pipeline rank.
 
-    With sequence parallelism one layer at a time holds its gathered input, its output before the scatter, and their
-    gradients: 8 h a token.
-
     Args:
         in_flight: chunks in flight at the peak, one entry a pipeline rank (one chunk is one stage of the model).
         shares: what every rank holds, from `rank_shares`.
     """
     best: MemoryParts | None = None
     kept, working = kept_bytes(case)
-    logits = LOGIT_BYTES * case.tokens * math.ceil(case.model.vocab / case.tensor)
-    gathered, handed_on = gathered_bytes(case), _handed_on(case)
-    whole = 8.0 * case.tokens * case.model.hidden if case.sequence_parallel else 0.0
+    in_place = case.eager_parallel and case.tensor > 1
+    loss = IN_PLACE_LOGIT_BYTES if in_place else LOGIT_BYTES
+    logits = loss * case.tokens * math.ceil(case.model.vocab / case.tensor)
+    gathered, handed_on, whole = gathered_bytes(case), _handed_on(case), standing_bytes(case)
     end = rank_of(case.pipeline * case.virtual_stages - 1, case.pipeline, case.schedule)
     most, first, known = -1, 0.0, flat_shards(case) or (case.deepspeed and case.precision == "fp16")
+    fused_loss = 0.0 if in_place else 1.0 - FUSED_LOGIT_BYTES / loss
     leaves = spare_activations(case, kept)
     for rank, share in enumerate(shares):
         if rank not in (0, end) and share.layers <= most and in_flight[rank] <= in_flight[rank - 1]:
@@ -325,9 +348,7 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         activations += max(0.0, working - head) if layers else 0.0
         temporary = _update_bytes(case) * optimizer / optimizer_bytes(case)
         update = max(0.0, temporary - _reusable(case, activations, head))
-        slack = (OLD_SLACK if case.deepspeed and case.pipeline > 1 else SLACK) * (
-            activations + head + gathered + update
-        ) + WORKSPACE_BYTES
+        slack = _slack(case) * (activations + head + gathered + update) + WORKSPACE_BYTES
         spare = in_flight[rank] * layers * leaves + (0.0 if known else copies + update)
         if not known and case.precision != "fp32" and (case.zero_stage in (1, 2) or on_tpu(case)):
             spare += 0.5 * gradients
@@ -345,8 +366,10 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
             spare,
             moved,
             rare=rare,
+            queued=queued_bytes(case, layers, in_flight[rank]),
+            fused=fused_loss * head,
         )
-        first = found.total if rank == 0 else first
+        first = found.held if rank == 0 else first
         if best is None or found.total > best.total:
             best = found
     assert best is not None, "a case has at least one pipeline rank"

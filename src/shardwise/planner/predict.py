@@ -65,14 +65,14 @@ class RunPrediction:
                 factor * self.estimate.step_seconds for factor in PUBLISHED[published_kind(self.case)]
             ],
             "memory_gib": printed_bytes(self.case, self.estimate.memory) / GIB,
-            "fullest_gib": self.estimate.memory.total / GIB,
+            "fullest_gib": self.estimate.memory.held / GIB,
             "fits": self.estimate.fits,
             "certain": self.estimate.certain,
             "assumed": list(self.assumed),
             "micro_batch": self.case.micro_batch,
             "recompute": self.case.recompute,
             "seconds_by_part": self.estimate.seconds,
-            "bytes_by_part": self.estimate.memory.by_part(),
+            "bytes_by_part": {**self.estimate.memory.by_part(), "queued": self.estimate.memory.queued},
         }
 
 
