@@ -276,6 +276,7 @@ def start(
 def _without_folder(job: Job, plan: Plan, splits: Splits, device: torch.device) -> LiveRun:
     total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
     assembly = assemble(job, plan, Group.world(), device, total_steps=total)
+    assembly.looks_at_losses = True
     if assembly.world.rank == 0:
         for remark in assembly.composed.remarks:
             tell(f"warning: {remark}")
