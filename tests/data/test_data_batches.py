@@ -14,7 +14,7 @@ import shardwise.data.gather as gather
 from shardwise.data.batch import Batch, tree_leaves
 from shardwise.data.loader import batches, eval_batches, steps_per_epoch
 from shardwise.data.order import epoch_order
-from shardwise.data.source import Arrays, Source
+from shardwise.data.source import Arrays, Source, as_splits
 from shardwise.data.transforms import Compose, Flip, Normalize, RandomCrop
 from shardwise.errors import JobError, PlanError
 
@@ -262,3 +262,19 @@ def test_to_moves_every_leaf() -> None:
 def test_a_transform_must_keep_the_rows() -> None:
     with pytest.raises(JobError, match="one row a sample"):
         next(batches(Arrays(np.zeros((4, 2)), lambda inputs: inputs[:1]), batch_size=4, seed=0, epoch=0))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: iter(()), r"goes into shardwise\.data\.Stream\(function\)"),
+        (iter(()), r"it can be read once"),
+        ((np.zeros((4, 2)), np.zeros(4), np.zeros(4)), r"several inputs are a tuple or dict, \(\(a, b\), targets\)"),
+        (([[0.0], [1.0]], [0, 1]), r"lists are no arrays: numpy\.array"),
+        ((np.ma.masked_greater(np.arange(4.0), 2), np.zeros(4)), "a masked array: torch has no masks"),
+        ((np.zeros(4), np.zeros(4, np.uint16)), r"numbers of torch\.uint16: .* give int32 or int64"),
+    ],
+)
+def test_what_is_no_data_is_told_with_the_way_out(data: Any, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        as_splits(data)

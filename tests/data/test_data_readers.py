@@ -1,6 +1,8 @@
 """Readers on small made files, and the error for every way in which a file can be wrong."""
 
+import bz2
 import gzip
+import lzma
 import os
 import pickle
 import subprocess
@@ -461,3 +463,31 @@ def test_the_facade_is_lazy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     with pytest.raises(AttributeError, match="cifar10"):
         data.imagenet  # noqa: B018
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_compressed_csv(suffix: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    text = "a,y\n" + "".join(f"{row % 7},{'yes' if row % 3 else 'no'}\n" for row in range(50))
+    (tmp_path / "t.csv").write_text(text)
+    path = tmp_path / f"t.csv{suffix}"
+    path.write_bytes(pack(text.encode()))
+    plain, read = (_arrays(data.csv(where, target="y").train) for where in (tmp_path / "t.csv", path))
+    assert torch.equal(plain.inputs, read.inputs)
+    assert torch.equal(plain.targets, read.targets)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="is damaged or not complete"):
+        _ = data.csv(path, target="y").train
+
+
+def _arrays(source: Source) -> Any:
+    return source
+
+
+def test_a_word_among_numbers_is_no_category(tmp_path: Path) -> None:
+    """Every number would become a category of its own, and nobody would be told."""
+    path = tmp_path / "t.csv"
+    path.write_text("a,y\n" + "".join(f"{'n/a' if row == 9 else row / 10},{row % 2}\n" for row in range(30)))
+    with pytest.raises(DataError, match=r"column 'a' holds 29 different numbers, but also 'n/a'\. Correct these rows"):
+        _ = data.csv(path, target="y").train
+    assert data.csv(path, target="y", missing=["n/a"]).train.length == 30
+    assert data.csv(path, target="y", categorical=["a"]).train.length == 30

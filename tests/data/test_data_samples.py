@@ -238,7 +238,7 @@ def test_what_a_job_may_give() -> None:
     assert isinstance(both.test, Samples)
     assert as_splits(both) is both
     assert as_splits({"train": (x, y)}).test is None
-    for wrong in (None, 3, "cifar10", [1, 2], (x, y, y), {"train": None}):
+    for wrong in (None, 3, "cifar10", [1, 2], {"train": None}):
         with pytest.raises(JobError, match="torch Dataset or IterableDataset"):
             as_splits(wrong)
     for keys in ({}, {"test": (x, y)}, {"train": (x, y), "valid": (x, y)}):

@@ -21,7 +21,7 @@ from shardwise.data.loader import batches
 from shardwise.data.source import Source, Splits
 from shardwise.errors import DataError, FolderError, JobError
 from shardwise.pack.files import Piece
-from shardwise.pack.pack import check, pack
+from shardwise.pack.pack import check, guess_kind, pack
 from shardwise.pack.parts import PackOptions, balanced, cut, run_here
 from shardwise.spec.packed import PackedIndex
 
@@ -326,3 +326,9 @@ def test_parts_are_balanced_by_bytes() -> None:
     assert [(piece.url, piece.start, piece.bytes) for piece in spans] == [
         ("a", 0, 33), ("a", 33, 33), ("a", 66, 34), ("b", 0, 5),
     ]  # fmt: skip
+
+
+def test_compressed_tables_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="is compressed, and is packed from parts of its bytes: unpack it first"):
+        guess_kind(str(tmp_path / "t.csv.gz"))

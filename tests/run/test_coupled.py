@@ -69,7 +69,7 @@ def _job(**changes: Any) -> shardwise.Job:
     ],
 )
 def test_refused_where_batches_are_split(changes: dict[str, Any], tmp_path: Path) -> None:
-    words = "splits samples between workers, but the loss couples samples: for the first 4 samples"
+    words = "splits samples between workers, but the loss couples samples: for 4 samples"
     with pytest.raises(PlanError, match=words):
         shardwise.train(_job(**changes), plan="data=2", out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -94,6 +94,36 @@ def test_not_refused(changes: dict[str, Any]) -> None:
     state = torch.get_rng_state()
     check_job(_job(**changes), Plan(layout=Layout(data=2)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_sorted_data_set_shows_its_classes() -> None:
+    """The first samples in the order of the training are not all of one class."""
+    with pytest.raises(PlanError, match="the loss couples samples"):
+        check_job(_job(data=(INPUTS, CLASSES.sort().values), loss=class_weighted), Plan(layout=Layout(data=2)))
+
+
+class _Counts(nn.Module):
+    """Counts its samples in training, or its calls."""
+
+    def __init__(self, *, rows: bool) -> None:
+        super().__init__()
+        self.layer, self.norm, self.rows = nn.Linear(7, 3), nn.BatchNorm1d(3), rows
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += x.shape[0] if self.rows else 1
+        output: Tensor = self.norm(self.layer(x))
+        return output
+
+
+def test_a_buffer_that_is_filled_from_samples_is_refused() -> None:
+    """Two workers with as many samples each would agree on half of the count."""
+    with pytest.raises(PlanError, match=r"fills the buffer 'seen' from its samples: after 4 samples"):
+        check_job(_job(model=lambda: _Counts(rows=True)), Plan(layout=Layout(data=2)))
+    check_job(_job(model=lambda: _Counts(rows=True)), Plan())
+    check_job(_job(model=lambda: _Counts(rows=False)), Plan(layout=Layout(data=2)))
 
 
 def test_a_model_of_the_users_own_stays_in_training_mode() -> None:

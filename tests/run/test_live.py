@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -208,6 +208,10 @@ def test_time_between_steps_is_the_users(tmp_path: Path) -> None:
         (lambda out: start(make_job(), device="cpu", out=out, checkpoint_every="0"), "at least 1 step"),
         (lambda out: start(make_job(), device="cpu", out=out, keep_last=0), "at least 1 checkpoint"),
         (lambda out: start(make_job(), device="cpu").save(), r"give start\(\.\.\., out=DIR\)"),
+        (
+            lambda out: start(make_job(), device="cpu").step(cast(Any, (1, 2))),
+            r"step\(\) was given a tuple: give it what batches\(\) gives",
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, call: Callable[[Path], Any], message: str) -> None:
@@ -306,3 +310,35 @@ def test_only_a_step_can_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
                 time.sleep(4.0)  # half a second to notice, one and a half to ask the ranks
     told = [event for event in read_events(tmp_path / "run" / "events.jsonl") if isinstance(event, StallEvent)]
     assert bool(told) is (place == "inside")
+
+
+OWN_STEPS = """
+import sys
+import shardwise
+sys.path.insert(0, {here!r})
+from test_live import make_job
+
+with shardwise.start(make_job(), device="cpu") as run:
+    for batch in run.batches():
+        run.model(batch.inputs).sum().backward()
+        run.optimizer.step()
+"""
+
+
+def test_a_loop_that_steps_the_optimizer_itself_on_several_workers(tmp_path: Path) -> None:
+    """Each worker would train a model of its own, and nobody would be told."""
+    script = tmp_path / "own_steps.py"
+    script.write_text(OWN_STEPS.format(here=str(Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "JobError: the weights changed, but the batch was not given to run.step()" in done.stderr
+    with start(make_job(), device="cpu") as run:  # one worker may
+        for batch in run.batches():
+            run.model(cast(Any, batch.inputs)).sum().backward()
+            run.optimizer.step()

@@ -131,3 +131,31 @@ def test_a_sum_is_called_a_sum() -> None:
 def test_an_error_of_the_data_keeps_its_class() -> None:
     with pytest.raises(DataError, match="cannot be read"):
         check_job(_job(data=shardwise.data.cifar10("/nowhere")), Plan(), rehearsal=True)
+
+
+class _Squeezes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x).squeeze()
+        return output
+
+
+@pytest.mark.parametrize(
+    ("model", "split"), [(lambda: nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3)), "training"), (_Squeezes, "test")]
+)
+def test_one_sample_left_over_for_the_last_batch(model: Any, split: str) -> None:
+    rest = {"train": (INPUTS[:17], CLASSES[:17])} if split == "training" else {"train": (INPUTS, CLASSES)}
+    data = rest | {"test": (INPUTS[:17], CLASSES[:17])}
+    metrics = {"accuracy": lambda output, target: (output.argmax(1) == target).float().mean()}
+    words = (
+        f"the {split} data do not fail, but 17 samples in batches of 8 leave one over, and step 3 is one sample alone"
+    )
+    job = _job(model=model, data=data, metrics=metrics)
+    with pytest.raises(JobError, match=words):
+        check_job(job, Plan(), rehearsal=True)
+    check_job(_job(model=model, data=SPLITS, metrics=metrics), Plan(), rehearsal=True)
+    if split == "training":
+        check_job(_job(model=model, data=data, metrics=metrics, steps=2, epochs=None), Plan(), rehearsal=True)

@@ -135,6 +135,10 @@ def _as_tensor(leaf: Any) -> Tensor | Rows:
         return leaf
     if isinstance(leaf, Tensor):
         tensor = leaf.detach()
+    elif isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise JobError(
+            "a masked array: torch has no masks, and would train on what is masked; put numbers there, filled(0)"
+        )
     elif isinstance(leaf, np.ndarray):
         if leaf.dtype.byteorder not in "=|<" and leaf.dtype.kind in "iufcb":
             leaf = leaf.astype(leaf.dtype.newbyteorder("="))
@@ -150,6 +154,8 @@ def _as_tensor(leaf: Any) -> Tensor | Rows:
                 ) from error
     else:
         raise JobError(f"Arrays was given a {type(leaf).__name__}: give NumPy arrays or torch tensors")
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise JobError(f"numbers of {tensor.dtype}: torch computes almost nothing with them; give int32 or int64")
     if not tensor.dim():
         raise JobError("Arrays was given a single number: the first dim must run over the samples")
     return tensor

@@ -12,7 +12,7 @@ from shardwise.data.order import stream_key
 from shardwise.data.randomness import BatchRandom, fenced, seed_generators
 from shardwise.data.reading import Reading, Request, Source, requests
 from shardwise.data.transforms import Transform, as_transform
-from shardwise.errors import JobError, UserError
+from shardwise.errors import DataError, JobError, UserError
 
 Collate = Callable[[list[Any]], Any]
 _WORKER_STREAM = 4
@@ -75,8 +75,7 @@ class Samples(Source):
         if self.loader_workers == 0:
             for request in wanted:
                 with fenced():
-                    samples = [seeded[int(row)] for row in request.rows]
-                    collated = self._collate(samples)
+                    collated = self._collate([seeded[int(row)] for row in request.rows])
                 yield self._batch(request, collated, reading)
             return
         # the loader asks for requests ahead of the batches it gives back, in the same order
@@ -126,7 +125,23 @@ class _Seeded(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         seed_generators(self._seed, self._epoch, index)
-        return self._dataset[index]
+        try:
+            sample = self._dataset[index]
+        except UserError:
+            raise
+        except Exception as error:
+            # add_note, which Python 3.10 does not have
+            error.__notes__ = [*getattr(error, "__notes__", []), f"in sample {index} of {self._name()}"]
+            raise
+        if sample is None:
+            raise DataError(
+                f"sample {index} of {self._name()} is None: every sample counts in its global batch, so none can be left out "
+                "while it is read; leave it out before, with torch.utils.data.Subset(dataset, indices)"
+            )
+        return sample
+
+    def _name(self) -> str:
+        return f"the data set {type(self._dataset).__name__}"
 
 
 @final

@@ -1,6 +1,6 @@
 """Splits: the training and test data of a job, and what may be given instead of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -101,7 +101,24 @@ def _as_source(data: Any) -> Source:
             "shardwise.data.Samples(dataset, ...), and an order of your own is a Subset of the data set with shuffle=False"
         )
     given = f"{type(data).__name__} of {len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
-    raise JobError(f"data is a {given}: {_ACCEPTED}")
+    raise JobError(f"data is a {given}: {_way_out(data)}")
+
+
+def _way_out(data: Any) -> str:
+    """What to do with data of a form that is not accepted."""
+    if isinstance(data, Iterator):
+        return "it can be read once, and an epoch reads it all: give a function that makes it, Stream(function)"
+    if callable(data) and not isinstance(data, type):
+        return "a function that yields samples goes into shardwise.data.Stream(function)"
+    if isinstance(data, tuple | list) and len(data) > 2 and all(isinstance(part, _ARRAYS) for part in data):
+        return (
+            "give (inputs, targets); several inputs are a tuple or dict, ((a, b), targets), and so are several targets"
+        )
+    if isinstance(data, tuple | list) and len(data) == 2 and any(isinstance(part, list) for part in data):
+        return "lists are no arrays: numpy.array(inputs, dtype='float32'), numpy.array(targets)"
+    if any(hasattr(part, "to_numpy") for part in (data if isinstance(data, tuple | list) else (data,))):
+        return "give arrays: (frame[columns].to_numpy('float32'), frame[target].to_numpy()); files are read by data.csv, parquet"
+    return _ACCEPTED
 
 
 _ARRAYS = (np.ndarray, Tensor, dict, tuple)

@@ -71,6 +71,10 @@ def guess_kind(source: str) -> str:
         return "images"
     if names and all(name.endswith((".txt", ".md", ".text")) for name in names):
         return "text"
+    if any(name.endswith((".gz", ".bz2", ".xz", ".zip", ".zst")) for name in names):
+        raise DataError(
+            f"{source} is compressed, and is packed from parts of its bytes: unpack it first, or write it as Parquet"
+        )
     raise DataError(f"{source}: its file names do not say what it holds; give --kind, one of {', '.join(KINDS)}")
 
 

@@ -51,6 +51,11 @@ _RANDOM = frozenset(
     }
 )
 
+_WEIGHTED = frozenset(
+    {F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multi_margin_loss}
+)
+"""Functions `(input, target, weight, ...)`; `multi_margin_loss` has it by name alone, after numbers."""
+
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _NARROW_CALLS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 
@@ -115,6 +120,8 @@ class Quiet(TorchFunctionMode):
                 return in_parts(*args, **named)
             args = tuple(_widened(item) for item in args)
             named = {key: _widened(item) for key, item in named.items()}
+            if func in _WEIGHTED:
+                args, named = _with_wide_weights(args, named)
         return func(*args, **named)
 
     @contextmanager
@@ -165,6 +172,12 @@ class Quiet(TorchFunctionMode):
 
 def _widened(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+def _with_wide_weights(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Weights of classes, which may belong to no module of the model, in float64: torch's losses take no mixture."""
+    wide = {key: in_double(item) if key in ("weight", "pos_weight") else item for key, item in named.items()}
+    return (*args[:2], *in_double(args[2:])), wide
 
 
 def in_double(tree: Any) -> Any:

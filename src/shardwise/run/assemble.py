@@ -23,12 +23,12 @@ from shardwise.parallel.steps import check_step
 from shardwise.run.blame import readable_failure
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
-from shardwise.run.coupled import check_loss, divides_batches, is_cheap
+from shardwise.run.coupled import check_buffers, check_loss, divides_batches, is_cheap
 from shardwise.run.heap import keep_freed_memory
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.run.record import Recorder
 from shardwise.run.rehearse import rehearse
-from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, first_samples
+from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, training_samples
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
@@ -46,6 +46,7 @@ class Assembly:
             module's own list for as long as a forward pass, such as one of an evaluation, has left them gathered.
         step: optimizer steps taken so far.
         total_steps: steps the whole training will take, None when the data has no known length.
+        looks_at_losses: whether a loss that is no mean over its parts ends the run; a proof finds out for itself.
         division: how each global batch is divided over `samples`, the same on every rank; None for evenly.
     """
 
@@ -61,6 +62,7 @@ class Assembly:
     total_steps: int | None
     parameters: tuple[nn.Parameter, ...] = ()
     step: int = 0
+    looks_at_losses: bool = False
     division: tuple[float, ...] | None = None
 
     @property
@@ -182,8 +184,13 @@ def check_updates(job: Job, total_steps: int | None) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         optimizer = _optimizer_to_look_at(job)
-        with readable_failure("Job.schedule failed"):
-            build_scheduler(job, optimizer, total_steps)
+        endless = (
+            "" if total_steps is not None else " (total_steps is None: the data has no known length; give Job.steps)"
+        )
+        with readable_failure(f"Job.schedule failed{endless}"):
+            scheduler = build_scheduler(job, optimizer, total_steps)
+            if scheduler is not None and total_steps is None:
+                scheduler.step()  # some keep the length until then
 
 
 def _optimizer_to_look_at(job: Job) -> Optimizer:
@@ -229,7 +236,9 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
                 check_tensor_optimizer(build_optimizer(job, model), model, split)
             find_cut(job, plan, model, CPU)
             if loss_in_parts:
-                check_loss(job, plan, model, first_samples(job))
+                samples = training_samples(job)
+                check_loss(job, plan, model, samples)
+                check_buffers(job, plan, model, samples)
 
 
 def assemble(

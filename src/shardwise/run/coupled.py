@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.data.batch import Batch, Tree, tree_map
 from shardwise.data.source import as_splits
 from shardwise.errors import PlanError
 from shardwise.run.tryout import call_model
+from shardwise.run.weigh import advice, weight_function
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 
@@ -68,7 +70,7 @@ def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
         return
     if found.is_sum:
         raise PlanError(
-            f"the loss is a sum over the samples and not their mean: for the first {batch.count} samples of the data it is "
+            f"the loss is a sum over the samples and not their mean: for {batch.count} samples of the data it is "
             f"{found.whole:.6g}, which is what its parts add up to. Give the mean (reduction='mean'), Job.weight, which counts "
             "what a mean is over, or an objective that returns (sum, count)"
         )
@@ -78,11 +80,55 @@ def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
         else f"a batch into pieces (micro_batch={plan.micro_batch})"
     )
     raise PlanError(
-        f"plan {plan.layout} splits {split}, but the loss couples samples: for the first {batch.count} samples of the data it is "
-        f"{found.whole:.6g}, the mean over parts of them is {found.mean:.6g}. A loss that compares samples needs the whole batch "
-        "at once: use --plan serial, or tensor= or pipeline=, without micro_batch. A mean over tokens, unignored targets or "
-        "class weights needs Job.weight, which counts them, or an objective that returns (sum, count)"
+        f"plan {plan.layout} splits {split}, but the loss couples samples: for {batch.count} samples of the data it is "
+        f"{found.whole:.6g}, the mean over parts of them is {found.mean:.6g}. {advice(job, batch.targets)}"
     )
+
+
+def check_buffers(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
+    """Refuse a plan that divides batches among workers for a model that fills a buffer from its samples.
+
+    Statistics that differ between workers would end the run at the first comparison of copies; counts of samples would not,
+    where all workers have as many.
+
+    Args:
+        model: whole, on the CPU; as it was afterwards.
+        batch: a few samples. A model that fails on them, or draws what it keeps, says so itself.
+
+    Raises:
+        PlanError: a buffer is another after half of the samples than after all of them.
+    """
+    if plan.layout.replicas == 1 or batch.count < 4 or batch.phantom:
+        return  # a part of two samples, because BatchNorm takes no fewer
+    part = rows_of(batch, 0, batch.count // 2)
+    try:
+        with modes_kept(model), torch.no_grad():
+            model.train()
+            whole, again = _filled(job, model, batch), _filled(job, model, batch)
+            fewer = _filled(job, model, part)
+    except Exception:  # noqa: BLE001  # as above
+        return
+    steady = [name for name, value in whole.items() if name in again and torch.equal(value, again[name])]
+    for name in steady:
+        if name not in fewer or not torch.equal(whole[name], fewer[name]):
+            raise PlanError(
+                f"plan {plan.layout} divides samples between workers, but the model fills the buffer {name!r} from its samples: "
+                f"after {batch.count} samples it is another than after {part.count} of them, and each worker would fill its own. "
+                "torch's BatchNorm is computed over all workers; for a layer of your own use --plan serial, or tensor= or "
+                "pipeline=, or keep what is counted outside the model"
+            )
+
+
+def _filled(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Copies of the buffers after a forward pass in training mode, without those of BatchNorm; they are reset."""
+    known = {id(buffer) for module in model.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()}
+    torch.manual_seed(job.seed)
+    with state_kept(model):
+        if job.objective is None:
+            call_model(model, batch.inputs)
+        else:
+            job.objective(model, (batch.inputs, batch.targets))
+        return {name: buffer.clone() for name, buffer in model.named_buffers() if id(buffer) not in known}
 
 
 class Coupling(NamedTuple):
@@ -129,7 +175,7 @@ def coupling(
                     part_sum, own = loss_sum_of(job, model, rows_of(batch, start, stop))
                     loss_sum, weights = loss_sum + float(part_sum), weights + own
     mean = loss_sum / weights if weights else float("nan")
-    if not isfinite(whole) or not isfinite(mean):
+    if not isfinite(whole):
         return None
     if abs(mean - whole) <= tolerance * max(abs(whole), abs(mean)):
         return None
@@ -152,7 +198,8 @@ def loss_sum_of(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, float
 
 def weight_of(job: Job, batch: Batch) -> float:
     """What the loss of a batch is a mean over."""
-    return float(batch.count) if job.weight is None else float(job.weight(batch.targets))
+    weight = weight_function(job)
+    return float(batch.count) if weight is None else float(weight(batch.targets))
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:

@@ -14,6 +14,7 @@ from shardwise.parallel.replicas import check_replicas
 from shardwise.run.assemble import Assembly
 from shardwise.run.balance import Balancer
 from shardwise.run.checkpoint import save
+from shardwise.run.culprit import not_finite
 from shardwise.run.evaluate import evaluate
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
@@ -160,10 +161,7 @@ def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, s
         _balance(a, course, observer.settled(settled))
         if course.tracer is not None:
             course.tracer.settled(a.world, a.step, ledger.offset_seconds)
-        if not course.warned_loss and any(not abs(loss) < float("inf") for loss in settled.losses):
-            course.warned_loss = True
-            warn(course, f"the loss became {settled.losses[-1]} by step {a.step}: the training goes on, but lower the "
-                         "learning rate or clip the gradients")  # fmt: skip
+        _look_at_losses(a, course, settled.losses)
         course.display.steps(
             step=a.step,
             epoch=course.position.epoch,
@@ -177,6 +175,21 @@ def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, s
         make_equal(a)
         save_checkpoint(a, course)
         ledger.skip_time()
+
+
+def _look_at_losses(a: Assembly, course: Course, losses: list[float]) -> None:
+    """Warn once of a loss that is no finite number, and say whether the data of its step is to blame."""
+    wrong = next((index for index, loss in enumerate(losses) if not abs(loss) < float("inf")), None)
+    if wrong is None or course.warned_loss:
+        return
+    course.warned_loss = True
+    step = a.step - len(losses) + wrong
+    found = not_finite(a.job, course.splits, step) if a.world.rank == 0 else ""
+    advice = "lower the learning rate or clip the gradients"
+    if found:
+        advice = "leave them out or put numbers in their place"
+    became = f"the loss became {losses[wrong]} at step {step + 1}"
+    warn(course, f"{became}{', because ' + found if found else ''}: the training goes on, but {advice}")
 
 
 def make_equal(a: Assembly) -> None:

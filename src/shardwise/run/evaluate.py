@@ -16,6 +16,7 @@ from shardwise.run.assemble import Assembly
 from shardwise.run.pair import as_pair
 from shardwise.run.step import autocast, own_tokens, seeing_whole
 from shardwise.run.tryout import call_model
+from shardwise.run.weigh import weight_function
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Stages
@@ -136,7 +137,8 @@ def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor)
 
 def _add_loss(a: Assembly, totals: Tensor, output: Any, batch: Batch) -> None:
     assert a.job.loss is not None
-    weight = batch.count if a.job.weight is None else float(a.job.weight(batch.targets))
+    count = weight_function(a.job)
+    weight = batch.count if count is None else float(count(batch.targets))
     if weight:
         totals[0] += as_pair(a.job.loss(output, batch.targets), weight, LOSS).to(a.device)
 

@@ -49,6 +49,8 @@ _SIGNAL_HINTS = {
 }
 
 
+_FROM_LOADER = "in DataLoader worker process"
+
 STALLED_EXIT = 75
 """Exit code of a worker that was asked to stop in a step that hangs (EX_TEMPFAIL of sysexits.h: try again later)."""
 
@@ -101,7 +103,15 @@ def from_exception(error: BaseException, rank: int) -> Failure:
     # The first frame is the launcher's own; the user's part of the traceback starts below it.
     below = error.__traceback__.tb_next if error.__traceback__ else None
     details = "".join(traceback.format_exception(type(error), error, below or error.__traceback__))
-    last_line = traceback.format_exception_only(type(error), error)[-1].strip()
+    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, str)]
+    below_it = (
+        sum(len(note.split("\n")) for note in notes) if hasattr(error, "add_note") else 0
+    )  # Python 3.10 shows none
+    last_line = traceback.format_exception_only(type(error), error)[-1 - below_it].strip()
+    if _FROM_LOADER in last_line:  # of torch's DataLoader, with the whole traceback of its worker in the message
+        lines = last_line.splitlines()
+        last_line = "; ".join(lines[max(row for row, line in enumerate(lines) if line.startswith("  ")) + 1 :])
+    last_line = "; ".join([last_line, *notes])
     if isinstance(error, errors.UserError):
         return Failure(
             rank=rank, kind="user", summary=last_line, error_class=_public_class(error).__name__, message=str(error)
@@ -156,6 +166,11 @@ def is_echo(failure: Failure) -> bool:
 def is_timeout(error: BaseException) -> bool:
     """Whether `error` comes from a collective that waited for its timeout."""
     return _kind(error) == "timeout"
+
+
+def is_own_error(error: BaseException) -> bool:
+    """Whether `error` is of this rank alone, and no echo of another rank's end."""
+    return _kind(error) == "error"
 
 
 def _kind(error: BaseException) -> Kind:

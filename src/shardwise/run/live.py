@@ -133,6 +133,11 @@ class LiveRun:
         Raises:
             Stopped: the run has a folder, and a rank was sent SIGINT or SIGTERM: it is saved and ended.
         """
+        if not isinstance(batch, Batch):
+            raise JobError(
+                f"step() was given a {type(batch).__name__}: give it what batches() gives; data of your own, also the data set "
+                "of a DataLoader, goes to start(data=...)"
+            )
         result = take_step(self.assembly, batch)
         total = self.assembly.reports.sum_(result.loss_sum.detach().clone())
         if batch is self._under_way:
@@ -210,8 +215,20 @@ class LiveRun:
                 if batch is None:
                     return
                 self._under_way = batch
+                weights = _changes(a) if a.world.size > 1 else 0
                 yield batch
+                if self._under_way is batch and a.world.size > 1 and _changes(a) != weights:
+                    raise JobError(
+                        "the weights changed, but the batch was not given to run.step(): with an optimizer.step() of its own, "
+                        f"each of {a.world.size} workers trains alone, on its own part of the data. Replace the forward pass, "
+                        "backward(), optimizer.step() and zero_grad() by loss = run.step(batch)"
+                    )
                 self._done()
+
+
+def _changes(a: Assembly) -> int:
+    """Grows whenever something writes to a parameter."""
+    return sum(parameter._version for parameter in a.parameters)
 
 
 def start(
@@ -276,6 +293,7 @@ def start(
 def _without_folder(job: Job, plan: Plan, splits: Splits, device: torch.device) -> LiveRun:
     total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
     assembly = assemble(job, plan, Group.world(), device, total_steps=total)
+    assembly.looks_at_losses = True
     if assembly.world.rank == 0:
         for remark in assembly.composed.remarks:
             tell(f"warning: {remark}")

@@ -54,9 +54,11 @@ def rehearse(job: Job, plan: Plan, model: nn.Module) -> None:
     splits = as_splits(job.data)
     share = plan.micro_batch or -(-job.batch_size // plan.layout.replicas)
     _rehearse(job, plan, model, splits.train, "training", (share, job.batch_size))
+    _rehearse_last(job, plan, model, splits.train, "training", job.batch_size)
     if splits.test is not None and splits.test.length is not None:
         size = job.eval_batch_size or job.batch_size
         _rehearse(job, plan, model, splits.test, "test", (-(-size // plan.layout.replicas), size))
+        _rehearse_last(job, plan, model, splits.test, "test", size)
 
 
 def _rehearse(job: Job, plan: Plan, model: nn.Module, source: Source, split: str, sizes: tuple[int, int]) -> None:
@@ -83,11 +85,37 @@ def _rehearse(job: Job, plan: Plan, model: nn.Module, source: Source, split: str
     raise first
 
 
+def _rehearse_last(job: Job, plan: Plan, model: nn.Module, source: Source, split: str, batch_size: int) -> None:
+    """Raise what fails on the one sample that is left over for the last batch: BatchNorm, or a `squeeze` too many."""
+    length, training = source.length, split == "training"
+    if length is None or length == 1 or length % batch_size != 1:
+        return
+    each = -(-length // batch_size)
+    if training and job.steps is not None and job.steps < each:
+        return
+    with closing(eval_batches(source, batch_size=1, stop=1, prefetch=0)) as stream:
+        batch = next(stream)
+    model.train(training)
+    try:
+        with state_kept(model), torch.set_grad_enabled(training), _precision(plan):
+            _walk(job, model, batch, split)
+    except _NoVerdict:
+        pass
+    except _Fails as error:
+        name = "batch_size" if training or job.eval_batch_size is None else "eval_batch_size"
+        raise JobError(
+            f"{error}\nThe first batches of the {split} data do not fail, but {length} samples in batches of {batch_size} leave "
+            f"one over, and step {each} is one sample alone. Choose another {name}, leave one sample out, or let the model "
+            "take a single sample (BatchNorm cannot in training; squeeze() also takes away the dim of the samples)"
+        ) from error
+
+
 def _walk(job: Job, model: nn.Module, batch: Batch, split: str) -> None:
     """One forward pass, loss and metrics."""
-    given = [f"inputs {_described(batch.inputs)}", f"targets {_described(batch.targets)}"]
+    given = [f"inputs {described(batch.inputs)}", f"targets {described(batch.targets)}"]
     training = split == "training"
-    where = f"on the first {batch.count} samples of the {split} data"
+    where = "on one sample" if batch.count == 1 else f"on the first {batch.count} samples"
+    where += f" of the {split} data"
     output = None
     if job.objective is not None:
         with _told(f"Job.objective fails {where}", given, lambda error: _advice(error, model, batch, None)):
@@ -96,7 +124,7 @@ def _walk(job: Job, model: nn.Module, batch: Batch, split: str) -> None:
     if job.objective is None or (job.metrics and not training):
         with _told(f"the model fails {where}", given, lambda error: _advice(error, model, batch, None)):
             output = call_model(model, batch.inputs)
-        given.append(f"output of the model {_described(output)}")
+        given.append(f"output of the model {described(output)}")
     if job.loss is not None:
         with _told(f"Job.loss fails {where}", given, lambda error: _advice(error, model, batch, output)):
             loss = job.loss(output, batch.targets)
@@ -153,7 +181,7 @@ def _advice(error: Exception, model: nn.Module, batch: Batch, output: Any) -> st
     return ""
 
 
-def _described(tree: Any) -> str:
+def described(tree: Any) -> str:
     """Types and shapes of tensors, and the range of whole numbers, on one line."""
     leaves = tree_leaves(tree)
     if not leaves:

@@ -175,6 +175,7 @@ def open_session(rank: Rank, work: Work, stop: StopRequest, *, shown: Display | 
         assembly = assemble(
             job, work.plan, world, device, total_steps=total, timeout_seconds=work.timeout_seconds, recorder=recorder
         )
+        assembly.looks_at_losses = True
         peers = world.gather_objects(this_peer(world.rank))
         checkpoint = latest(folder) if resume else None
         position, progress = _go_on(assembly, checkpoint, balance=work.balance)

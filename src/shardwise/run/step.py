@@ -20,7 +20,10 @@ from shardwise.data.batch import Batch
 from shardwise.errors import JobError
 from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.run.assemble import CPU, Assembly
+from shardwise.run.coupled import divides_batches
+from shardwise.run.culprit import note_batch
 from shardwise.run.tryout import call_model
+from shardwise.run.weigh import check_mean, is_looked_at, weight_function
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Stages
@@ -59,12 +62,16 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
     for parameter in a.parameters:
         parameter.grad = None
     parts = _micro_batches(a, batch)
-    if a.composed.stages is not None:
-        result = _stage_passes(a, batch, parts, a.composed.stages)
-    elif a.job.objective is None:
-        result = _loss_passes(a, batch, parts)
-    else:
-        result = _objective_passes(a, batch, parts)
+    try:
+        if a.composed.stages is not None:
+            result = _stage_passes(a, batch, parts, a.composed.stages)
+        elif a.job.objective is None:
+            result = _loss_passes(a, batch, parts)
+        else:
+            result = _objective_passes(a, batch, parts)
+    except Exception as error:
+        note_batch(error, batch, a.step)
+        raise
     clock.mark("synchronisation")
     if on_gradients is not None:
         on_gradients()
@@ -128,13 +135,17 @@ def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor,
     loss_function = a.job.loss
     assert loss_function is not None
     weights, total = _weigh(a, batch, parts)
+    looked_at = next(iter(parts), None) if _is_put_together(a) and is_looked_at(a.step) else None
     loss_sum: Tensor | None = None
     for index, part in enumerate(parts):
         a.clock.mark("other")
         a.composed.state.phantom = part.phantom
+        looks = part is looked_at
         part = part.to(a.device)
         with autocast(a):
             output = call_model(a.model, part.inputs)
+            if looks:
+                check_mean(a.job, output, part, a.step)
             if weights[index] == 0:
                 objective = _zero_of(output)
             else:
@@ -148,6 +159,13 @@ def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor,
         a.composed.gradients.expect()
     a.composed.gradients.finish()
     return torch.zeros((), device=a.device) if loss_sum is None else loss_sum, total
+
+
+def _is_put_together(a: Assembly) -> bool:
+    """Whether losses of parts of a batch are added up, and all that the loss reads is plain and on this rank."""
+    if not a.looks_at_losses:
+        return False
+    return a.composed.context is None and a.composed.split is None and divides_batches(a.job, a.plan)
 
 
 def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
@@ -242,9 +260,10 @@ def _weigh(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[list[float], 
 
     Samples need no message: every rank knows the global count from the order. Anything else is one small sum.
     """
-    if a.job.weight is None:
+    weight = weight_function(a.job)
+    if weight is None:
         return [0.0 if part.phantom else float(part.count) * a.token_share for part in parts], float(batch.global_count)
-    weights = [0.0 if part.phantom else float(seeing_whole(a, a.job.weight, part.targets)) for part in parts]
+    weights = [0.0 if part.phantom else float(seeing_whole(a, weight, part.targets)) for part in parts]
     total = torch.tensor(sum(weights), dtype=torch.float64, device=a.device)
     a.clock.mark("other")
     total = a.shares.sum_(total)

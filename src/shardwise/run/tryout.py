@@ -10,12 +10,14 @@ from torch import nn
 
 from shardwise.data.batch import Batch
 from shardwise.data.loader import eval_batches
+from shardwise.data.reading import Reading
 from shardwise.data.source import as_splits
 from shardwise.dist.split import is_dtensor
 from shardwise.parallel.compiled import check_compiled_cut
 from shardwise.parallel.context.check import Objective, check_context
 from shardwise.parallel.context.split import Checked
 from shardwise.parallel.expert import expert_parameters
+from shardwise.run.weigh import weight_function
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 
@@ -36,6 +38,25 @@ def first_samples(job: Job) -> Batch:
         return next(stream)
 
 
+def training_samples(job: Job) -> Batch:
+    """The first samples that the training comes to, as evaluation would give them: of a data set that is sorted by class, not
+    all of one."""
+    reading = Reading(
+        batch_size=SAMPLES,
+        seed=job.seed,
+        epoch=0,
+        rank=0,
+        ranks=1,
+        start=0,
+        stop=1,
+        shuffle=job.shuffle,
+        shares=None,
+        training=False,
+    )
+    with closing(as_splits(job.data).train.read(reading)) as stream:
+        return next(stream)
+
+
 def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
     """Try out the context axis; None where the plan has none.
 
@@ -45,7 +66,7 @@ def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
     if plan.layout.context == 1:
         return None
     batch = first_samples(job)
-    objective = Objective(loss=job.loss, objective=job.objective, weight=job.weight)
+    objective = Objective(loss=job.loss, objective=job.objective, weight=weight_function(job))
     return check_context(model, plan.layout.context, batch.inputs, batch.targets, objective)
 
 

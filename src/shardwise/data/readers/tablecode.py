@@ -174,6 +174,9 @@ class ColumnSummary:
         )
 
 
+MANY_NUMBERS, FEW_WORDS = 10, 0.1
+"""A column of text with so many different numbers, and at most this share of other values, is taken for a broken one. Chosen."""
+
 Summary = dict[str, ColumnSummary]
 
 
@@ -294,12 +297,34 @@ def fit(summary: Summary, form: TableForm, where: str) -> Coder:
             deviation = float(np.sqrt(column.squares / column.count)) if column.count else 1.0
             numbers[name] = (column.mean, deviation if deviation > 0 else 1.0)
         else:
+            if not column.numbers and name not in form.categorical:
+                _check_category(name, column.values, where)
             categories[name] = np.array(column.values, dtype=np.str_)
     target = summary[form.target]
     classes = () if target.numbers and form.target not in form.categorical else target.values
     if not numbers and not categories:
         raise JobError(f"{where}: no column is left to predict {form.target!r} from")
     return Coder(form, numbers, categories, classes)
+
+
+def _check_category(name: str, values: Sequence[str], where: str) -> None:
+    """Refuse a column of numbers with a few words in it, which would make a category of every number."""
+    words = [value for value in values if not _is_number(value)]
+    if len(values) - len(words) < MANY_NUMBERS or len(words) > FEW_WORDS * len(values):
+        return
+    shown = ", ".join(map(repr, words[:3])) + (", ..." if len(words) > 3 else "")
+    raise DataError(
+        f"{where}: column {name!r} holds {len(values) - len(words)} different numbers, but also {shown}. Correct these rows; or "
+        f"say that it stands for a missing value (missing=), or that all are categories (categorical=, --categorical {name})"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _are_numbers(values: Column) -> TypeGuard[NDArray[np.float64]]:

@@ -3,7 +3,11 @@
 What is learned from the data (means, categories, classes) is learned from the training table alone.
 """
 
+import bz2
 import csv as csv_module
+import gzip
+import lzma
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +29,8 @@ from shardwise.data.source import Splits
 from shardwise.data.transforms import Transform
 from shardwise.errors import DataError
 
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
 
 def csv(
     train: str | Path,
@@ -40,7 +46,7 @@ def csv(
     strip_target: str = "",
     transform: Transform | None = None,
 ) -> Splits:
-    """Tables as text, one row a line; spaces around values and empty lines do not count.
+    """Tables as text, one row a line, also compressed (.gz, .bz2, .xz); spaces around values and empty lines do not count.
 
     Inputs are float32 (N, numbers), standardised over the training rows, a missing number being the mean; where there
     are columns of categories, `(numbers, codes)` with int64 codes (N, columns) that start from 1 in sorted order, 0
@@ -107,10 +113,13 @@ def _splits(train: Any, test: Any, read: Any, form: TableForm, transform: Transf
 def _read_csv(path: Path, names: Sequence[str] | None, delimiter: str, missing: frozenset[str]) -> Table:
     layout = f"Expected text with {delimiter!r} between the values" + (" and a header line." if names is None else ".")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        opener: Any = _OPENERS.get(path.suffix, open)
+        with opener(path, "rt", newline="", encoding="utf-8") as file:
             table = parse_rows(file, str(path), names, delimiter, missing)
     except OSError as error:
         raise missing_file(path, error, layout) from error
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is damaged or not complete ({error}); get it again") from error
     except (UnicodeDecodeError, csv_module.Error) as error:
         raise DataError(f"{path} is no readable table ({error}). {layout}") from error
     if not table:
