@@ -73,7 +73,7 @@ class Sharded:
 
     def __init__(self, model: nn.Module, units: list[str], samples: Group, held: AbstractSet[nn.Parameter]) -> None:
         self.units = units
-        self.parameters = [p for p in model.parameters() if p.requires_grad and p in held]
+        self.held = [p for p in model.parameters() if p in held]
         self._samples = samples
         self._used: set[int] = set()
         for module in model.modules():
@@ -81,17 +81,23 @@ class Sharded:
                 for group in _parameter_groups(module):
                     self._complete(group)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained now: a loop may freeze and thaw them."""
+        return [parameter for parameter in self.held if parameter.requires_grad]
+
     def finish(self) -> None:
         """After the last backward pass of a step: drop the gradients of parameters that no rank used. Collective."""
-        if not self.parameters:
+        trained = self.parameters
+        if not trained:
             return
-        unused = [index for index, parameter in enumerate(self.parameters) if id(parameter) not in self._used]
-        flags = torch.ones(len(self.parameters), dtype=torch.int32, device=local_part(self.parameters[0]).device)
+        unused = [index for index, parameter in enumerate(trained) if id(parameter) not in self._used]
+        flags = torch.ones(len(trained), dtype=torch.int32, device=local_part(trained[0]).device)
         flags[unused] = 0
         self._samples.sum_(flags)
         if unused:  # reading the flags waits for the device
             for index in (flags[unused] == 0).nonzero().flatten().tolist():
-                self.parameters[unused[index]].grad = None
+                trained[unused[index]].grad = None
         self._used.clear()
 
     def _complete(self, group: Any) -> None:

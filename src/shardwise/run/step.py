@@ -55,6 +55,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
     a, clock = assembly, assembly.clock
+    a.composed.check_frozen()
     seed_step(a.job.seed, a.step, a.reports.rank, a.device)
     for parameter in a.parameters:
         parameter.grad = None
@@ -65,6 +66,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
         result = _loss_passes(a, batch, parts)
     else:
         result = _objective_passes(a, batch, parts)
+    a.composed.attached.call_hooks()
     clock.mark("synchronisation")
     if on_gradients is not None:
         on_gradients()
