@@ -1,4 +1,4 @@
-"""What users attach to parameters: hooks on gradients see those of the whole batch, and attributes stay, on every layout."""
+"""What users do with parameters: hooks on gradients, attributes, thawing, optimizers that look at all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.fsdp  # once, before ranks are forked
 import torch.distributed.tensor
@@ -17,7 +18,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.split import whole_tensor
 from shardwise.errors import PlanError
 from shardwise.prove.runs import walk_batches
-from shardwise.run.assemble import CPU, assemble
+from shardwise.run.assemble import CPU, assemble, check_job
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout
@@ -74,8 +75,8 @@ def make_job() -> Job:
     )
 
 
-def trained(layout: str, micro_batch: int | None = None) -> dict[str, Tensor]:
-    job = make_job()
+def trained(layout: str, micro_batch: int | None = None, make: Callable[[], Job] = make_job) -> dict[str, Tensor]:
+    job = make()
     plan = Plan(layout=Layout.parse(layout), micro_batch=micro_batch)
     a = assemble(job, plan, Group.world(), CPU, total_steps=STEPS)
     for batch in walk_batches(a, as_splits(job.data), STEPS):
@@ -140,3 +141,42 @@ def test_parameters_may_be_thawed(ranks: Callable[..., list[Any]]) -> None:
         for found in ranks(2, thawed, layout, True):
             torch.testing.assert_close(found, expected, msg=layout)
     assert any("was frozen when the run began" in str(found) for found in ranks(2, thawed, "pipeline=2"))
+
+
+class WholeNorm(torch.optim.Optimizer):
+    """Scales by the norm of all gradients, as optimizers with clipping or a global step size do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        size = sum(float(p.grad.norm()) ** 2 for p in parameters) ** 0.5
+        for parameter in parameters:
+            parameter.add_(parameter.grad, alpha=-0.1 / size)
+
+
+def normed(layout: str) -> dict[str, Tensor]:
+    return trained(layout, make=lambda: replace(make_job(), optimizer=WholeNorm))
+
+
+def test_numbers_of_split_tensors_are_those_of_whole_ones(ranks: Callable[..., list[Any]]) -> None:
+    expected = normed("serial")
+    for layout in ("shard=2", "tensor=2"):
+        for found in ranks(2, normed, layout):
+            torch.testing.assert_close(found, expected, msg=layout)
+
+
+def test_an_optimizer_that_looks_at_all_parameters_is_refused_in_a_pipeline() -> None:
+    job, plan = replace(make_job(), optimizer=WholeNorm), Plan(layout=Layout(pipeline=2))
+    with pytest.raises(PlanError, match="WholeNorm steps on a parameter by what the gradients of others are"):
+        check_job(job, plan)
+    check_job(replace(job, optimizer=AloneSGD), plan)
+
+
+class AloneSGD(torch.optim.SGD):
+    """Of a class that is not torch's, but steps on each parameter by itself."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1, momentum=0.9)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
+from shardwise.dist.numbers import whole_numbers
 from shardwise.dist.split import local_part
 from shardwise.errors import PlanError
 from shardwise.parallel.blocks import CONTAINERS, repeated_blocks
@@ -141,6 +142,7 @@ def shard_model(
         deferred: gives `model` those weights that it lacks still: those of a unit just before it is split, so that a rank has
             room for its parts and the largest unit.
     """
+    whole_numbers()
     device_mesh = _mesh(mesh)
     ignored = ignored or set()
     modules = dict(model.named_modules())
