@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from shardwise.data.source import as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.split import whole_tensor
-from shardwise.errors import PlanError
+from shardwise.errors import PlanError, RunFailed
 from shardwise.prove.runs import walk_batches
 from shardwise.run.assemble import CPU, assemble, check_job
 from shardwise.run.step import take_step
@@ -180,3 +180,33 @@ class AloneSGD(torch.optim.SGD):
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, lr=0.1, momentum=0.9)
+
+
+class Skips(nn.Module):
+    """Leaves one of three equal blocks out, in training; by a random number, which differs from rank to rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        left_out = int(torch.randint(3, ()))
+        for index, block in enumerate(self.blocks):
+            x = x if index == left_out else block(x)
+        return torch.as_tensor(self.head(x))
+
+
+def skipping(layout: str) -> str:
+    try:
+        trained(layout, make=lambda: replace(make_job(), model=Skips, optimizer=AloneSGD))
+    except RunFailed as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_gather_different_blocks_are_noticed(ranks: Callable[..., list[Any]]) -> None:
+    for found in ranks(2, skipping, "shard=2"):
+        assert "did not compute the blocks of the model in the same order" in found
+    assert ranks(2, skipping, "data=2") == ["", ""]
