@@ -1,7 +1,8 @@
 """The one order in which the kinds of parallelism are applied to a model, and what each of them refuses.
 
 1. What is found out about the model as its user built it: a pipeline's cuts (`cut_model`), the tensor axis' split (`find_split`).
-2. BatchNorm is made global, because every later step must see the final forward functions.
+2. What the user attached to parameters is noted, because later steps put others in their places. BatchNorm is made global,
+   because every later step must see the final forward functions.
 3. Replicas get equal weights, while every rank still holds all of them.
 4. The tensor axis cuts single weights, which must be whole for that; then context and experts, whose functions must see its
    pieces. A rank keeps its pipeline stages, before anything is sharded inside of them.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 from torch import nn
@@ -27,6 +28,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import Mesh
 from shardwise.dist.split import is_elsewhere
 from shardwise.errors import PlanError
+from shardwise.parallel.attached import Attached, take_off
 from shardwise.parallel.compiled import check_compiled
 from shardwise.parallel.compress import CompressedSum, LowRankSum, check_compression, compressed_sum
 from shardwise.parallel.context.split import Checked, ContextSplit
@@ -73,6 +75,8 @@ class Composed:
         stages: this rank's part of the pipeline, where the plan has one.
         apart: groups of ranks with different parameters, for clipping.
         counted: whether this rank is the one that counts a parameter in a norm over `apart`.
+        attached: what users attached to parameters: their hooks are called when the gradients are summed.
+        frozen: parameters that were not trained when the model was composed, where that cannot change any more.
     """
 
     model: nn.Module
@@ -86,6 +90,22 @@ class Composed:
     counted: Callable[[nn.Parameter], bool] = _always
     split: TensorPlan | None = None
     recomputed: Recomputed | None = None
+    attached: Attached = field(default_factory=Attached)
+    frozen: tuple[tuple[str, nn.Parameter], ...] = ()
+
+    def check_frozen(self) -> None:
+        """Refuse what would not be trained without a word.
+
+        Raises:
+            PlanError: a parameter was thawed that the plan took for frozen.
+        """
+        for name, parameter in self.frozen:
+            if parameter.requires_grad:
+                raise PlanError(
+                    f"parameter {name} was frozen when the run began and is to be trained now: pipeline stages, compression and "
+                    "local_steps are planned for those trained at the start; stop and go on (resume) with a model that is built "
+                    "with it trained, or use data=, shard= or tensor="
+                )
 
     @property
     def compressed(self) -> LowRankSum | None:
@@ -196,7 +216,7 @@ def compose(
         split: how the tensor axis splits the parameters, where the plan has one.
         deferred: gives `model` those weights that it lacks still, where it was built without.
     """
-    state = BatchState()
+    state, attached = BatchState(), take_off(model)
     tokens = mesh.group("data", "shard", "context", "expert")
     communicates = batch_norm == "global" and tokens.size > 1 and globalize_batch_norm(model, tokens, state) > 0
     broadcast_state(model, mesh.world)
@@ -234,6 +254,7 @@ def compose(
         keep = plan.zero_stage == 2
         sharded = shard_model(model, mesh, ignored=dealt, stage=whole, no_units=inside, deferred=deferred, keep=keep)
         communicates = True
+    attached.put_back(model)
     named = [(name, p) for name, p in model.named_parameters() if not is_elsewhere(p)]
     summed = _plan_sums(named, plan, mesh, experts, sparse, sharded)
     gradients: GradientSum | GradientSums | StageGradients | CompressedSum | LocalSteps = summed
@@ -248,7 +269,13 @@ def compose(
         stages.part.compile()
     elif plan.compile:
         model.compile()
-    return Composed(model, gradients, state, communicates, remarks, context, stages, apart, counted, split, recomputed)
+    frozen = _still_frozen(named) if cut is not None or not isinstance(summed, GradientSum | GradientSums) else ()
+    done = context, stages, apart, counted, split, recomputed, attached, frozen
+    return Composed(model, gradients, state, communicates, remarks, *done)
+
+
+def _still_frozen(named: list[tuple[str, nn.Parameter]]) -> tuple[tuple[str, nn.Parameter], ...]:
+    return tuple((name, p) for name, p in named if not p.requires_grad)
 
 
 def _plan_sums(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from shardwise.dist.collectives import Group, Work
 from shardwise.dist.split import is_dtensor, local_part
@@ -82,17 +83,27 @@ class GradientSum:
         self._group = group
         sparse_names = set(sparse)
         self._sharded = sharded
-        elsewhere = {id(parameter) for parameter in sharded.parameters} if sharded is not None else set()
-        trained = [(name, p) for name, p in parameters if p.requires_grad and id(p) not in elsewhere]
-        self._sparse = [(name, parameter) for name, parameter in trained if name in sparse_names]
-        dense = [(name, parameter) for name, parameter in trained if name not in sparse_names]
-        # The backward pass walks the module tree backwards, so the last parameters have their gradients first.
-        self._buckets = [make_bucket(part) for part in in_buckets(list(reversed(dense)), bucket_bytes)]
+        elsewhere = {id(parameter) for parameter in sharded.held} if sharded is not None else set()
+        self._parameters = [(name, p) for name, p in parameters if id(p) not in elsewhere]
+        self._sparse_names, self._bucket_bytes = sparse_names, bucket_bytes
         self._expecting = False
         self._next = 0
+        self._hooks: list[RemovableHandle] = []
+        self._plan()
+
+    def _plan(self) -> None:
+        """Make buckets of the parameters that are trained now."""
+        for hook in self._hooks:
+            hook.remove()
+        trained = [(name, p) for name, p in self._parameters if p.requires_grad]
+        self._frozen = [p for _, p in self._parameters if not p.requires_grad]
+        self._sparse = [(name, parameter) for name, parameter in trained if name in self._sparse_names]
+        dense = [(name, parameter) for name, parameter in trained if name not in self._sparse_names]
+        # The backward pass walks the module tree backwards, so the last parameters have their gradients first.
+        self._buckets = [make_bucket(part) for part in in_buckets(list(reversed(dense)), self._bucket_bytes)]
         self._hooks = []
         # With one bucket nothing can be sent before the backward pass has ended: no need for hooks.
-        if group.size > 1 and len(self._buckets) > 1:
+        if self._group.size > 1 and len(self._buckets) > 1:
             for bucket in self._buckets:
                 for parameter in bucket.parameters:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrival(bucket)))
@@ -104,6 +115,10 @@ class GradientSum:
 
     def expect(self) -> None:
         """The next backward pass is the last of this step: send each bucket when its gradients are complete."""
+        if any(
+            parameter.requires_grad for parameter in self._frozen
+        ):  # thawed since: its gradients must be summed as well
+            self._plan()
         self._expecting = True
         self._next = 0
         for bucket in self._buckets:

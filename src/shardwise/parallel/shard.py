@@ -23,12 +23,13 @@ from torch.utils import _pytree as pytree
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
+from shardwise.dist.numbers import whole_numbers
 from shardwise.dist.split import local_part
-from shardwise.errors import PlanError
+from shardwise.errors import PlanError, RunFailed
 from shardwise.parallel.blocks import CONTAINERS, repeated_blocks
 from shardwise.parallel.data import sparse_parameters
 from shardwise.parallel.deferred.memory import garbage_found_soon
-from shardwise.parallel.metered import meter_collectives
+from shardwise.parallel.metered import Order, meter_collectives
 
 if TYPE_CHECKING:
     from shardwise.parallel.deferred.build import Deferred
@@ -71,9 +72,13 @@ class Sharded:
     parameter that no rank used gets back the missing gradient it would have in a serial run.
     """
 
-    def __init__(self, model: nn.Module, units: list[str], samples: Group, held: AbstractSet[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, units: list[str], samples: Group, held: AbstractSet[nn.Parameter], order: Order
+    ) -> None:
         self.units = units
-        self.parameters = [p for p in model.parameters() if p.requires_grad and p in held]
+        self._order = order
+        self._told: tuple[torch.Tensor, tuple[int, int]] | None = None
+        self.held = [p for p in model.parameters() if p in held]
         self._samples = samples
         self._used: set[int] = set()
         for module in model.modules():
@@ -81,18 +86,43 @@ class Sharded:
                 for group in _parameter_groups(module):
                     self._complete(group)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained now: a loop may freeze and thaw them."""
+        return [parameter for parameter in self.held if parameter.requires_grad]
+
     def finish(self) -> None:
-        """After the last backward pass of a step: drop the gradients of parameters that no rank used. Collective."""
-        if not self.parameters:
+        """After the last backward pass of a step: drop the gradients of parameters that no rank used. Collective.
+
+        Raises:
+            RunFailed: ranks did not gather the same units in the same order.
+        """
+        trained = self.parameters
+        if not trained:
             return
-        unused = [index for index, parameter in enumerate(self.parameters) if id(parameter) not in self._used]
-        flags = torch.ones(len(self.parameters), dtype=torch.int32, device=local_part(self.parameters[0]).device)
+        unused = [index for index, parameter in enumerate(trained) if id(parameter) not in self._used]
+        device, order = local_part(trained[0]).device, self._order.take()
+        flags = torch.tensor([1] * len(trained) + [*order], dtype=torch.int32, device=device)
         flags[unused] = 0
         self._samples.sum_(flags)
+        told, self._told = self._told, (flags[len(trained) :], order)
+        # Reading what was sent just now waits for the device: there, the order of the step before is looked at.
+        if device.type == "cpu":
+            told = self._told
+        if told is not None:
+            self._check_order(told[0].tolist(), told[1])
         if unused:  # reading the flags waits for the device
             for index in (flags[unused] == 0).nonzero().flatten().tolist():
-                self.parameters[unused[index]].grad = None
+                trained[unused[index]].grad = None
         self._used.clear()
+
+    def _check_order(self, sums: list[int], own: tuple[int, int]) -> None:
+        if sums != [self._samples.size * number for number in own]:
+            raise RunFailed(
+                "the workers did not compute the blocks of the model in the same order, so that gathered weights were those of "
+                "other blocks: the forward pass leaves blocks out at random (stochastic depth), or by the values of its samples. "
+                "Multiply the block's output by 0 or 1 instead of leaving it out, or use data= in place of shard="
+            )
 
     def _complete(self, group: Any) -> None:
         reduce = group.post_backward
@@ -137,6 +167,7 @@ def shard_model(
             room for its parts and the largest unit.
         keep: what was gathered for the forward pass is kept for the backward pass (ZeRO stage 2), not gathered again (stage 3).
     """
+    whole_numbers()
     device_mesh = _mesh(mesh)
     ignored = ignored or set()
     modules = dict(model.named_modules())
@@ -165,13 +196,14 @@ def shard_model(
             split(model, again=False)
             names = [*names, ""]
         collect()
+    order = Order()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data)
+            meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data, order)
     held = dict.fromkeys(parameter for name in names for parameter in model.get_submodule(name).parameters())
-    return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored)
+    return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored, order)
 
 
 def _owned(module: nn.Module, args: Any, output: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardwise.errors import PlanError
@@ -60,3 +61,56 @@ def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool]) ->
             "Muon orthogonalises its updates in bfloat16: with split parameters they agree with a serial run to that",
         )
     return ()
+
+
+def check_apart(build: Callable[[], Optimizer], parameters: list[nn.Parameter]) -> None:
+    """Refuse an optimizer that steps on one parameter by what another one's gradient is: pipeline stages hold only their own.
+
+    It takes three steps from the same start twice, the second time with other gradients of half of the parameters, and what
+    it does to the other half is compared. Optimizers of torch step on each parameter by itself, so only others are tried.
+
+    Args:
+        build: makes the optimizer anew over `parameters`.
+        parameters: whole, with values, on the CPU; they are as they were afterwards.
+
+    Raises:
+        PlanError: the steps differ.
+    """
+    optimizer: Any = build()
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if len(trained) < 2 or (type(optimizer).__module__.startswith("torch.optim.") and not hooks):
+        return
+    watched, other = trained[: len(trained) // 2], trained[len(trained) // 2 :]
+    try:
+        same = all(map(torch.equal, _stepped(build, watched, other, 1.0), _stepped(build, watched, other, 7.0)))
+    except Exception:  # noqa: BLE001  # it needs what only a training has: nothing is said about it
+        return
+    if not same:
+        raise PlanError(
+            f"{type(optimizer).__name__} steps on a parameter by what the gradients of others are (a norm or a sum over all of "
+            "them); a pipeline stage holds its own parameters only and would take another step: use a layout without pipeline, "
+            "or Job.clip_norm where clipping is what it does"
+        )
+
+
+def _stepped(
+    build: Callable[[], Optimizer], watched: list[nn.Parameter], other: list[nn.Parameter], scale: float
+) -> list[Tensor]:
+    """What three steps make of the parameters that are watched, where the gradients of the others have this scale."""
+    kept = [parameter.detach().clone() for parameter in [*watched, *other]]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        torch.manual_seed(0)
+        optimizer = build()
+        for _ in range(3):
+            for factor, parameters in ((1.0, watched), (scale, other)):
+                for parameter in parameters:
+                    parameter.grad = factor * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in watched]
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip([*watched, *other], kept, strict=True):
+                parameter.copy_(values)
+                parameter.grad = None

@@ -19,7 +19,7 @@ from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
-from shardwise.parallel.steps import check_step
+from shardwise.parallel.steps import check_apart, check_step
 from shardwise.run.blame import readable_failure
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
@@ -235,6 +235,8 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
             if split is not None:
                 check_tensor_optimizer(build_optimizer(job, model), model, split)
             find_cut(job, plan, model, CPU)
+            if cheap and layout.pipeline > 1:
+                check_apart(lambda: build_optimizer(job, model), list(model.parameters()))
             if loss_in_parts:
                 samples = training_samples(job)
                 check_loss(job, plan, model, samples)

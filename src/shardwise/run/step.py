@@ -58,6 +58,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
     a, clock = assembly, assembly.clock
+    a.composed.check_frozen()
     seed_step(a.job.seed, a.step, a.reports.rank, a.device)
     for parameter in a.parameters:
         parameter.grad = None
@@ -72,6 +73,7 @@ def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], No
     except Exception as error:
         note_batch(error, batch, a.step)
         raise
+    a.composed.attached.call_hooks()
     clock.mark("synchronisation")
     if on_gradients is not None:
         on_gradients()

@@ -20,6 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.overrides import TorchFunctionMode
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.numbers import whole_numbers
 from shardwise.errors import PlanError
 from shardwise.parallel.tensor.dispatch import METADATA, dispatch, split_arguments
 from shardwise.parallel.tensor.part import SplitTensor
@@ -68,6 +69,7 @@ def apply_split(
     """
     if plan.ranks != group.size or mesh.size() != group.size:
         raise PlanError(f"a split for {plan.ranks} ranks was given to a tensor axis of {group.size}")
+    whole_numbers()
     ring = Ring.of(group)
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
