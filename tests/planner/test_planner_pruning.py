@@ -24,7 +24,7 @@ def _every_layout(problem: Problem) -> tuple[dict[Key, tuple[Case, Estimate]], d
     """The fastest layout of every setting of the degrees that fits, and the smallest of every one of which none does."""
     best: dict[Key, tuple[Case, Estimate]] = {}
     least: dict[Key, tuple[Case, Estimate]] = {}
-    settled: tuple[int | str, ...] = ()
+    settled: tuple[object, ...] = ()
     memo = Memo()
     for case in cases(problem):
         setting = (*_key(case), case.micro_batch, case.schedule, case.virtual_stages)
