@@ -233,8 +233,9 @@ RANGE_TEXT = """## Are the stated ranges right?
 `plan --model` says between which multiples of a predicted step 4 of 5 measured ones lay (`planner/confidence.py`). The ranges are
 the 5th and 95th percentile of measured over predicted, over the tables of this page and those of [heldout.md](heldout.md) whose
 rows were looked at, each table with the same weight. The 10th and 90th hold 4 of 5 of these rows, but only 3 of 4 of a table
-that is left out, because runs of one source err together. "Left out": how many runs of a table lie in the range that the other
-tables give, mean over tables. "Blind": runs of the tables that nobody has looked into (D closed), within the stated range.
+that is left out, because runs of one source err together (with experts the upper end is the 90th: beyond it is one table, whose
+software runs experts one after the other). "Left out": how many runs of a table lie in the range that the other
+tables give, mean over tables. "Blind": runs of the tables that nobody has looked into (set E), within the stated range.
 Layouts of one model on one machine err together, so a comparison of two is surer than either.
 
 | kind of run | stated | runs, tables | percentiles today | left out: within | blind: runs, tables | blind: within |

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from heldout import BLIND, OPENED, PUBLISHED
+from heldout import PUBLISHED
+from published_sets import SEALED
 from scoring import SOURCES, SWEEP, cluster_machine, percent
 from shardwise.planner import confidence
 from shardwise.planner.predict import predict_runs
@@ -31,7 +32,7 @@ def published_ratios(scorer: ModuleType, tables: Path) -> tuple[Ratios, Ratios]:
     for name in SOURCES:
         _add(seen, scorer, tables / f"{name}.csv", cluster if name == SWEEP else None)
     for path in sorted(PUBLISHED.glob("*.csv")):
-        _add(closed if path.stem in BLIND and path.stem not in OPENED else seen, scorer, path, None)
+        _add(closed if path.stem in SEALED else seen, scorer, path, None)
     return seen, closed
 
 
