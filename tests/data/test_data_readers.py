@@ -483,6 +483,35 @@ def _arrays(source: Source) -> Any:
     return source
 
 
+def test_infinity_and_numbers_too_large_are_refused(tmp_path: Path) -> None:
+    """They would make a whole column infinite, or all its values equal."""
+    path, good = tmp_path / "t.csv", tmp_path / "good.csv"
+    good.write_text("a,y\n1,2\n3,4\n")
+    for content, message in (
+        ("a,y\n1,2\ninf,3\n", r"t\.csv: column 'a' holds infinity"),
+        ("a,y\n1,2\n1e200,3\n", r"t\.csv: column 'a' holds infinity, or numbers too large to square"),
+        ("a,y\n1,2\n2,-inf\n", r"t\.csv: row 2 has the target -inf, too large"),
+        ("a,y\n1,2\n2,1e39\n", r"t\.csv: row 2 has the target 1e\+39, too large"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            _ = data.csv(path, target="y").train
+    path.write_text("a,y\n1,2\ninf,3\n")
+    with pytest.raises(DataError, match=r"t\.csv: row 2, column 'a': inf is too large"):
+        _ = data.csv(good, path, target="y").test
+    assert data.csv(path, target="y", missing=["inf"]).train.length == 2
+
+
+def test_numbers_of_many_digits_are_no_categories(tmp_path: Path) -> None:
+    """A float holds 15 digits: longer numbers that are close would become one class."""
+    path = tmp_path / "t.csv"
+    path.write_text("".join(["a,y\n", *(f"{row},{10**17 + row % 3}\n" for row in range(9))]))
+    with pytest.raises(DataError, match=r"column 'y' is to be categories, .* such as 100000000000000000: close ones"):
+        _ = data.csv(path, target="y", categorical=["y"]).train
+    path.write_text("".join(["a,y\n", *(f"{row},{10**14 + row % 3}\n" for row in range(9))]))
+    assert len(data.csv(path, target="y", categorical=["y"]).classes) == 3
+
+
 def test_a_word_among_numbers_is_no_category(tmp_path: Path) -> None:
     """Every number would become a category of its own, and nobody would be told."""
     path = tmp_path / "t.csv"

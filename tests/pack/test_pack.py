@@ -126,6 +126,16 @@ def test_tar_shards(tmp_path: Path) -> None:
     tar_file(tmp_path / "bad.tar", {"a.png": image_bytes(0), "a.cls": b"cat"})
     with pytest.raises(DataError, match=r"a\.png has no class"):
         pack(str(tmp_path / "bad.tar"), tmp_path / "other", PackOptions(size=SIZE))
+    shard = (tmp_path / "tars" / "0.tar").read_bytes()
+    with tarfile.open(tmp_path / "tars" / "0.tar") as tar:
+        boundary = tar.getmembers()[2].offset  # a sample ends here, and `tarfile` would take it for the end
+    for content, message in (
+        (shard[:boundary], "cut short: it has no end mark"),
+        (shard + shard, "more behind its end"),
+    ):
+        (tmp_path / "end.tar").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            pack(str(tmp_path / "end.tar"), tmp_path / "other3", PackOptions(size=SIZE))
     (tmp_path / "cut.tar").write_bytes((tmp_path / "bad.tar").read_bytes()[:300])
     with pytest.raises(DataError, match="no uncompressed tar file"):
         pack(str(tmp_path / "cut.tar"), tmp_path / "other2", PackOptions(size=SIZE))

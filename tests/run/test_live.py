@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from shardwise import errors, metrics
+from shardwise.data import Stream
 from shardwise.run import live
 from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.live import LiveRun, start
@@ -112,6 +113,27 @@ def test_a_break_goes_on_with_the_next_batch_without_a_folder_too() -> None:
                 if len(losses) % 4 == 0:
                     break
     assert losses == expected
+
+
+def test_batches_have_a_length_where_it_is_known() -> None:
+    with start(make_job()) as run:
+        batches = run.batches()
+        assert len(batches) == EPOCHS * PER_EPOCH
+        for _, batch in zip(range(PER_EPOCH + 2), batches, strict=False):
+            run.step(batch)
+        assert len(batches) == EPOCHS * PER_EPOCH
+        for epochs in (1, 2):
+            rest = run.batches(epochs=epochs)
+            assert len(rest) == epochs * PER_EPOCH - run._position.batch
+        assert len(rest) == len([run.step(batch) for batch in rest])
+    with start(make_job(epochs=None, steps=9)) as run:
+        run.step(next(run.batches()))
+        assert len(run.batches()) == len([run.step(batch) for batch in run.batches()]) == 8
+    with (
+        start(make_job(data=Stream(lambda: iter([(torch.zeros(5), 0)])), schedule=None)) as run,
+        pytest.raises(TypeError, match="stream"),
+    ):
+        len(run.batches())
 
 
 def test_the_jobs_steps_are_counted_over_resumes(tmp_path: Path) -> None:

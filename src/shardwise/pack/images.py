@@ -7,13 +7,13 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, final
+from typing import IO, Any, final
 
 import numpy as np
 
 from shardwise.data.readers.decode import SUFFIXES, load_pillow, square_image
 from shardwise.errors import DataError, JobError
-from shardwise.pack.files import Piece, canonical, find_files, open_file, read_range
+from shardwise.pack.files import BLOCK_BYTES, Piece, canonical, find_files, open_file, read_range
 from shardwise.pack.parts import Made, Maker, PackOptions, Part, Prepared, Run, balanced, fingerprint, numbered
 
 TEST_NAMES = ("val", "test", "validation")
@@ -133,10 +133,13 @@ def _scan_tar(url: str) -> list[Sample] | str:
                 elif path.suffix.lower() == ".cls":
                     content = tar.extractfile(member)
                     labels[key] = "" if content is None else content.read(64).decode("ascii", "replace").strip()
+            wrong = _wrong_end(opened, tar.offset)
     except tarfile.TarError as error:
         return f"{url} is no uncompressed tar file, or is damaged ({error}); unpack a .tar.gz first"
     except (OSError, DataError) as error:
         return f"{url} cannot be read: {error}"
+    if wrong:
+        return f"{url} {wrong}"
     samples = []
     for key, piece in images:
         label = labels.get(key, PurePosixPath(key).parent.name)
@@ -144,6 +147,20 @@ def _scan_tar(url: str) -> list[Sample] | str:
             return f"{piece.name} has no class: put a number in {PurePosixPath(key).name}.cls, or the image in a folder"
         samples.append((str(int(label)) if key in labels else label, piece))
     return samples
+
+
+def _wrong_end(file: IO[bytes], end: int) -> str:
+    """What is wrong after the last member of a tar file; "" where it ends as it should, with blocks of zeros.
+
+    `tarfile` takes both for the end of the archive, and the samples behind it would be missing without a word.
+    """
+    file.seek(end)
+    if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        return "is cut short: it has no end mark; get it again, or write it again"
+    while block := file.read(BLOCK_BYTES):
+        if block.strip(b"\0"):
+            return "holds more behind its end mark, such as another tar file: give these as files of their own"
+    return ""
 
 
 @final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,12 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.data.batch import Batch
+from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import FolderError, JobError
 from shardwise.run.assemble import Assembly, assemble, check_job
 from shardwise.run.balance import check_division
+from shardwise.run.batches import Batches, batches_left
 from shardwise.run.choose import choose_device
 from shardwise.run.course import Position
 from shardwise.run.evaluate import evaluate
@@ -101,10 +103,11 @@ class LiveRun:
         """The run folder; None where no `out` was given."""
         return None if self._keeper is None else self._keeper.session.folder
 
-    def batches(self, *, epochs: int | None = None) -> Iterator[Batch]:
+    def batches(self, *, epochs: int | None = None) -> Batches:
         """This rank's parts of the global batches, over all epochs or steps of the job.
 
-        After a `break`, the next call goes on with the batch that comes next, in the same epoch.
+        `len` of it is their number, unless the data is a stream or a loop without an end. After a `break`, the next call
+        goes on with the batch that comes next, in the same epoch.
 
         Args:
             epochs: passes over the training split, of which one that is under way counts as one; None for what the job
@@ -112,6 +115,16 @@ class LiveRun:
         """
         first_epoch = 0 if epochs is None and self._keeper is not None else self.epoch
         limit = epochs if epochs is not None else self.job.epochs
+        steps = self.job.steps if epochs is None else None
+        total = batches_left(
+            each=steps_per_epoch(self.splits.train, self.job.batch_size),
+            epochs=None if limit is None else limit - (self.epoch - first_epoch),
+            batch=self._position.batch,
+            steps_left=None if steps is None else steps - self.assembly.step,
+        )
+        return Batches(self._batches(epochs, first_epoch, limit), total)
+
+    def _batches(self, epochs: int | None, first_epoch: int, limit: int | None) -> Generator[Batch, None, None]:
         while limit is None or self.epoch - first_epoch < limit:
             if epochs is None and self._steps_done():
                 return

@@ -171,7 +171,7 @@ def _advice(error: Exception, model: nn.Module, batch: Batch, output: Any) -> st
     targets = batch.targets
     if isinstance(targets, Tensor) and isinstance(output, Tensor) and targets.dim() == output.dim() - 1:
         if targets.dtype != torch.int64:
-            return 'Class numbers are int64: targets.long(), array.astype("int64")'
+            return 'Class numbers are int64: targets.long(), array.astype("int64"); of a table, name the target in categorical='
         if isinstance(error, IndexError):
             return (
                 f"Classes are numbered from 0: an output of {output.shape[1]} classes takes 0 to {output.shape[1] - 1}"

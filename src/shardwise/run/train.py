@@ -176,4 +176,7 @@ def _start_workers(work: Work, options: TrainOptions, *, is_rank: bool) -> dict[
 
 
 def _how_to_resume(folder: str) -> str:
-    return f"stopped; everything up to the last step is saved in {folder}: continue with --resume --out {shlex.quote(folder)}"
+    return (
+        f"stopped; everything up to the last step is saved in {folder}: continue with --resume --out {shlex.quote(folder)} "
+        f"(in Python: resume=True, out={folder!r})"
+    )

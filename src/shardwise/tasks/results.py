@@ -74,6 +74,11 @@ class Results(Iterator[Any]):
     def __iter__(self) -> Results:
         return self
 
+    def __repr__(self) -> str:
+        """A prompt or a notebook shows this and not the results, which come by going over it."""
+        given = f"{self._given} of {self._total}" if self._total is not None else str(self._given)
+        return f"Results of {self._name}, {given} given: use list(...) or a for loop"
+
     def __next__(self) -> Any:
         outcome = self.next_outcome()
         if outcome is None:

@@ -177,6 +177,9 @@ class ColumnSummary:
 MANY_NUMBERS, FEW_WORDS = 10, 0.1
 """A column of text with so many different numbers, and at most this share of other values, is taken for a broken one. Chosen."""
 
+MOST_WHOLE = 1e15
+"""From here on `_strings`, which writes 15 digits, gives close whole numbers one name."""
+
 Summary = dict[str, ColumnSummary]
 
 
@@ -192,11 +195,14 @@ def summarise(table: Table, form: TableForm) -> Summary:
             strings = _strings(values)
             if name == form.target:
                 strings = np.char.rstrip(strings, form.strip_target or None)
+            if _are_numbers(values):
+                _check_digits(name, values)
             coded = tuple(str(value) for value in np.unique(strings[strings != ""]))
         if _are_numbers(values):
             known = values[~np.isnan(values)]
-            mean = float(known.mean()) if len(known) else 0.0
-            squares = float(((known - mean) ** 2).sum())
+            with np.errstate(over="ignore", invalid="ignore"):  # `fit` refuses what is too large, and knows the file
+                mean = float(known.mean()) if len(known) else 0.0
+                squares = float(((known - mean) ** 2).sum())
             found[name] = ColumnSummary(numbers=True, count=len(known), mean=mean, squares=squares, values=coded)
         else:
             found[name] = ColumnSummary(numbers=False, values=coded)
@@ -234,7 +240,14 @@ class Coder:
             values = table[name]
             if not _are_numbers(values):
                 raise DataError(f"{where}: column {name!r} holds text, in the training table it holds numbers")
-            numbers[:, place] = np.nan_to_num((values - mean) / deviation, nan=0.0)
+            with np.errstate(over="ignore"):
+                coded = ((values - mean) / deviation).astype(np.float32)
+            if np.isinf(coded).any():
+                row = int(np.isinf(coded).argmax())
+                raise DataError(
+                    f"{where}: row {row + 1}, column {name!r}: {values[row]:g} is too large a number; correct it"
+                )
+            numbers[:, place] = np.nan_to_num(coded, nan=0.0)
         codes = np.zeros((rows, len(self.categories)), np.int64)
         for place, (name, known) in enumerate(self.categories.items()):
             codes[:, place] = _codes(_strings(table[name]), known)
@@ -259,7 +272,14 @@ class Coder:
                 )
             if np.isnan(values).any():
                 raise DataError(f"{where}: row {int(np.isnan(values).argmax()) + 1} has no target")
-            return values.astype(np.float32)
+            with np.errstate(over="ignore"):
+                targets = values.astype(np.float32)
+            if np.isinf(targets).any():
+                row = int(np.isinf(targets).argmax())
+                raise DataError(
+                    f"{where}: row {row + 1} has the target {values[row]:g}, too large a number; correct it"
+                )
+            return targets
         labels = (
             np.char.rstrip(_strings(values), self.form.strip_target) if self.form.strip_target else _strings(values)
         )
@@ -294,6 +314,11 @@ def fit(summary: Summary, form: TableForm, where: str) -> Coder:
         if name == form.target or name in form.drop:
             continue
         if column.numbers and name not in form.categorical:
+            if not np.isfinite([column.mean, column.squares]).all():
+                raise DataError(
+                    f"{where}: column {name!r} holds infinity, or numbers too large to square, so it has no mean and deviation. "
+                    "Correct these rows; or say that it stands for a missing value (missing=), or drop the column (drop=, --drop)"
+                )
             deviation = float(np.sqrt(column.squares / column.count)) if column.count else 1.0
             numbers[name] = (column.mean, deviation if deviation > 0 else 1.0)
         else:
@@ -317,6 +342,16 @@ def _check_category(name: str, values: Sequence[str], where: str) -> None:
         f"{where}: column {name!r} holds {len(values) - len(words)} different numbers, but also {shown}. Correct these rows; or "
         f"say that it stands for a missing value (missing=), or that all are categories (categorical=, --categorical {name})"
     )
+
+
+def _check_digits(name: str, values: NDArray[np.float64]) -> None:
+    """Refuse numbers whose last digits a float does not hold: different ones would become one category."""
+    large = values[np.abs(values) >= MOST_WHOLE]
+    if len(large):
+        raise DataError(
+            f"column {name!r} is to be categories, but holds numbers of more than 15 digits, such as {large[0]:.0f}: close ones "
+            "cannot be told apart. Write them as text (with a letter in front), or drop the column (drop=, --drop)"
+        )
 
 
 def _is_number(text: str) -> bool:
