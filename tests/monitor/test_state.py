@@ -147,6 +147,26 @@ def test_the_command_in_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixt
     assert _run(["watch", str(folder), "--text", "--port", "8000"]) == 2
 
 
+def test_a_pipe_is_told_when_a_run_is_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run writes no event, so nothing would be said of it."""
+    folder = write(tmp_path / "r", [run_event(), steps_event(0)])
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            with (folder / "events.jsonl").open("a") as file:
+                file.write(finished()[-1].to_line() + "\n")
+
+    monkeypatch.setattr("shardwise.cli.watch.time.sleep", sleep)
+    assert _run(["watch", str(folder), "--text"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("r: silent, no news for") == 1
+    assert "s left" not in text  # it stands still
+
+
 def test_curves_stay_small_and_keep_their_extremes() -> None:
     curve = Curve(most=16)
     for step in range(1000):

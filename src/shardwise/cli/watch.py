@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardwise.errors import UserError
+from shardwise.units import format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,13 +128,30 @@ def _show_text(watcher: Watcher, listeners: list[Callable[[FollowedRun, Event], 
                 print(note_line(note, "" if run.folder == watcher.place else run.name), flush=True)
 
         listeners.append(tell)
+        silent: set[str] = set()
         while not _over(watcher):
+            _tell_silence(watcher, silent)
             time.sleep(POLL_SECONDS)
             watcher.poll()
     except KeyboardInterrupt:
         return
     except BrokenPipeError:
         sys.stderr.close()  # whoever read it has gone; nothing is left to be said
+
+
+def _tell_silence(watcher: Watcher, silent: set[str]) -> None:
+    """A line for each run that has become silent: of a killed one no event tells, and the reader would wait for ever."""
+    for run in watcher.runs.values():
+        if run.state.status() != "silent":
+            silent.discard(run.name)
+        elif run.name not in silent:
+            silent.add(run.name)
+            ago = format_seconds(time.time() - run.state.last) if run.state.last is not None else "long"
+            print(
+                f"{run.name}: silent, no news for {ago}: it was killed, hangs, or does something long between steps. "
+                "Watching on; Ctrl-C ends it",
+                flush=True,
+            )
 
 
 def _over(watcher: Watcher) -> bool:

@@ -71,7 +71,7 @@ def headline(state: RunState, now: float) -> list[str]:
     silent = (
         f", last news {format_seconds(now - state.last)} ago" if state.last is not None and status == "silent" else ""
     )
-    left = state.left_seconds
+    left = state.left_seconds if status == "running" else None  # a run that stands still is not nearing its end
     if state.sweep is not None:
         return _of_sweep(state, f"{state.path}: {status}{silent}")
     lines = [

@@ -88,7 +88,7 @@ function showRuns(view) {
     button.addEventListener("click", () => connect(run.path));
     return [button, make("span", run.error ? "unreadable" : run.status, { class: `status ${run.status}` }), run.plan, progress(run),
       number(run.loss), ...metrics.map((name) => number(run.metrics[name])), number(run.samples_per_second, 0),
-      seconds(run.step_seconds), ...names.map((name) => String(view.differing[name][index]))];
+      seconds(run.step_seconds), ...names.map((name) => String(view.differing[name][index] ?? "–"))];
   });
   keepingFocus(() => table(byId("runs"), "Runs, the latest first, with the settings in which they differ", columns, rows));
 }
@@ -245,7 +245,8 @@ function show(view) {
   const [done, all] = run.sweep ? [run.sweep.ended, run.sweep.trials] : [run.step, run.total_steps];
   byId("progress-line").hidden = !all;
   byId("progress").value = all ? done / all : 0;
-  const left = run.left_seconds === null ? "" : `, ${seconds(run.left_seconds)} left`;
+  const left = run.left_seconds !== null && run.status === "running" ? `, ${seconds(run.left_seconds)} left`
+    : run.status === "silent" ? `, no news since ${new Date(run.last * 1e3).toLocaleTimeString("en-GB")}: it was killed, hangs, or does something long between steps` : "";
   byId("progress-text").textContent = run.sweep ? `${progress(run)}${best(run.sweep)}${left}` : `step ${progress(run)}${left}`;
   showNumbers(run);
   showAlert(run);
