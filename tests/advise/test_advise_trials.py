@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from shardwise.advise import trials
 from shardwise.data.source import as_splits
 from shardwise.planner.jobstep import estimate_job
+from shardwise.probe import length
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.place import cached_path, this_place
 from shardwise.spec.job import Job
@@ -62,6 +65,30 @@ def test_each_width_has_a_price_that_is_kept(figures: None, monkeypatch: pytest.
     ]
     with pytest.raises(AssertionError, match="not counted again"):  # another batch is another price
         trials.price_trials(made_job(batch_size=64), widths=[1, 2], cores=2, trainings=3)
+
+
+def test_a_slow_first_step_is_said(
+    figures: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing else has been said by then, so the command would seem to hang."""
+    said = threading.Event()
+
+    def slow(*given: Any) -> float:
+        assert said.wait(20)
+        return 1e-9
+
+    def tell(text: str) -> None:
+        assert "timing the first step of the job" in text
+        said.set()
+
+    monkeypatch.setattr(trials, "SHORT_SECONDS", 20.0)
+    monkeypatch.setattr(length, "tell", tell)
+    monkeypatch.setattr(trials, "first_step_apart", slow)
+    monkeypatch.setattr(trials, "told_if_slow", functools.partial(length.told_if_slow, seconds=0.01))
+    assert "pricing pays" in str(trials.price_trials(made_job(batch_size=48), widths=[1], cores=1, trainings=1))
+    said.clear()
+    with length.told_if_slow(False, seconds=0.0), length.told_if_slow(True, seconds=60.0):
+        assert not said.is_set()
 
 
 def test_trainings_beside_each_other_are_no_faster_than_one_alone(machine: Machine) -> None:

@@ -127,8 +127,8 @@ def test_tar_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.png has no class"):
         pack(str(tmp_path / "bad.tar"), tmp_path / "other", PackOptions(size=SIZE))
     shard = (tmp_path / "tars" / "0.tar").read_bytes()
-    with tarfile.open(tmp_path / "tars" / "0.tar") as tar:
-        boundary = tar.getmembers()[2].offset  # a sample ends here, and `tarfile` would take it for the end
+    with tarfile.open(tmp_path / "tars" / "0.tar") as opened:
+        boundary = opened.getmembers()[2].offset  # a sample ends here, and `tarfile` would take it for the end
     for content, message in (
         (shard[:boundary], "cut short: it has no end mark"),
         (shard + shard, "more behind its end"),

@@ -24,6 +24,7 @@ from shardwise.run import live
 from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.live import LiveRun, start
 from shardwise.run.options import TrainOptions
+from shardwise.run.train import train
 from shardwise.spec.events import (
     CheckpointEvent,
     EpochEvent,
@@ -113,6 +114,18 @@ def test_a_break_goes_on_with_the_next_batch_without_a_folder_too() -> None:
                 if len(losses) % 4 == 0:
                     break
     assert losses == expected
+
+
+def test_a_function_that_makes_a_job_is_no_job() -> None:
+    """A newcomer's slip: `train(my_job)` for `train(my_job())`."""
+    for call in (start, train):
+        name = call.__name__
+        with pytest.raises(
+            errors.JobError, match=rf"{name} was given the function make_job: call it, {name}\(make_job\(\)"
+        ):
+            call(cast("Any", make_job))
+        with pytest.raises(errors.JobError, match=r"was given a Linear: give it a shardwise\.Job"):
+            call(cast("Any", nn.Linear(2, 2)))
 
 
 def test_batches_have_a_length_where_it_is_known() -> None:

@@ -16,7 +16,7 @@ from shardwise.advise.kept import recall, remember, signature
 from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import ShardwiseError
-from shardwise.probe.length import first_step_apart
+from shardwise.probe.length import first_step_apart, told_if_slow
 from shardwise.probe.place import is_busy, this_place
 from shardwise.run.choose import choose_plan, usable_cores
 from shardwise.run.loop import total_steps
@@ -101,7 +101,8 @@ def _planned(
     job: Job, splits: Splits, rule: Plan, *, workers: int | None, threads: int | None, trial: bool, show: bool
 ) -> Plan:
     steps = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
-    once = first_step_apart(job, splits)
+    with told_if_slow(show):
+        once = first_step_apart(job, splits)
     # Streams do not tell their length; they are there because it is long.
     expected = once * steps / rule.layout.workers if steps is not None else 20 * SHORT_SECONDS
     if steps is not None and expected < SHORT_SECONDS:

@@ -18,7 +18,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.planner.jobsearch import JobCandidate
 from shardwise.planner.jobstep import estimate_job
 from shardwise.probe.facts import facts_apart
-from shardwise.probe.length import first_step_apart
+from shardwise.probe.length import first_step_apart, told_if_slow
 from shardwise.probe.place import cached_machine, is_busy, this_place
 from shardwise.run.choose import Priced
 from shardwise.run.loop import total_steps
@@ -76,7 +76,9 @@ def _priced(
     steps = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
     if steps is None:
         return "its data does not tell how long it is"
-    expected = first_step_apart(job, splits) * steps * trainings / min(cores, trainings)
+    with told_if_slow(show):
+        once = first_step_apart(job, splits)
+    expected = once * steps * trainings / min(cores, trainings)
     if expected < SHORT_SECONDS:
         return f"all of it takes about {format_seconds(expected)}, and pricing pays from {format_seconds(SHORT_SECONDS)} on"
     if not _quiet():

@@ -37,7 +37,8 @@ def _hardware(row: Fixed, told: list[str]) -> None:
     name = str(row.get("hardware", ""))
     if catalogue.canonical_name(name) is None:
         row["hardware"] = USUAL_HARDWARE
-        told.append(f"hardware {name!r} is not in the catalogue: taken as {USUAL_HARDWARE}")
+        what = f"{name!r} is not in the catalogue" if name else "is unknown"
+        told.append(f"hardware {what}: taken as {USUAL_HARDWARE}")
 
 
 def _model(row: Fixed, told: list[str]) -> None:

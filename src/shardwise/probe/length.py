@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -14,6 +16,7 @@ from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import assemble
+from shardwise.run.progress import tell
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
@@ -26,6 +29,9 @@ SMALL_SECONDS = 0.01
 
 MOST_STEPS = 10
 
+LONGEST_SECONDS = 60.0
+"""A first step that takes longer tells nothing in time."""
+
 
 def first_step_apart(job: Job, splits: Splits) -> float:
     """Seconds of a serial step of the whole batch, roughly; in a process apart.
@@ -36,7 +42,21 @@ def first_step_apart(job: Job, splits: Splits) -> float:
         ShardwiseError: the job itself fails.
     """
     work = functools.partial(_first_step, job=job, splits=splits)
-    return in_thread(lambda: call_in_child(work, threads=1, device="cpu", timeout_seconds=60.0))
+    return in_thread(lambda: call_in_child(work, threads=1, device="cpu", timeout_seconds=LONGEST_SECONDS))
+
+
+@contextmanager
+def told_if_slow(show: bool, seconds: float = 5.0) -> Iterator[None]:
+    """Says what is waited for where the first step takes long: it is timed before anything else is said."""
+    text = f"timing the first step of the job, to plan with; it takes long: {LONGEST_SECONDS:g} s are waited at most"
+    timer = threading.Timer(seconds, tell, (text,))
+    timer.daemon = True
+    if show:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _first_step(rank: Rank, *, job: Job, splits: Splits) -> float:

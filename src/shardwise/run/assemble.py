@@ -205,6 +205,22 @@ def _optimizer_to_look_at(job: Job) -> Optimizer:
         return build_optimizer(job, build_model(job, CPU))
 
 
+def check_is_job(job: object, caller: str) -> None:
+    """Refuse what is no job, such as the function that makes one.
+
+    Raises:
+        JobError: it is something else.
+    """
+    if isinstance(job, Job):
+        return
+    name = getattr(job, "__name__", "")
+    if callable(job) and name:
+        raise JobError(
+            f"{caller} was given the function {name}: call it, {caller}({name}(), ...), for the Job that it returns"
+        )
+    raise JobError(f"{caller} was given a {type(job).__name__}: give it a shardwise.Job")
+
+
 def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
     """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts.
 

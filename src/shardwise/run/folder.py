@@ -64,7 +64,7 @@ class RunFolder:
         if _MARKER in found:
             raise FolderError(
                 f"{folder.path} already holds a run: one folder keeps one run; "
-                "continue it with --resume, or give another --out"
+                "continue it with --resume (in Python: resume=True), or give another --out"
             )
         if found:
             raise FolderError(

@@ -20,7 +20,7 @@ from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import FolderError, JobError
-from shardwise.run.assemble import Assembly, assemble, check_job
+from shardwise.run.assemble import Assembly, assemble, check_is_job, check_job
 from shardwise.run.balance import check_division
 from shardwise.run.batches import Batches, batches_left
 from shardwise.run.choose import choose_device
@@ -279,6 +279,7 @@ def start(
         job = _job_of(fields_of_job)
     elif fields_of_job:
         raise JobError(f"start was given a job and its field {next(iter(fields_of_job))!r}: give one or the other")
+    check_is_job(job, "start")
     kind = choose_device(device)
     rank = current_rank() or SERIAL
     options = make_options(

@@ -13,7 +13,7 @@ from typing import Any
 
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import FolderError, RunFailed, Stopped, UserError
-from shardwise.run.assemble import check_job, check_updates
+from shardwise.run.assemble import check_is_job, check_job, check_updates
 from shardwise.run.balance import check_division
 from shardwise.run.choose import Chooser, choose_device, choose_plan
 from shardwise.run.claim import claim_folder
@@ -61,6 +61,7 @@ def train(
         Stopped: the run was interrupted and saved.
     """
     began = time.time()
+    check_is_job(job, "train")
     chosen = make_options(options, given)
     device = choose_device(chosen.device)
     rank = current_rank()
