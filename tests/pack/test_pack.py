@@ -126,6 +126,11 @@ def test_tar_shards(tmp_path: Path) -> None:
     tar_file(tmp_path / "bad.tar", {"a.png": image_bytes(0), "a.cls": b"cat"})
     with pytest.raises(DataError, match=r"a\.png has no class"):
         pack(str(tmp_path / "bad.tar"), tmp_path / "other", PackOptions(size=SIZE))
+    for extra, message in (("train/2.png", r"2\.png has no class"), ("train/1.mask.png", "second image of the sample")):
+        members = {"train/1.png": image_bytes(0), "train/1.cls": b"3", extra: image_bytes(1)}
+        tar_file(tmp_path / "odd.tar", members)
+        with pytest.raises(DataError, match=message):
+            pack(str(tmp_path / "odd.tar"), tmp_path / "other1", PackOptions(size=SIZE))
     shard = (tmp_path / "tars" / "0.tar").read_bytes()
     with tarfile.open(tmp_path / "tars" / "0.tar") as opened:
         boundary = opened.getmembers()[2].offset  # a sample ends here, and `tarfile` would take it for the end

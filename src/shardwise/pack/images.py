@@ -141,11 +141,16 @@ def _scan_tar(url: str) -> list[Sample] | str:
     if wrong:
         return f"{url} {wrong}"
     samples = []
+    seen: set[str] = set()
     for key, piece in images:
-        label = labels.get(key, PurePosixPath(key).parent.name)
-        if not label or (key in labels and not label.isdecimal()):
+        # With one class in a file, all are: the folder of an image whose file is missing is no class of its own.
+        label = labels.get(key, "") if labels else PurePosixPath(key).parent.name
+        if not label or (labels and not label.isdecimal()):
             return f"{piece.name} has no class: put a number in {PurePosixPath(key).name}.cls, or the image in a folder"
-        samples.append((str(int(label)) if key in labels else label, piece))
+        if labels and key in seen:
+            return f"{piece.name} is a second image of the sample {key}, such as a mask: leave one image a sample in the file"
+        seen.add(key)
+        samples.append((str(int(label)) if labels else label, piece))
     return samples
 
 
