@@ -220,12 +220,22 @@ def truncate(path: Path) -> None:
         file.truncate(path.stat().st_size - 1)
 
 
+def flip(path: Path, before: bytes) -> None:
+    """Change the last bit of the byte that comes first in `before`."""
+    content = bytearray(path.read_bytes())
+    content[content.index(before)] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("truncated", lambda path: truncate(path / "__0_0.distcp"), r"__0_0\.distcp has \d+ of \d+ bytes"),
     ("missing", lambda path: (path / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
     ("no metadata", lambda path: (path / ".metadata").unlink(), r"\.metadata is missing"),
     ("no manifest", lambda path: (path / MANIFEST).unlink(), rf"has no {MANIFEST}"),
     ("torn manifest", lambda path: truncate(path / MANIFEST), rf"{MANIFEST} cannot be read"),
+    ("other number", lambda path: flip(path / MANIFEST, b'1,"momentum":0.9'), rf"{MANIFEST} is not what was written"),
+    ("other checksum", lambda path: flip(path / MANIFEST, b'rc32":"'), rf"{MANIFEST} is not what was written"),
+    ("other list", lambda path: flip(path / ".metadata", b"K\x0f"), r"\.metadata is not what was written"),
     ("emptied", lambda path: (path / MANIFEST).write_text("{}"), rf"{MANIFEST} cannot be read"),
 ]
 
@@ -263,9 +273,24 @@ def test_changed_bytes_are_found_when_loading(saver: Saver) -> None:
 def test_a_newer_form_is_refused(saver: Saver) -> None:
     path = saver.save(1)
     manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps({**manifest, "version": 2}))
-    with pytest.raises(CheckpointError, match="has the form 2, and this shardwise knows up to 1"):
+    (path / MANIFEST).write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(CheckpointError, match="has the form 3, and this shardwise knows up to 2"):
         saver.value(path)
+
+
+def test_a_manifest_of_the_first_form_is_read(saver: Saver) -> None:
+    path = saver.save(1)
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["crc32"], manifest["dcp_crc32"]
+    (path / MANIFEST).write_text(json.dumps({**manifest, "version": 1}))
+    assert saver.value(path) == 1.0
+
+
+def test_a_renamed_checkpoint_is_refused(saver: Saver) -> None:
+    saver.save(1)
+    saver.save(2).rename(saver.folder.checkpoints / "step-00000009")
+    with pytest.raises(CheckpointError, match=r"written after step 2, .* call it step-00000002 again"):
+        latest(saver.folder)
 
 
 def test_a_full_disk_is_an_error_and_earlier_checkpoints_count(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,6 +260,7 @@ def test_ranks_may_hold_different_parts_of_the_model(ranks: Ranks, tmp_path: Pat
     assert ranks(2, load_stage, folder.path, ["b", "a"]) == [[98.0, 98.0], [97.0, 97.0]]
     for problem in ranks(2, load_stage, folder.path, ["a", "a"]):
         assert "holds b.bias, b.weight that the model does not have" in problem
+        assert "out of the run folder" not in problem  # it is whole
     for problem in ranks(2, load_stage, folder.path, ["ab", "abc"]):
         assert problem.startswith("rank 1: checkpoint")
         assert "lacks c.bias, c.weight" in problem

@@ -11,10 +11,13 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shardwise.errors import FolderError
+from shardwise.dist.collectives import Group
+from shardwise.errors import FolderError, UserError
+from shardwise.run.claim import check_identity
 from shardwise.run.folder import RunFolder, write_aside
 
 
@@ -168,3 +171,22 @@ def test_a_file_written_aside_is_whole_or_the_old_one(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == [path]
     write_aside(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def _identity_of_rank(folder: Path, changed: str) -> str:
+    rank = Group.world().rank
+    identity = {"seed": 3, "set.n": 1, "job": f"/node{rank}/job.py"}
+    identity[changed] = identity[changed] if changed == "job" else rank
+    try:
+        check_identity(RunFolder(folder), identity, resume=False, world=Group.world())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_nodes_with_other_settings_are_refused(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    for message in ranks(2, _identity_of_rank, tmp_path, "set.n"):
+        assert "set.n is 0 on rank 0 and 1 on rank 1; start all with the same" in message
+    assert list(tmp_path.iterdir()) == []
+    assert ranks(2, _identity_of_rank, tmp_path, "job") == ["", ""]
+    assert (tmp_path / "identity.json").exists()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.run.heap import _library, use_one_heap
+from shardwise.run.available import available_memory
+from shardwise.run.heap import HEAP_SHARE, _library, room_bytes, use_one_heap
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -122,3 +123,86 @@ def test_a_process_that_trained_gives_its_memory_back() -> None:
 def test_the_number_of_heaps_that_somebody_chose_is_kept() -> None:
     assert not use_one_heap({"MALLOC_ARENA_MAX": "4"})
     assert not use_one_heap({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4:glibc.malloc.hugetlb=1"})
+
+
+START = """
+import torch
+import shardwise
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+data = {"train": (torch.ones(4, 2), torch.ones(4, 2))}
+loss = torch.nn.functional.mse_loss
+with shardwise.start(
+    model=lambda: torch.nn.Linear(2, 2), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss=loss, data=data, batch_size=4
+) as run:
+    for batch in run.batches():
+        run.step(batch)
+    before = resident()
+    [torch.ones(16 * 1024**2) for _ in range(4)]
+    during = resident() - before
+print(during, resident() - before)
+"""
+
+
+@pytest.mark.skipif(_library() is None, reason="the allocator of this system is not glibc's")
+def test_a_loop_of_ones_own_gives_memory_back_at_its_end() -> None:
+    done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, timeout=60, check=True)
+    during, after = map(int, done.stdout.split())
+    assert during > 200 * 2**20
+    assert after < 20 * 2**20
+
+
+LIMITED = """
+import mmap, resource, shardwise
+from shardwise.run.heap import keep_freed_memory, room_bytes
+most = int(open("/proc/self/statm").read().split()[0]) * 4096 + room_bytes(1) + 2**29
+resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+keep_freed_memory()
+mmap.mmap(-1, 2**30)  # as a mapped file of this size
+"""
+
+
+def test_a_limit_of_the_address_space_is_left_to_others() -> None:
+    subprocess.run([sys.executable, "-c", LIMITED], timeout=60, check=True)
+
+
+def test_no_room_is_taken_where_it_counts_as_used(tmp_path: Path) -> None:
+    setting = tmp_path / "sys/vm/overcommit_memory"
+    setting.parent.mkdir(parents=True)
+    (tmp_path / "meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 4000 kB\n")
+    setting.write_text("0\n")
+    assert room_bytes(2, tmp_path) == HEAP_SHARE * 4000 * 1024 / 2
+    setting.write_text("2\n")
+    assert room_bytes(2, tmp_path) == 0
+
+
+def _group(folder: Path, names: tuple[str, str], limit: str, used: int, stat: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(stat)
+
+
+def test_memory_left_in_control_groups(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemAvailable: 8000 kB\n")
+    lines = proc / "self" / "cgroup"
+    lines.write_text("0::/user/job\n")
+    assert available_memory(proc, groups) == 8000 * 1024
+    v2 = ("memory.max", "memory.current")
+    _group(groups / "user", v2, "5000000", 4_000_000, "anon 1000000\nactive_file 500000\ninactive_file 1500000\n")
+    assert available_memory(proc, groups) == 3_000_000  # pages of files can go
+    _group(groups / "user" / "job", v2, "max", 1, "anon 1\n")
+    assert available_memory(proc, groups) == 3_000_000
+    (groups / "user/job/memory.max").write_text("2000000\n")
+    assert available_memory(proc, groups) == 1_999_999
+    # Version 1, in a container that has its own group at the root and the host's path for it.
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    _group(
+        groups / "memory", v1, "1000000", 900_000, "inactive_file 5\ntotal_active_file 0\ntotal_inactive_file 300000\n"
+    )
+    lines.write_text("5:cpu:/\n4:memory:/docker/1234\n0::/\n")
+    assert available_memory(proc, groups) == 400_000
+    (groups / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert available_memory(proc, groups) == 8000 * 1024

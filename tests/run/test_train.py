@@ -76,6 +76,18 @@ def test_resumes_if_there_is_a_run(tmp_path: Path) -> None:
         shardwise.train(_job(), plan="serial", resume="auto")
 
 
+def test_data_of_another_length(tmp_path: Path) -> None:
+    changed = Splits(_rows(100, 1), _rows(37, 2))
+    _train(_job(epochs=None, steps=18), tmp_path / "middle", "serial", pause_after=7)
+    _train(_job(epochs=2), tmp_path / "end", "serial", pause_after=1)
+    with pytest.raises(
+        CheckpointError, match=r"had 101 samples at .*step-00000007 and has 100 now: .*7 batches of epoch 1 are"
+    ):
+        _train(_job(epochs=None, steps=18, data=changed), tmp_path / "middle", "serial", resume=True)
+    _train(_job(epochs=2, data=changed), tmp_path / "end", "serial", resume=True)
+    assert "and has 100 now; the epochs from here on go over these" in (tmp_path / "end/events.jsonl").read_text()
+
+
 def _train_in_a_given_group(folder: str) -> tuple[list[float], bool]:
     rank = str(torch.distributed.get_rank())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")

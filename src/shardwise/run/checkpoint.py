@@ -12,6 +12,7 @@ import json
 import re
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,10 +33,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-VERSION = 1
-"""Version of the manifest; a checkpoint of a higher one is refused."""
+VERSION = 2
+"""Version of the manifest; a checkpoint of a higher one is refused. Those of version 1 have no checksums."""
 
 MANIFEST = "checkpoint.json"
+
+_LOST = "it was complete once, so the disk or a copy has lost data"
+
+_SEAL = re.compile(rb',"crc32":"([0-9a-f]{8})"}\Z')
+"""How a manifest ends: with the CRC-32 of all before it."""
 
 _STEP = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
 
@@ -103,7 +109,8 @@ def save(
     def complete(structure: Structure, sizes: dict[str, int]) -> None:
         _check_sizes(aside, sizes, advice="the run folder must be on a file system that all ranks share")
         record.update(created=time.time(), structure=structure, files=sizes)
-        write_aside(aside / MANIFEST, json.dumps(record, separators=(",", ":"), allow_nan=False).encode())
+        record["dcp_crc32"] = _crc32((aside / dcp.DCP_METADATA).read_bytes())
+        write_aside(aside / MANIFEST, _sealed(json.dumps(record, separators=(",", ":"), allow_nan=False).encode()))
         _put_in_place(aside, place)
         for old in _found(folder.checkpoints)[keep_last:]:
             if old != place:
@@ -146,6 +153,8 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRSch
     manifest, target = _on_every_rank(lambda: _prepare(path, model, optimizer, scheduler))
     try:
         restore.read(target, path)
+    except restore.OtherModelError:
+        raise
     except CheckpointError as error:  # only reading the pieces shows whether their checksums hold
         raise CheckpointError(f"{error}; {_way_out(path)}") from error
     if scheduler is not None:
@@ -197,8 +206,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version, sizes = manifest["version"], manifest["files"]
+        content = file.read_bytes()
+        manifest = json.loads(content.decode())
+        version, sizes, step = manifest["version"], manifest["files"], manifest["step"]
     except FileNotFoundError:
         what = "has no" if path.is_dir() else "does not exist, nor its"
         raise CheckpointError(f"checkpoint {path} {what} {MANIFEST}: it is damaged or no checkpoint") from None
@@ -209,9 +219,47 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has the form {version}, and this shardwise knows up to {VERSION}: "
             "load it with the shardwise that wrote it, or a newer one"
         )
-    _check_sizes(path, sizes, advice="it was complete once, so the disk or a copy has lost data")
+    if version != 1:
+        _check_seal(path, content)
+    if _STEP.fullmatch(path.name) and step != step_of(path):
+        raise CheckpointError(
+            f"checkpoint {path} was written after step {step}, and its name says another: which checkpoint is the newest goes "
+            f"by the names; call it step-{step:08d} again"
+        )
+    _check_sizes(path, sizes, advice=_LOST)
+    if version != 1:
+        _check_dcp(path, manifest["dcp_crc32"])
     assert isinstance(manifest, dict)
     return manifest
+
+
+def _crc32(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"
+
+
+def _sealed(content: bytes) -> bytes:
+    """JSON of a record with its own checksum as the last entry."""
+    return content[:-1] + f',"crc32":"{_crc32(content[:-1])}"}}'.encode()
+
+
+def _check_seal(path: Path, content: bytes) -> None:
+    seal = _SEAL.search(content)
+    if seal is None or _crc32(content[: seal.start()]) != seal[1].decode():
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written (CRC-32); {_LOST}")
+
+
+def _check_dcp(path: Path, crc32: str) -> None:
+    """Its list of what lies where is a pickle, and one flipped bit would put rows of a weight elsewhere."""
+    from shardwise.run.dcp import DCP_METADATA
+
+    try:
+        content = (path / DCP_METADATA).read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {DCP_METADATA} cannot be read ({error.strerror})"
+        ) from None
+    if _crc32(content) != crc32:
+        raise CheckpointError(f"checkpoint {path} is damaged: {DCP_METADATA} is not what was written (CRC-32); {_LOST}")
 
 
 def _prepare(

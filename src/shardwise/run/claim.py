@@ -62,14 +62,24 @@ def claim_folder(out: str | Path | None, name: str, *, resume: bool) -> RunFolde
 
 
 def check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: bool, world: Group) -> None:
-    """A run is resumed only as what it was.
+    """A run is one run on all ranks, and resumed only as what it was. Collective.
 
     Raises:
-        FolderError: names the settings that differ.
+        UserError: names the settings that differ.
     """
     path = folder.path / "identity.json"
-    if not path.exists():
-        world.barrier()
+    now = json.loads(json.dumps(dict(identity), default=str))
+    every = world.gather_objects((now, path.exists()))
+    for rank, (theirs, _) in enumerate(every):
+        # Nodes, and ranks of torchrun, are started one by one: copies stay equal where only the data or its order differs.
+        first = {
+            **every[0][0],
+            **({"job": theirs["job"]} if "job" in theirs else {}),
+        }  # a file may lie elsewhere on another node
+        if theirs != first:
+            changes = _changes(first, theirs, "{key} is {before!r} on rank 0 and {now!r} on rank {rank}", rank)
+            raise UserError(f"the workers were started with different settings: {changes}; start all with the same")
+    if not every[0][1]:
         if world.rank == 0:
             with writing_in(folder.path):
                 write_aside(path, json.dumps(dict(identity), indent=2, default=str).encode() + b"\n")
@@ -78,11 +88,14 @@ def check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: bo
         before = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise FolderError(f"{path} cannot be read ({error}): the run folder is damaged") from error
-    now = json.loads(json.dumps(dict(identity), default=str))
-    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if resume and differ:
-        changes = ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in differ)
+    changes = _changes(before, now, "{key} was {before!r} and is now {now!r}")
+    if resume and changes:
         raise FolderError(
             f"{folder.path} holds another run: {changes}. A resumed run must be the same run; start a new one in "
             "another --out, or give the settings it was started with"
         )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], form: str, rank: int = 0) -> str:
+    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    return ", ".join(form.format(key=key, before=before.get(key), now=now.get(key), rank=rank) for key in differ)

@@ -242,6 +242,7 @@ def save_checkpoint(a: Assembly, course: Course) -> None:
         "state": dict(course.state),
         "loss": course.loss,
         "division": None if a.division is None else list(a.division),
+        "train_samples": course.splits.train.length,
     }
     if a.composed.compressed is not None:
         progress["compression"] = a.composed.compressed.share_out()

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -131,6 +131,11 @@ def _check_piece(what: str, content: bytes) -> None:
         raise CheckpointError(f"{what} is not what was written (CRC-32 of {bad})")
 
 
+@final
+class OtherModelError(CheckpointError):
+    """The checkpoint is whole, and the model is not the one it was made of."""
+
+
 class _LoadPlanner(DefaultLoadPlanner):
     """Checks on rank 0 that the ranks together ask for every name of the checkpoint."""
 
@@ -150,7 +155,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         if all(part is not None for part in parts):
             unexpected = self.expected.difference(*parts)
             if unexpected:
-                raise CheckpointError(
+                raise OtherModelError(
                     f"checkpoint {self.place} holds {some(unexpected)} that the model does not have: "
                     "resume with the model that the run was started with"
                 )

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
-from shardwise.run.available import available_memory
+from shardwise.run.available import PROC, available_memory
 
 # malloc.h of glibc; a threshold of -1 is the largest there is: nothing is handed back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
@@ -42,9 +44,26 @@ def keep_freed_memory() -> bool:
     library = _library()
     if library is None:
         return False
-    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
-    _make_room(library, int(HEAP_SHARE * available_memory() / processes))
+    room = room_bytes(max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)))
+    if room:
+        _make_room(library, room)
     return bool(library.mallopt(_M_TRIM_THRESHOLD, _NEVER)) and bool(library.mallopt(_M_MMAP_THRESHOLD, OWN_BYTES))
+
+
+def room_bytes(processes: int, proc: Path = PROC) -> int:
+    """How much address space to take for the heap of each of `processes` processes of this machine.
+
+    None where it counts as used: where the process has a limit (`ulimit -v`, `ulimit -d`), for mapped files, threads and
+    libraries must fit in as well, and where the system promises no more than it has (overcommit_memory 2), which counts it
+    once more for every process that is forked from this one.
+    """
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return 0
+    with suppress(OSError):
+        if (proc / "sys" / "vm" / "overcommit_memory").read_text(encoding="ascii").strip() == "2":
+            return 0
+    return int(HEAP_SHARE * available_memory(proc) / processes)
 
 
 def give_freed_memory_back() -> None:
@@ -89,7 +108,7 @@ def memory_given_back(block_bytes: int) -> Iterator[None]:
 
 
 def _make_room(library: ctypes.CDLL, size: int) -> None:
-    """Let the heap grow by `size` bytes; a system that refuses them (strict overcommit, limits) leaves it as it is."""
+    """Let the heap grow by `size` bytes; a system that refuses them leaves it as it is."""
     library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     library.mallopt(_M_MMAP_MAX, 0)
     block = library.malloc(size)

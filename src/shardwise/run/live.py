@@ -28,6 +28,7 @@ from shardwise.run.course import Position
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder
+from shardwise.run.heap import give_freed_memory_back
 from shardwise.run.keeper import Keeper
 from shardwise.run.launch import current_rank
 from shardwise.run.loop import next_batch, open_epoch, total_steps
@@ -291,6 +292,7 @@ def start(
     splits = as_splits(job.data)
     check_division(splits, settled)
     with ExitStack() as stack:
+        stack.callback(give_freed_memory_back)  # the process is its owner's again
         stop = stack.enter_context(StopRequest()) if out is not None else StopRequest()
         stack.enter_context(process_group(rank, kind, options.timeout_seconds))
         if rank.workers > 1 and settled.threads is not None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from shardwise.errors import CheckpointError
 from shardwise.run import dcp
+from shardwise.run.dcp import OtherModelError as OtherModelError
 from shardwise.run.encoding import decode, encode, tensor_paths
 from shardwise.run.names import named_tensors, own_model, reshard
 from shardwise.run.state import (

@@ -178,7 +178,7 @@ def open_session(rank: Rank, work: Work, stop: StopRequest, *, shown: Display | 
         assembly.looks_at_losses = True
         peers = world.gather_objects(this_peer(world.rank))
         checkpoint = latest(folder) if resume else None
-        position, progress = _go_on(assembly, checkpoint, balance=work.balance)
+        position, progress = _go_on(assembly, checkpoint, splits.train.length, balance=work.balance)
         course = stack.enter_context(_open_course(work, folder, assembly, position, progress, stop, shown))
         course.one_clock = len({peer.clock for peer in peers}) == 1
         if recorder is not None and not recorder.recording.all_steps:
@@ -254,7 +254,9 @@ def _open_course(
         )
 
 
-def _go_on(assembly: Assembly, checkpoint: Path | None, *, balance: bool) -> tuple[Position, dict[str, Any]]:
+def _go_on(
+    assembly: Assembly, checkpoint: Path | None, samples: int | None, *, balance: bool
+) -> tuple[Position, dict[str, Any]]:
     """Take up a checkpoint, where there is one: where the training stands, and all that was noted of its progress."""
     if checkpoint is None:
         return Position(), {}
@@ -265,7 +267,24 @@ def _go_on(assembly: Assembly, checkpoint: Path | None, *, balance: bool) -> tup
     division = progress.get("division")
     if balance and division is not None and len(division) == assembly.samples.size:
         assembly.division = tuple(division)  # as it was; without --balance the plan alone decides
-    return Position(**progress["position"]), progress
+    position = Position(**progress["position"])
+    _check_samples(assembly, checkpoint, progress.get("train_samples"), samples, position)
+    return position, progress
+
+
+def _check_samples(
+    assembly: Assembly, checkpoint: Path, before: int | None, samples: int | None, position: Position
+) -> None:
+    """Data of another length has another order: in the middle of an epoch, some samples would come twice and others never."""
+    if before is None or before == samples:
+        return
+    changed = f"the training split had {before} samples at checkpoint {checkpoint} and has {samples} now"
+    if position.batch:
+        raise CheckpointError(
+            f"{changed}: the order of an epoch follows from their number, and {position.batch} batches of epoch "
+            f"{position.epoch + 1} are done; give the data that the run was started with, or start a new run"
+        )
+    assembly.composed.remarks += (f"{changed}; the epochs from here on go over these",)
 
 
 def _announce(session: Session, checkpoint: Path | None, *, resume: bool) -> None:
