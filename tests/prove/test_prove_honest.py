@@ -204,17 +204,28 @@ def _threads() -> int:
 
 
 def test_small_differences_must_come_back(job: Jobs) -> None:
-    """A difference as a tipped ReLU makes it refutes only when it is there from other seeds too."""
+    """A difference as a tipped ReLU makes it refutes only when it is there in float64, or from other seeds too."""
 
-    def sometimes(a: Any) -> None:
+    def in_float32(a: Any) -> None:
+        if a.parameters[0].dtype == torch.float32:
+            _nudge(a)
+
+    def of_one_seed(a: Any) -> None:
         if a.job.seed == 0:
             _nudge(a)
 
-    forgiven = prove(job("mlp"), "data=2", fault=sometimes)
+    def tipped(a: Any) -> None:
+        if a.job.seed == 0:
+            in_float32(a)
+
+    forgiven = prove(job("mlp"), "data=2", fault=tipped)
     assert forgiven.proved and any("tipped" in note for note in forgiven.notes)
-    refuted = prove(job("mlp"), "data=2", fault=_nudge)
+    refuted = prove(job("mlp"), "data=2", fault=in_float32)
     assert refuted.outcome == "refuted"
     assert any("came back" in note for note in refuted.notes)
+    refuted = prove(job("mlp"), "data=2", fault=of_one_seed)
+    assert refuted.outcome == "refuted"
+    assert any("in float64" in note for note in refuted.notes)
 
 
 def _nudge(a: Any) -> None:

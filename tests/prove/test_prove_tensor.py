@@ -162,5 +162,8 @@ def test_the_matrix_follows_the_plan_file(job: Jobs) -> None:
     cells = {c.layout: c for c in prove_all(job("mlp"), 2, plan=Plan(tensor_rules=rules, cuts=("head",))).cells}
     assert cells["tensor=2"].result == "refused" and "as its rule says" in cells["tensor=2"].reason
     assert [cells[layout].result for layout in ("serial", "data=2", "shard=2", "pipeline=2")] == ["proved"] * 4
-    cells = {c.layout: c for c in prove_all(job("mlp"), 2, plan=Plan(cuts=("nowhere",))).cells}
+    cells = {c.layout: c for c in prove_all(job("mlp"), 2, plan=Plan(cuts=("nowhere",), build="deferred")).cells}
     assert cells["pipeline=2"].result == "refused" and "nowhere" in cells["pipeline=2"].reason
+    verdicts = {layout: cells[layout].verdict for layout in ("data=2", "shard=2")}
+    built = {layout: verdict is not None and "build=deferred" in verdict.plan for layout, verdict in verdicts.items()}
+    assert built == {"data=2": False, "shard=2": True}

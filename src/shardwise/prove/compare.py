@@ -19,6 +19,12 @@ MULTIPLE = 8.0
 FLOOR = float(torch.finfo(torch.float32).eps)
 """Below this part of its own size a serial distance says nothing; it then counts as this much."""
 
+DOUBLE_FLOOR = 1e-9
+"""The same of float64: far more than it rounds where float32 has any digit left, and far less than any mistake makes."""
+
+COARSE = 1e-4
+"""Where float32 rounding allows a tensor to be off by more than this part of its size, a mistake may hide behind it."""
+
 NO_DIGIT = 0.1
 """A gradient whose serial float32 value is off by this part of its size has no digit that means anything."""
 
@@ -35,19 +41,35 @@ _TENSOR_PREFIXES = ("initial/model/", "final/model/", "gradient/", "applied/", "
 @final
 @dataclass(frozen=True)
 class Yardstick:
-    """The float64 reference and the float32 serial runs that say how far rounding carries."""
+    """The float64 reference and the serial runs that say how far rounding carries.
+
+    Attributes:
+        serial: in float32; in float64 with `double`, where the candidate is run in float64 as well.
+        drawn: random functions whose numbers change the result.
+    """
 
     exact: Record
     serial: Sequence[Record]
+    double: bool = False
+    drawn: frozenset[str] = frozenset()
+
+    @property
+    def floor(self) -> float:
+        """The part of its own size below which a serial distance says nothing."""
+        return DOUBLE_FLOOR if self.double else FLOOR
 
     @property
     def noise_only(self) -> set[str]:
         """Parameters whose gradient is rounding and nothing else, such as a bias in front of a BatchNorm."""
+        return self.noise_of("gradient/")
+
+    def noise_of(self, moment: str) -> set[str]:
+        """The same of the gradients under a prefix."""
         found = set()
-        for name, values in self.exact.starting_with("gradient/"):
+        for name, values in self.exact.starting_with(moment):
             exact = values[0]
             size = norm(exact)
-            if any(_distance(run.first(f"gradient/{name}"), exact) > NO_DIGIT * size for run in self.serial):
+            if any(_distance(run.first(moment + name), exact) > NO_DIGIT * size for run in self.serial):
                 found.add(name)
         return found
 
@@ -57,7 +79,7 @@ class Yardstick:
         serial = max(_distance(run.first(key), exact) for run in self.serial)
         if not (exact.is_floating_point() or exact.is_complex()):
             return serial, 0.0, size
-        return serial, MULTIPLE * max(serial, FLOOR * size), size
+        return serial, MULTIPLE * max(serial, self.floor * size), size
 
 
 def compare(candidate: Record, yardstick: Yardstick) -> list[Comparison]:
@@ -90,6 +112,17 @@ def compare(candidate: Record, yardstick: Yardstick) -> list[Comparison]:
             for rank, name, distance in _distances(key, values.get(key, []), exact, kind)
         ]
     return found
+
+
+def coarse(comparisons: Iterable[Comparison], yardstick: Yardstick) -> list[Comparison]:
+    """Those that rounding allows so much that a mistake may hide behind it, the worst first.
+
+    Not those of gradients that are rounding and nothing else, which are no clearer in any arithmetic.
+    """
+    noise_only = yardstick.noise_only | yardstick.noise_of("last/")
+    found = [item for item in comparisons if item.size > 0 and item.allowance > COARSE * item.size]
+    found = [item for item in found if item.name.split(" ")[0] not in noise_only]
+    return sorted(found, key=lambda item: -item.allowance / item.size)
 
 
 def _distances(
@@ -160,7 +193,7 @@ def _movement(key: str, yardstick: Yardstick) -> float:
 def _losses(candidate: Record, yardstick: Yardstick) -> list[Comparison]:
     exact = yardstick.exact.losses
     runs = [run.losses for run in yardstick.serial]
-    return _numbers("loss", candidate.losses, exact, runs, first_step=1)
+    return _numbers("loss", candidate.losses, exact, runs, yardstick.floor)
 
 
 def _gradient_norms(candidate: Record, yardstick: Yardstick) -> list[Comparison]:
@@ -171,11 +204,11 @@ def _gradient_norms(candidate: Record, yardstick: Yardstick) -> list[Comparison]
         aliases = yardstick.exact.aliases
         reported = [[global_norm(record, "gradient/", aliases)] for record in records]
     numbers = [[value for value in values if value is not None] for values in reported]
-    return _numbers("gradient norm", numbers[0], numbers[1], numbers[2:], first_step=1)
+    return _numbers("gradient norm", numbers[0], numbers[1], numbers[2:], yardstick.floor)
 
 
 def _numbers(
-    kind: str, candidate: list[float], exact: list[float], serial: list[list[float]], *, first_step: int
+    kind: str, candidate: list[float], exact: list[float], serial: list[list[float]], floor: float
 ) -> list[Comparison]:
     """One comparison a step. A single number can be near by luck, so the rounding is the largest of all steps so far."""
     found = []
@@ -188,10 +221,10 @@ def _numbers(
         found.append(
             Comparison(
                 kind=kind,
-                name=f"step {index + first_step}",
+                name=f"step {index + 1}",
                 distance=distance,
                 serial_distance=own,
-                allowance=MULTIPLE * max(own, relative * size, FLOOR * size),
+                allowance=MULTIPLE * max(own, relative * size, floor * size),
                 size=size,
             )
         )

@@ -130,7 +130,38 @@ def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:
         )
     elif left_out:
         notes.append("the job in micro-batches is another computation (the loss or a layer couples samples)")
-    return Yardstick(exact, kept), notes
+    return Yardstick(exact, kept, drawn=_drawn(setting, tasks[1], first)), notes
+
+
+def _drawn(setting: Setting, task: Task, first: Record) -> frozenset[str]:
+    """The random functions that a step calls, where the run is another one if they give their extremes."""
+    names = first.reports[0].random
+    if not names:
+        return frozenset()
+    for greatest in (False, True):
+        other = replace(setting.task("extreme", task.plan), greatest=greatest)
+        try:
+            record = read_record(Path(other.folder), _serial(other))
+        except RunFailed:  # such as a sample of nothing: that it can be drawn does not mean that it ever is
+            continue
+        if not same_run(record, first):
+            return frozenset(names)
+    return frozenset()
+
+
+def measure_double(setting: Setting, plan: Plan, yardstick: Yardstick) -> Yardstick:
+    """The yardstick in float64: the same reference, and serial float64 runs with sums in other orders.
+
+    Raises:
+        RunFailed: the job does not run so.
+    """
+    tasks = [replace(task, double=True) for task in serial_tasks(setting, plan)[2:]]
+    with ThreadPoolExecutor(max_workers=max(1, setting.cores)) as pool:
+        reports = list(pool.map(_serial, tasks))
+    records = [read_record(Path(task.folder), own) for task, own in zip(tasks, reports, strict=True)]
+    kept = [record for record in records if same_run(record, yardstick.exact)]
+    # Where no other order is the same computation, the floor alone is the measure.
+    return Yardstick(yardstick.exact, kept or [yardstick.exact], double=True)
 
 
 def same_run(record: Record, first: Record) -> bool:
@@ -145,13 +176,13 @@ def same_run(record: Record, first: Record) -> bool:
     return square <= SAME**2 * total
 
 
-def run_candidate(setting: Setting, plan: Plan, name: str = "candidate") -> Record:
-    """Run the plan on its workers.
+def run_candidate(setting: Setting, plan: Plan, name: str = "candidate", *, double: bool = False) -> Record:
+    """Run the plan on its workers; with `double` in float64.
 
     Raises:
         RunFailed: a worker failed.
     """
-    task = setting.task(name, plan, fault=setting.fault)
+    task = setting.task(name, plan, fault=setting.fault, double=double)
     worker = functools.partial(run_rank, task=task)
     workers, threads = plan.layout.workers, plan.threads or 1
     if workers == 1:

@@ -56,6 +56,7 @@ def prove_all(
         cuts=given.cuts,
         stage_layers=given.stage_layers,
         zero_stage=given.zero_stage,
+        build=given.build,
         tensor_rules=given.tensor_rules,
         compression=given.compression,
         compression_rank=given.compression_rank,

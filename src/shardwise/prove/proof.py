@@ -7,22 +7,22 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import RunFailed, ShardwiseError, UserError
-from shardwise.prove.compare import MULTIPLE, Yardstick, compare, initial_differences, norm, worst_of_each_kind
+from shardwise.prove.compare import MULTIPLE, Yardstick, norm, worst_of_each_kind
 from shardwise.prove.diagnose import diagnose
 from shardwise.prove.distance import measured_distance
 from shardwise.prove.evidence import Evidence, listed
-from shardwise.prove.execute import Setting, measure, refuse, run_candidate
-from shardwise.prove.guards import check_guards, sample_faults
+from shardwise.prove.execute import Setting, measure, refuse
 from shardwise.prove.pieces import Pieces, read_pieces, write_pieces
 from shardwise.prove.record import Record
 from shardwise.prove.runs import Fault
+from shardwise.prove.trial import Trial, look_again, run_trial
 from shardwise.run.apart import call_in_child
 from shardwise.run.choose import choose_device, usable_cores
 from shardwise.run.launch import current_rank, print_report
@@ -30,44 +30,9 @@ from shardwise.run.options import TrainOptions, resolve_plan
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout
 from shardwise.spec.plan import Plan
-from shardwise.spec.verdict import Comparison, Finding, Guard, Verdict
-
-SMALL = 1e-3
-"""Differences below this part of a tensor's size may come from a ReLU or a maximum that rounding tipped over; they refute
-only if they come back from other weights on other samples. Mistakes in sums, shares and factors are far larger."""
+from shardwise.spec.verdict import Finding, Verdict
 
 _MOST_FAILED = 50
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """The candidate of a plan against the yardstick."""
-
-    candidate: Record
-    comparisons: Sequence[Comparison]
-    initial: Sequence[tuple[int, str]]
-    sample_faults: Sequence[str]
-    guards: Sequence[Guard]
-
-    @property
-    def failed(self) -> list[Comparison]:
-        return sorted((item for item in self.comparisons if not item.passed), key=lambda item: -item.excess)
-
-    @property
-    def faults(self) -> list[str]:
-        """What is wrong and is no distance."""
-        broken = [f"guard {guard.name}: {guard.text}" for guard in self.guards if not guard.passed]
-        return [f"initial {name} differs on rank {rank}" for rank, name in self.initial] + broken
-
-    @property
-    def passed(self) -> bool:
-        return not self.failed and not self.faults
-
-    @property
-    def small(self) -> bool:
-        """Refuted by differences that a tipped ReLU can make, and by nothing else."""
-        return not self.passed and not self.faults and all(item.distance <= SMALL * item.size for item in self.failed)
 
 
 def prove(
@@ -197,17 +162,12 @@ def judge(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequence[st
     notes = list(notes)
     reason = _not_comparable(setting.job, plan, trial, yardstick)
     findings: list[Finding] = []
-    if reason is None and trial.small:
-        again = _repeats(setting, compared)
-        if again is None:
-            notes.append(
-                f"at first {listed([f'{item.kind} {item.name}' for item in trial.failed], 2)} was off by "
-                f"{trial.failed[0].distance / trial.failed[0].size:.1e} of its size; from two other seeds nothing was: rounding "
-                "had tipped a ReLU or a maximum"
-            )
-            trial = replace(trial, comparisons=[item for item in trial.comparisons if item.passed])
-        else:
-            notes.append("the difference is small, and came back from another seed")
+    if reason is None:
+        look = look_again(setting, compared, trial, yardstick)
+        trial, yardstick, reason = look.trial, look.yardstick, look.disagree
+        notes += look.notes
+        if reason is not None:
+            reason += _drawn(yardstick)
     if reason is not None:
         findings.append(Finding(pattern="not comparable", message=reason))
     elif not trial.passed:
@@ -237,31 +197,6 @@ def judge(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequence[st
         notes=tuple(notes),
         seconds=time.perf_counter() - began,
     )
-
-
-def run_trial(setting: Setting, plan: Plan, yardstick: Yardstick) -> Trial:
-    """Run a plan and compare it."""
-    candidate = run_candidate(setting, plan, f"candidate {plan.layout}")
-    aliases = yardstick.exact.aliases
-    faults = sample_faults(candidate, yardstick.serial[0], plan)
-    return Trial(
-        candidate=candidate,
-        comparisons=compare(candidate, yardstick),
-        initial=initial_differences(candidate, yardstick.serial[0], aliases),
-        sample_faults=faults,
-        guards=check_guards(candidate, yardstick, plan.layout, faults),
-    )
-
-
-def _repeats(setting: Setting, plan: Plan) -> Trial | None:
-    """A trial from another seed that fails as well; None if two do not."""
-    for further in (1, 2):
-        other = replace(setting, seed=setting.job.seed + further, folder=setting.folder / f"seed{further}")
-        yardstick, _ = measure(other, plan)
-        trial = run_trial(other, plan, yardstick)
-        if not trial.passed:
-            return trial
-    return None
 
 
 def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) -> list[Finding]:
@@ -344,6 +279,11 @@ def _not_comparable(job: Job, plan: Plan, trial: Trial, yardstick: Yardstick) ->
     split = plan.layout.replicas > 1 or plan.micro_batch is not None
     if job.batch_norm == "local" and report.has_batch_norm and split:
         return "Job.batch_norm='local' normalises over each worker's own samples: by design not the serial run"
+    if yardstick.drawn:
+        return (
+            f"the result depends on random numbers that a step draws ({listed(sorted(yardstick.drawn))}): serial runs with "
+            "the least and the greatest of them differ, and each worker draws its own"
+        )
     serial, exact = yardstick.serial[0], yardstick.exact
     square = total = 0.0
     for name, values in exact.starting_with("gradient/"):
@@ -351,12 +291,17 @@ def _not_comparable(job: Job, plan: Plan, trial: Trial, yardstick: Yardstick) ->
         square += norm(values[0] if other is None else values[0] - other.double()) ** 2
         total += norm(values[0]) ** 2
     if square > 1e-4 * total:
-        why = f"; the forward pass draws random numbers ({listed(sorted(report.random))})" if report.random else ""
         return (
             f"serial float32 is {(square / total) ** 0.5:.1e} of the gradient away from serial float64: two serial runs do not "
-            f"agree, so that no parallel run can{why}"
+            f"agree, so that no parallel run can{_drawn(yardstick)}"
         )
     return None
+
+
+def _drawn(yardstick: Yardstick) -> str:
+    """The random numbers that may be why serial runs differ."""
+    random = yardstick.serial[0].reports[0].random
+    return f"; a step draws random numbers ({listed(sorted(random))})" if random else ""
 
 
 def _not_covered(plan: Plan, setting: Setting, candidate: Record, yardstick: Yardstick) -> list[str]:
@@ -366,7 +311,7 @@ def _not_covered(plan: Plan, setting: Setting, candidate: Record, yardstick: Yar
     if silenced:
         found.append(f"random layers, which were switched off ({listed(silenced)})")
     if report.random:
-        found.append(f"random numbers that the forward pass draws ({listed(sorted(report.random))})")
+        found.append(f"random numbers that a step draws ({listed(sorted(report.random))})")
     if plan.precision == "bf16":
         found.append("bf16: the plan was run in float32")
     if plan.compile:

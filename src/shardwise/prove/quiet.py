@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from shardwise.data.randomness import generator_states
 from shardwise.parallel.grouped import GROUPED, in_parts
+from shardwise.prove.draws import EXTREMES, MOST, extreme
 
 _DROPOUTS = frozenset(
     {
@@ -89,10 +91,15 @@ class Quiet(TorchFunctionMode):
         random: names of the other random functions that were called.
     """
 
-    def __init__(self, *, double: bool) -> None:
-        """With `double`, casts to float32 and shorter become casts to float64."""
+    def __init__(self, *, double: bool, greatest: bool | None = None) -> None:
+        """With `double`, casts to float32 and shorter become casts to float64.
+
+        With `greatest`, the first draws of torch's random functions are the greatest that they can give, or the least.
+        """
         super().__init__()
         self._double = double
+        self._greatest = greatest
+        self._draws = 0
         self.silenced: set[str] = set()
         self.random: set[str] = set()
 
@@ -113,6 +120,9 @@ class Quiet(TorchFunctionMode):
             args, named = self._without(func, args, named, "training", 3)
         elif func in _RANDOM:
             self.random.add(func.__name__)
+            self._draws += 1
+            if self._greatest is not None and func in EXTREMES and self._draws <= MOST:
+                return extreme(func, args, named, greatest=self._greatest)
         if self._double:
             if func in _NARROW_CALLS:
                 return Tensor.double(*args, **named)
@@ -168,6 +178,20 @@ class Quiet(TorchFunctionMode):
         if key in named:
             return args, {**named, key: off}
         return (*args[:place], off, *args[place + 1 :]), named
+
+
+@contextmanager
+def noted_draws(names: set[str]) -> Iterator[None]:
+    """Add the global generators of Python and NumPy to the names if the block draws from them."""
+    python, numpy, _ = generator_states()
+    try:
+        yield
+    finally:
+        python_after, numpy_after, _ = generator_states()
+        if python_after != python:
+            names.add("Python's random")
+        if numpy_after[2] != numpy[2] or (numpy_after[1] != numpy[1]).any():
+            names.add("numpy.random")
 
 
 def _widened(value: Any) -> Any:

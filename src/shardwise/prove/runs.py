@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from shardwise.data.batch import Batch, tree_map
 from shardwise.data.loader import steps_per_epoch
-from shardwise.data.source import Splits, as_splits
+from shardwise.data.randomness import seed_generators
+from shardwise.data.reading import Reading
+from shardwise.data.source import Source, Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import DataError, PlanError
 from shardwise.parallel.norm import batch_norms
-from shardwise.prove.quiet import Quiet, in_double, silence
+from shardwise.prove.quiet import Quiet, in_double, noted_draws, silence
 from shardwise.prove.record import RankReport, Recorder
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.loop import next_batch, open_epoch, total_steps
@@ -42,6 +45,7 @@ class Task:
         double: compute in float64 from the float32 initial weights.
         order: the samples of each batch change places, by this seed; None leaves them. Serial runs only.
         seed: in place of the job's own; None keeps it.
+        greatest: torch's random functions give the greatest number that they can, or the least; None lets them draw.
         fault: changes the assembled run, for tests of the proof itself.
     """
 
@@ -55,6 +59,7 @@ class Task:
     double: bool = False
     order: int | None = None
     seed: int | None = None
+    greatest: bool | None = None
     timeout_seconds: float = 600.0
     fault: Fault | None = None
 
@@ -87,6 +92,9 @@ def take_record(task: Task, device: torch.device) -> list[RankReport]:
     recorder = Recorder(report)
     recorder.take_size(a.model)
     recorder.take_state("initial", a)
+    # Runs of a training are processes of their own, whose generators of Python and NumPy start anywhere. Those of a proof
+    # are forked from one process and would draw alike.
+    seed_generators(os.getpid())
     _walk(a, task, splits, recorder)
     a.average()
     recorder.take_state("final", a)
@@ -115,7 +123,8 @@ def prepare(task: Task, job: Job, splits: Splits, device: torch.device, silenced
         silenced[:] = silence(made)
         return _doubled(made) if task.double else made
 
-    a = assemble(replace(job, model=model), task.plan, Group.world(), device, total_steps=total)
+    job = replace(job, model=model, data=Splits(_Wide(splits.train)) if task.double else job.data)
+    a = assemble(job, task.plan, Group.world(), device, total_steps=total)
     if task.double:
         torch.set_default_dtype(torch.float64)  # this process ends with the run
     return a
@@ -124,7 +133,7 @@ def prepare(task: Task, job: Job, splits: Splits, device: torch.device, silenced
 def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
     """Take the steps; note gradients of the first and the loss of each."""
     report = recorder.report
-    quiet = Quiet(double=task.double)
+    quiet = Quiet(double=task.double, greatest=task.greatest)
     update = a.update
 
     def note_then_update() -> None:
@@ -138,7 +147,7 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
         recorder.take_samples(batch)
         moment = "gradient" if taken == 0 else "last" if taken == task.steps - 1 else None
         noted = functools.partial(recorder.take_gradients, moment, a.model) if moment else None
-        with quiet:
+        with quiet, noted_draws(quiet.random):
             result = take_step(
                 a,
                 altered(batch, task),
@@ -204,6 +213,23 @@ def altered(batch: Batch, task: Task) -> Batch:
     if task.double:
         batch = replace(batch, inputs=in_double(batch.inputs), targets=in_double(batch.targets))
     return batch
+
+
+@final
+class _Wide(Source):
+    """The samples of a source in float64, for what a plan tries a float64 model out on."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def length(self) -> int | None:
+        return self._source.length
+
+    def read(self, reading: Reading) -> Generator[Batch, None, None]:
+        with closing(self._source.read(reading)) as batches:
+            for batch in batches:
+                yield replace(batch, inputs=in_double(batch.inputs), targets=in_double(batch.targets))
 
 
 def _doubled(model: nn.Module) -> nn.Module:
