@@ -49,7 +49,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_refused(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, "digits")
-    with pytest.raises(FolderError, match=r"already holds a run.*--resume \(in Python: resume=True\), or give another --out"):
+    with pytest.raises(
+        FolderError, match=r"already holds a run.*--resume \(in Python: resume=True\), or give another --out"
+    ):
         RunFolder.create(tmp_path, "digits")
 
 
