@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwise.data.randomness import BatchRandom, sample_randomness
+from shardwise.data.randomness import BatchRandom, fenced, seed_generators
 from shardwise.data.transforms import Compose, Flip, Normalize, RandomCrop, ToFloat, as_transform
 from shardwise.errors import JobError
 
@@ -130,9 +130,11 @@ def test_fenced_randomness_leaves_the_training_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with sample_randomness(1, 2):
+    with fenced():
+        seed_generators(1, 2)
         inside = torch.rand(2), np.random.rand(2)  # noqa: NPY002
     assert torch.equal(torch.rand(3), expected)
-    with sample_randomness(1, 2):
+    with fenced():
+        seed_generators(1, 2)
         assert torch.equal(torch.rand(2), inside[0])
         assert np.random.rand(2).tolist() == inside[1].tolist()  # noqa: NPY002

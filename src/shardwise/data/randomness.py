@@ -60,20 +60,11 @@ class BatchRandom:
         return (radius * torch.cos(2.0 * torch.pi * self.uniform(*shape).double())).float()
 
 
-@contextmanager
-def sample_randomness(*words: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch (CPU) from `words` for a block, then put them back.
-
-    Per-sample augmentations of existing data sets draw from these generators. Inside the block their numbers depend on
-    `words` alone, and the training's own numbers (dropout masks) are as if the block had not run.
-    """
-    with fenced():
-        seed_generators(*words)
-        yield
-
-
 def seed_generators(*words: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (CPU) from whole numbers >= 0."""
+    """Seed the global generators of Python, NumPy and torch (CPU) from whole numbers >= 0.
+
+    Per-sample augmentations of existing data sets draw from these generators: their numbers then depend on `words` alone.
+    """
     key = stream_key(_SAMPLE_STREAM, *words)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002  the legacy global generator is the one that augmentations use

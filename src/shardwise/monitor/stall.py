@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from shardwise.units import format_bytes, format_seconds
+from shardwise.units import format_seconds
 
 SWAP_FAULTS_PER_SECOND = 100.0
 """Pages read from disk a second from which on a process is held up by them: at 4 KiB and 0.1 ms each (an SSD), a hundredth
@@ -162,9 +162,3 @@ def _ranks(ranks: list[int]) -> str:
     if len(ranks) > 8:
         return f"{len(ranks)} ranks ({ranks[0]} ... {ranks[-1]})"
     return "ranks " + ", ".join(map(str, ranks))
-
-
-def swap_words(position: dict[str, Any]) -> str:
-    """How much of a process is in swap, for people."""
-    swap = int(position.get("swap_bytes") or 0)
-    return f"{format_bytes(swap)} in swap" if swap else ""

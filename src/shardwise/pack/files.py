@@ -77,15 +77,6 @@ def canonical(url: str) -> str:
     return url.rstrip("/") if is_remote(url) else _file_system(url)[1]
 
 
-def is_folder(url: str) -> bool:
-    """Whether an address is a folder."""
-    file_system, path = _file_system(url)
-    try:
-        return bool(file_system.isdir(path))
-    except OSError as error:
-        raise DataError(f"{url} cannot be read: {error}") from error
-
-
 def read_range(url: str, start: int, size: int) -> bytes:
     """`size` bytes from `start`, fewer at the end of the file.
 

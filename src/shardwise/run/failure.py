@@ -163,11 +163,6 @@ def is_echo(failure: Failure) -> bool:
     return failure.kind in _DISTANCE
 
 
-def is_timeout(error: BaseException) -> bool:
-    """Whether `error` comes from a collective that waited for its timeout."""
-    return _kind(error) == "timeout"
-
-
 def is_own_error(error: BaseException) -> bool:
     """Whether `error` is of this rank alone, and no echo of another rank's end."""
     return _kind(error) == "error"
