@@ -258,3 +258,20 @@ def _processes_below(pid: int) -> set[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         found |= {int(child) for child in (task / "children").read_text().split()}
     return found
+
+
+def test_workers_draw_numbers_of_their_own() -> None:
+    """What was imported before they were forked has the state of its generators in all of them."""
+
+    def draw(_: int) -> tuple[float, float, float]:
+        import random
+
+        import torch
+
+        time.sleep(0.05)
+        return random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002  # what users do
+
+    with Pool(workers=2, preload=["torch", "numpy.random"]) as made:
+        drawn = list(made.map(draw, range(4)))
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == 4

@@ -14,7 +14,7 @@ from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import Outcome
 from shardwise.tasks.pool import Pool, name_of
 from shardwise.tasks.progress import Counts, make_meter
-from shardwise.tasks.store import Record, Store, digest, open_store
+from shardwise.tasks.store import Record, Store, open_store
 from shardwise.tasks.task import Ending, Task
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Results(Iterator[Any]):
         self._window = window
         self._owns_pool = owns_pool
         self._store: Store | None = open_store(store, self._name, resume=resume) if store is not None else None
+        self._names: set[str] = set()
         self._open: dict[Task, tuple[int, str]] = {}
         self._ended: dict[int, Outcome | tuple[Ending, bool]] = {}
         self._arrived: deque[int] = deque()
@@ -148,7 +149,11 @@ class Results(Iterator[Any]):
             except StopIteration:
                 self._exhausted = True
                 return
-            self._add(item)
+            try:
+                self._add(item)
+            except BaseException:
+                self.close()  # the item was taken, and its result will never come
+                raise
             room -= 1
 
     def _room(self) -> int:
@@ -170,7 +175,8 @@ class Results(Iterator[Any]):
         self._fed += 1
         key, expected = "", self._cost(item) if self._cost is not None else None
         if self._store is not None:
-            key = self._store.unique(self._key(item) if self._key is not None else digest(self._name, item))
+            named = self._named(item) if self._key is not None else None
+            key = self._store.key(self._function, self._name, item, named=named)
             record = self._store.get(key)
             if record is not None and record.payload is not None:
                 self._deliver(
@@ -188,6 +194,17 @@ class Results(Iterator[Any]):
             expected=expected,
         )
         self._open[task] = (index, key)
+
+    def _named(self, item: Any) -> str:
+        assert self._key is not None
+        name = self._key(item)
+        if name in self._names:
+            raise UserError(
+                f"key gives {name!r} for two items: in another order, each would be given the other's result from the store; "
+                "give each a key of its own"
+            )
+        self._names.add(name)
+        return name
 
     def _hear(self, task: Task, ending: Ending) -> None:
         if task not in self._open:

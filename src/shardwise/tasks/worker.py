@@ -250,10 +250,20 @@ def set_threads(threads: int) -> None:
         threadpoolctl.threadpool_limits(threads)
 
 
+def draw_apart() -> None:
+    """A fork has the generators of what it was forked from: without this all workers would draw the same numbers."""
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
+    # Python does it for its own generator.
+
+
 def main(sock_fd: int, slot_fd: int, stack_fd: int, *, threads: int, environment: dict[str, str]) -> None:
     """The life of a worker after its fork."""
     os.environ.update(environment)
     set_threads(threads)
+    draw_apart()
     slot = Slot(slot_fd)
     sock = socket.socket(fileno=sock_fd)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
