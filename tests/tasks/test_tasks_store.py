@@ -222,10 +222,10 @@ def test_two_items_with_one_key_are_refused(pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'a' for two items"):
         list(results)
     assert list(results) == []  # and it does not wait for what will never come
-    items = ["x#2", "x", "x"]
+    names = ["x#2", "x", "x"]
     for order in (1, -1):
         with pool.graph(store=tmp_path / "graph.sqlite", resume=True) as graph:
-            handles = [graph.add(times, 1, place, name=name) for place, name in enumerate(items)][::order]
+            handles = [graph.add(times, 1, place, name=name) for place, name in enumerate(names)][::order]
             graph.run()
             assert [graph.result(handle) for handle in handles] == [0, 1, 2][::order]
 
