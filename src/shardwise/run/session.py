@@ -282,8 +282,8 @@ def _check_stream(assembly: Assembly, checkpoint: Path, before: int | None, trai
     if before is not None and before != parts:
         raise CheckpointError(
             f"the stream was read in {before} parts up to checkpoint {checkpoint}, in the middle of epoch "
-            f"{position.epoch + 1}, and would be read in {parts} now, so that samples would come twice or never: give as many workers (and loader_workers) "
-            "as before, or go on from the end of an epoch"
+            f"{position.epoch + 1}, and would be read in {parts} now, so that samples would come twice or never: give as "
+            "many workers (and loader_workers) as before, or go on from the end of an epoch"
         )
     assembly.composed.remarks += (
         f"the stream is read again, and what the first {position.batch} batches of epoch {position.epoch + 1} took of it is "
