@@ -251,3 +251,29 @@ def test_a_task_of_a_graph_is_known_by_what_it_comes_from(pool: Pool, tmp_path: 
     assert run(5, 1) == (10, 3, [1, None, 3])
     mended.touch()
     assert run(5, 4) == (10, 12, [1, 2, 3])
+
+
+def test_a_full_disk_is_told_and_what_was_told_before_is_kept(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import resource, signal, sys, numpy as np\nfrom shardwise import tasks\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "from shardwise.errors import RunFailed\n"
+        "try:\n"
+        "    for one in tasks.map(lambda x: x + np.zeros(10_000), range(20), workers=2, store=sys.argv[1], resume=True):\n"
+        "        print(int(one[0]), flush=True)\n"
+        "except RunFailed as error:\n    print(error)\n"
+    )
+
+    def run(limit: int) -> tuple[list[str], str]:
+        command = [sys.executable, str(program), str(tmp_path / "store.sqlite"), str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.splitlines(), done.stderr
+
+    told, errors = run(700_000)
+    assert "cannot be written" in told[-1] and "resume=True" in told[-1] and errors == ""
+    kept = len(told) - 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as base:
+        assert 0 < kept <= base.execute("SELECT COUNT(*) FROM tasks").fetchone()[0] < 20
+    assert run(10_000_000) == ([str(x) for x in range(20)], "")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from shardwise.errors import FolderError, UserError
+from shardwise.errors import FolderError, RunFailed, UserError
 from shardwise.run.progress import tell
 from shardwise.tasks import wire
 from shardwise.tasks.identity import LAMBDA, Identity, identity_of
@@ -73,6 +73,8 @@ class Store:
             self._base.close()
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise FolderError(f"{path} is in use by another process: wait for it, or give another store") from error
+            if isinstance(error, sqlite3.OperationalError):
+                raise FolderError(f"the store {path} cannot be written: {error}") from error
             if isinstance(error, sqlite3.DatabaseError):
                 raise FolderError(f"{path} is no store of tasks ({error}): give another file") from error
             raise
@@ -148,7 +150,7 @@ class Store:
         if self._held and same_python and not name.endswith(LAMBDA):
             tell(f"{self.path}: the code of {name} has changed; results that are there are taken as they are")
         self._begin()
-        self._base.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (row, code))
+        self._write("INSERT OR REPLACE INTO about VALUES (?, ?)", (row, code))
 
     def _unique(self, key: str) -> str:
         """The key, told from its earlier uses in this run: the second of two equal items is another task."""
@@ -172,6 +174,7 @@ class Store:
         """Keep how a task ended; `commit` makes it last.
 
         Raises:
+            RunFailed: the disk is full.
             UserError: the result is too large for the store.
         """
         if record.state == "cancelled":
@@ -183,7 +186,7 @@ class Store:
                 "let the task write a file and return its name"
             )
         self._begin()
-        self._base.execute(
+        self._write(
             "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (key, record.state, data, sizes, record.message, record.attempts, record.seconds, record.peak_bytes,
              time.time()),
@@ -191,20 +194,34 @@ class Store:
 
     def _begin(self) -> None:
         if not self._dirty:
-            self._base.execute("BEGIN")
+            self._write("BEGIN")
             self._dirty = True
+
+    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:
+        try:
+            self._base.execute(statement, values)
+        except sqlite3.Error as error:
+            if self._base.in_transaction:
+                self._base.execute("ROLLBACK")
+            self._dirty = False
+            raise RunFailed(
+                f"the store {self.path} cannot be written: {error}. The results that were told before are in it: free the "
+                "disk, and run again with resume=True"
+            ) from error
 
     def commit(self) -> None:
         """From here on, what was put survives this process."""
         if self._dirty:
-            self._base.execute("COMMIT")
+            self._write("COMMIT")
             self._dirty = False
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self.commit()
-            self._base.close()
+            try:
+                self.commit()
+            finally:
+                self._base.close()
             if self._held and self._seen and not self._taken:
                 tell(
                     f"{self.path} held {self._held} results and none was of these tasks: a task is known by its function, what "
