@@ -277,3 +277,23 @@ def test_a_full_disk_is_told_and_what_was_told_before_is_kept(tmp_path: Path) ->
     with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as base:
         assert 0 < kept <= base.execute("SELECT COUNT(*) FROM tasks").fetchone()[0] < 20
     assert run(10_000_000) == ([str(x) for x in range(20)], "")
+
+
+def test_a_result_is_kept_before_it_is_given_whoever_let_it_end(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom shardwise import tasks\n"
+        "pool = tasks.Pool(workers=1)\n"
+        "kept = pool.map(len, ['a', 'bb'], store=sys.argv[1])\n"
+        "graph = pool.graph(store=sys.argv[2])\nhandle = graph.add(len, 'abc')\n"
+        "kept._feed()\nlist(pool.map(len, ['x'] * 5, priority=-1))\n"
+        "stream = graph.stream()\n"
+        "print(next(kept), next(stream)[1].value, flush=True)\nos._exit(0)\n"
+    )
+    paths = [str(tmp_path / "map.sqlite"), str(tmp_path / "graph.sqlite")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "1 3\n"
+    for path, count in zip(paths, (2, 1), strict=True):
+        with contextlib.closing(sqlite3.connect(path)) as base:
+            assert base.execute("SELECT COUNT(*) FROM tasks WHERE state = 'done'").fetchone()[0] == count

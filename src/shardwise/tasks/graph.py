@@ -196,14 +196,14 @@ class Graph:
     def stream(self) -> Iterator[tuple[Handle, Outcome]]:
         """Each task with how it ended, as it ends, until none is left. Tasks may be added meanwhile."""
         while True:
+            if self._store is not None:
+                self._store.commit()
             while self._ended:
                 node = self._ended.popleft()
                 yield node.handle, self._outcome(node)
             if not self._open:
                 return
             self._engine.step(self._meter.patience)
-            if self._store is not None:
-                self._store.commit()
             self._show()
 
     def run(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 MOST_READY = 1000
 """Items of a list that are handed to the engine ahead of their turn, where their order does not matter."""
+
+SLOW_SECONDS = 0.001
+"""An input that takes so long for an item is one to wait for, such as a connection."""
 
 
 @final
@@ -68,6 +72,7 @@ class Results(Iterator[Any]):
         self._arrived: deque[int] = deque()
         self._fed = self._given = 0
         self._exhausted = self._closed = False
+        self._broken: Exception | None = None
         self._counts = Counts(total=self._total)
         self._meter = make_meter(show=progress, name=self._name)
         pool.capacity.check(options.need)
@@ -103,12 +108,16 @@ class Results(Iterator[Any]):
         while not self._closed:
             index = self._next_index()
             if index is not None:
+                if self._store is not None:
+                    self._store.commit()  # another map or graph of the pool may have let it end
                 return self._take(index)
             self._feed()
             if self._next_index() is not None:
                 continue
             if self._exhausted and not self._open:
                 self.close()
+                if self._broken is not None:
+                    raise self._broken
                 break
             self._step()
         return None
@@ -144,10 +153,14 @@ class Results(Iterator[Any]):
     def _feed(self) -> None:
         room = self._room()
         while room > 0 and not self._exhausted:
+            asked = time.monotonic()
             try:
                 item = next(self._items)
             except StopIteration:
                 self._exhausted = True
+                return
+            except Exception as error:  # noqa: BLE001  # the user's own code; raised after the results of what it gave
+                self._exhausted, self._broken = True, error
                 return
             try:
                 self._add(item)
@@ -155,6 +168,11 @@ class Results(Iterator[Any]):
                 self.close()  # the item was taken, and its result will never come
                 raise
             room -= 1
+            if time.monotonic() - asked > SLOW_SECONDS:
+                # A source that makes us wait must hold up neither the tasks nor the results that are there.
+                self._engine.step(0)
+                if self._next_index() is not None:
+                    return
 
     def _room(self) -> int:
         """How many more items may be taken now."""

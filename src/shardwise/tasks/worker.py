@@ -83,6 +83,10 @@ class Bench:
     def __init__(self) -> None:
         self._functions: dict[int, Callable[..., Any]] = {}
         self._memory = _Memory()
+        try:
+            self._folder: int | None = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # it was removed
+            self._folder = None
 
     def run(
         self,
@@ -113,6 +117,8 @@ class Bench:
             result = _sendable(error)
             error.__traceback__ = None  # lets go of what the failed task held
         seconds = time.monotonic() - began
+        if self._folder is not None:
+            os.fchdir(self._folder)  # relative paths mean the same to the next task
         with contextlib.suppress(UnboundLocalError):
             del positional, named
         peak = self._memory.end(limit_bytes)
