@@ -172,6 +172,14 @@ def test_folds_seeds_failures_winners_and_what_is_written(job: str, tmp_path: Pa
     assert json.loads((out / "summary.json").read_text())["trials"] == json.loads(json.dumps(summary["trials"]))
 
 
+def test_a_training_that_diverged_is_not_ranked(job: str, tmp_path: Path) -> None:
+    Path(job).write_text(JOB.replace("return nn.functional", "return float('nan' if lr > 1 else 1) * nn.functional"))
+    over = ("lr=9,0.00001",)
+    done = run_sweep(SweepOptions(job=job, over=over, workers=1, out=tmp_path / "sweep", progress=False))
+    assert [row["trial"] for row in done.summary["trials"]] == [1, 0] and done.summary["failed"] == 1
+    assert "its training loss is no number" in done.summary["trials"][1]["failure"]
+
+
 def test_an_ensemble_is_the_mean_of_its_members(job: str, tmp_path: Path) -> None:
     from shardwise.tasks.sweep.trial import Training, build_job, evaluate_together
 

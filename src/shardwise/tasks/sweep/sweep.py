@@ -276,7 +276,7 @@ class _Runner:
                 "rung": unit.rung,
                 "setting": dict(trial.setting),
                 "state": outcome.state,
-                "failure": outcome.failure.message if outcome.failure is not None else None,
+                "failure": _why_not(outcome, self._plan.metric),
                 "wrong_input": outcome.failure is not None and isinstance(outcome.failure.error, UserError),
                 "details": outcome.failure.details if outcome.failure is not None else None,
                 "task_seconds": outcome.seconds,
@@ -290,7 +290,8 @@ class _Runner:
         good = [value for value in values if value is not None]
         mean = statistics.fmean(good) if len(good) == len(values) else None
         self._ended[unit] = mean
-        reason = next((one.failure.message for one in parts if one is not None and one.failure is not None), None)
+        reasons = [_why_not(one, self._plan.metric) for one in parts if one is not None]
+        reason = next((text for text in reasons if text is not None), None)
         last = unit.rung == len(self._plan.rungs) - 1
         self._log.came(
             trial.number,
@@ -318,7 +319,17 @@ def training_folder(folder: RunFolder, trial: int, fold: int | None, seed: int) 
 
 
 def _value(outcome: Outcome, metric: str) -> float | None:
+    return None if _why_not(outcome, metric) is not None else float(outcome.value["metrics"][metric])
+
+
+def _why_not(outcome: Outcome, metric: str) -> str | None:
+    """Why a training does not count; None where it does."""
+    if outcome.failure is not None:
+        return outcome.failure.message
     if outcome.state != "done":
-        return None
-    value = float(outcome.value["metrics"].get(metric, math.nan))
-    return value if math.isfinite(value) else None
+        return f"it was {outcome.state}"
+    if math.isnan(outcome.value["loss"]):
+        # Its weights are no numbers either: an accuracy of such outputs is one, and means nothing.
+        return "its training loss is no number: it diverged"
+    value = outcome.value["metrics"].get(metric, math.nan)
+    return None if math.isfinite(value) else f"its {metric} is no number"
