@@ -43,12 +43,13 @@ from shardwise.data.batch import Batch
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.meter import Call, Meter
+from shardwise.run.alike import next_batch
 from shardwise.run.assemble import CPU, Assembly, assemble
 from shardwise.run.clock import PhaseClock
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
 from shardwise.run.ledger import Ledger
-from shardwise.run.loop import next_batch, open_epoch
+from shardwise.run.loop import open_epoch
 from shardwise.run.observe import Observer
 from shardwise.run.position import this_peer
 from shardwise.run.sentinel import TICK_SECONDS, Sentinel

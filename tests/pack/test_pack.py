@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -335,6 +336,57 @@ def test_a_source_that_is_not_on_this_machine(images: Path, tmp_path: Path) -> N
         assert bytes_of(tmp_path / "remote") == bytes_of(tmp_path / "local")
     finally:
         remote.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "line"), [("table", "part-0.csv", "1,2\n"), ("text", "part-0", "some words\n")]
+)
+def test_what_spark_leaves_beside_the_data_is_not_data(kind: Any, name: str, line: str, tmp_path: Path) -> None:
+    text = "x,y\n" * (kind == "table") + line * 3
+    found = []
+    for place in ("clean", "spark"):
+        root = tmp_path / place
+        root.mkdir()
+        (root / name).write_text(text)
+        if place == "spark":
+            (root / "_temporary" / "0").mkdir(parents=True)
+            (root / "_temporary" / "0" / name.replace("0", "1")).write_text(text)
+            (root / f".{name}.crc").write_text("crc")
+            (root / "_SUCCESS").touch()
+            (root / name.replace("0", "2")).touch()  # a reducer that was given nothing
+        found.append(pack(str(root), tmp_path / f"packed {place}", PackOptions(kind=kind, target="y")))
+    assert found[0].splits == found[1].splits
+
+
+def test_a_mark_of_utf8_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_text('"age",y\n31,1\n32,0\n', encoding="utf-8-sig")
+    direct = shardwise.data.csv(path, target="y", categorical=("age",))
+    assert direct.train.length == 2
+    pack(str(path), tmp_path / "out", PackOptions(target="y", categorical=("age",)))
+    assert_same(shardwise.data.packed(tmp_path / "out"), direct)
+    path.write_text("31,1\n32,0\n", encoding="utf-8-sig")
+    named = PackOptions(target="y", names=("age", "y"))
+    pack(str(path), tmp_path / "named", named)
+    assert_same(
+        shardwise.data.packed(tmp_path / "named"), shardwise.data.csv(path, target="y", names=["age", "y"]), 1e-6
+    )
+
+
+def test_a_value_that_was_corrected_in_place_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("x,y\n1,yes\n2,no\n")
+    options = PackOptions(target="y", shard_bytes=8)
+    pack(str(path), tmp_path / "out", options)
+    with pytest.raises(Interrupted):
+        pack(str(path), tmp_path / "half", options, stops_after(1))
+    pack(str(path), tmp_path / "out", options)
+    later = (tmp_path / "out" / "index.json").stat().st_mtime + 10
+    path.write_text("x,y\n1,yes\n3,no\n")
+    os.utime(path, (later, later))
+    for name in ("out", "half"):
+        with pytest.raises(FolderError, match=r"t\.csv was written after it was packed"):
+            pack(str(path), tmp_path / name, options)
 
 
 def test_parts_are_balanced_by_bytes() -> None:

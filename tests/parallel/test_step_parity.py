@@ -20,9 +20,9 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.split import is_dtensor
 from shardwise.errors import PlanError
 from shardwise.parallel.compose import check_model
+from shardwise.run.alike import next_batch
 from shardwise.run.assemble import assemble, settle_plan
 from shardwise.run.evaluate import evaluate
-from shardwise.run.loop import next_batch
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
 from shardwise.spec.layout import Layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -24,7 +25,7 @@ from shardwise.cli.main import main
 from shardwise.data.gather import Arrays
 from shardwise.data.source import Splits
 from shardwise.data.stream import Stream
-from shardwise.errors import CheckpointError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
+from shardwise.errors import CheckpointError, DataError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
 from shardwise.jobs.digits import digits
 from shardwise.run import checkpoint
 from shardwise.run.folder import write_aside
@@ -352,11 +353,31 @@ def _uneven(rank: int, ranks: int) -> Any:
 
 
 def test_streams_that_run_out_at_different_times(tmp_path: Path) -> None:
-    job = _job(data=Splits(Stream(_uneven, sharded=True)), model=lambda: nn.Linear(9, 4), metrics={})
+    streams = Splits(Stream(_uneven, sharded=True), Stream(_uneven, sharded=True))
+    job = _job(
+        data=streams, model=lambda: nn.Linear(9, 4), metrics={"first": lambda _, target: (target == 0).float().mean()}
+    )
     run = _train(job, tmp_path / "run")
+    targets = [int(target) for rank in range(2) for _, target in _uneven(rank, 2)]
+    assert run.metrics["first"] == pytest.approx(targets.count(0) / 41)
     samples = sum(event.samples for event in read_events(run.folder.events_path) if event.kind == "steps")  # type: ignore[attr-defined]
     assert samples == 3 * 41
     assert all(loss > 0 for loss in run.history)
+
+
+def test_a_stream_in_parts_goes_on_in_as_many(tmp_path: Path) -> None:
+    job = _job(
+        data=Splits(Stream(_uneven, sharded=True)), model=lambda: nn.Linear(9, 4), metrics={}, epochs=None, steps=6
+    )
+    whole = _train(job, tmp_path / "whole")
+    _train(job, tmp_path / "run", pause_after=2)
+    with pytest.raises(
+        CheckpointError, match=r"read in 2 parts up to .* in the middle of epoch 1, and would be read in 1"
+    ):
+        _train(job, tmp_path / "run", "serial", resume=True)
+    run = _train(job, tmp_path / "run", resume=True)
+    assert run.history == whole.history
+    assert "what the first 2 batches of epoch 1 took of it is passed over" in run.folder.events_path.read_text()
 
 
 def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
@@ -368,6 +389,46 @@ def test_stream_without_length_equals_serial(tmp_path: Path) -> None:
     run = _train(job, tmp_path / "run", "data=2")
     assert run.summary["steps"] == 3 * 4 and run.summary["total_steps"] is None
     torch.testing.assert_close(run.history, serial.history, rtol=1e-4, atol=1e-5)
+
+
+def _of_its_own(*_: int) -> Any:
+    """As from a queue: no two readers are given the same samples."""
+    rows = torch.randn(30, 9, generator=torch.Generator().manual_seed(os.getpid()))
+    return iter([(row, row[:4].argmax()) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("part", "stream", "plan"),
+    [
+        ("train", Stream(_of_its_own), "data=2"),
+        ("train", Stream(_of_its_own, sharded=True), "tensor=2"),
+        ("test", Stream(_of_its_own), "data=2"),
+    ],
+    ids=["divided", "split", "evaluated"],
+)
+def test_ranks_that_are_given_other_samples_by_one_stream_are_told(
+    part: str, stream: Stream, plan: str, tmp_path: Path
+) -> None:
+    splits = Splits(stream) if part == "train" else Splits(_rows(20, 2), stream)
+    job = _job(data=splits, model=lambda: nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 4)), metrics={})
+    with pytest.raises(DataError, match="rank 1 read other samples than rank 0 in batch 1"):
+        _train(job, tmp_path / "run", plan)
+
+
+def test_a_stream_that_ends_earlier_for_one_rank_is_told(tmp_path: Path) -> None:
+    def growing() -> Any:
+        path = tmp_path / "read before"
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return iter(_pairs[:12])
+        return iter(_pairs[:24])
+
+    _pairs = [(row, row[:4].argmax()) for row in torch.randn(24, 9, generator=torch.Generator().manual_seed(0))]
+    job = _job(data=Splits(Stream(growing)), model=lambda: nn.Linear(9, 4), metrics={}, batch_size=12)
+    with pytest.raises(
+        DataError, match=r"the stream of rank [01] ended after 1 batches, and that of rank [01] went on"
+    ):
+        _train(job, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

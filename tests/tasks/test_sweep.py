@@ -126,6 +126,22 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(job: str, tmp_path: Path) -
     assert comparable(resumed.summary) == comparable(straight.summary)
 
 
+def test_a_job_that_was_changed_in_the_meantime(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = Path(job)
+    options = {"job": job, "over": ("lr=0.1",), "workers": 1, "progress": False}
+    run_sweep(SweepOptions(out=tmp_path / "sweep", **options))  # type: ignore[arg-type]
+    again = SweepOptions(out=tmp_path / "sweep", resume=True, **options)  # type: ignore[arg-type]
+    run_sweep(again)
+    assert "has changed" not in capsys.readouterr().err
+    text = mine.read_text()
+    mine.write_text(text + "\n# changed\n")
+    run_sweep(again)
+    assert "has changed since the sweep was started" in capsys.readouterr().err
+    mine.write_text(text.replace("pause: float = 0.0", "pause: float = 0.001"))
+    with pytest.raises(FolderError, match=r"defaults was .*'pause': '0\.0'.* and is now .*'pause': '0\.001'"):
+        run_sweep(again)
+
+
 def test_folds_seeds_failures_winners_and_what_is_written(job: str, tmp_path: Path) -> None:
     out, winners = tmp_path / "sweep", tmp_path / "winners"
     options = SweepOptions(
@@ -154,6 +170,14 @@ def test_folds_seeds_failures_winners_and_what_is_written(job: str, tmp_path: Pa
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 3 and "accuracy against lr" in page and page.count("<tr>") == 5
     assert json.loads((out / "summary.json").read_text())["trials"] == json.loads(json.dumps(summary["trials"]))
+
+
+def test_a_training_that_diverged_is_not_ranked(job: str, tmp_path: Path) -> None:
+    Path(job).write_text(JOB.replace("return nn.functional", "return float('nan' if lr > 1 else 1) * nn.functional"))
+    over = ("lr=9,0.00001",)
+    done = run_sweep(SweepOptions(job=job, over=over, workers=1, out=tmp_path / "sweep", progress=False))
+    assert [row["trial"] for row in done.summary["trials"]] == [1, 0] and done.summary["failed"] == 1
+    assert "its training loss is no number" in done.summary["trials"][1]["failure"]
 
 
 def test_an_ensemble_is_the_mean_of_its_members(job: str, tmp_path: Path) -> None:

@@ -258,3 +258,56 @@ def _processes_below(pid: int) -> set[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         found |= {int(child) for child in (task / "children").read_text().split()}
     return found
+
+
+def test_workers_draw_numbers_of_their_own() -> None:
+    """What was imported before they were forked has the state of its generators in all of them."""
+
+    def draw(_: int) -> tuple[float, float, float]:
+        import random
+
+        import torch
+
+        time.sleep(0.05)
+        return random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002  # what users do
+
+    with Pool(workers=2, preload=["torch", "numpy.random"]) as made:
+        drawn = list(made.map(draw, range(4)))
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == 4
+
+
+def test_a_slow_input_holds_up_no_results(pool: Pool) -> None:
+    taken = 0
+
+    def arrivals() -> Iterator[int]:
+        nonlocal taken
+        for taken in range(1, 501):
+            time.sleep(0.01)
+            yield taken
+
+    list(pool.map(len, ["warm"]))
+    with pool.map(str, arrivals(), window=500) as results:
+        assert next(results) == "1"
+        assert taken < 500
+
+
+def test_an_input_that_breaks_raises_after_the_results_of_what_it_gave(pool: Pool) -> None:
+    def arrivals() -> Iterator[int]:
+        yield from (1, 2)
+        raise OSError("the connection was lost")
+
+    got = []
+    with pytest.raises(OSError, match="connection was lost"):
+        for result in pool.map(str, arrivals()):
+            got.append(result)  # what comes before the error
+    assert got == ["1", "2"]
+
+
+def test_a_task_that_changes_its_folder_changes_no_others(tmp_path: Path) -> None:
+    def move(path: Path) -> str:
+        before = str(Path.cwd())
+        os.chdir(path)
+        return before
+
+    assert list(tasks.map(move, [tmp_path, tmp_path], workers=1)) == [str(Path.cwd())] * 2

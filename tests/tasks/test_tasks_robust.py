@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,3 +242,65 @@ def test_the_scheduler_is_killed_and_its_workers_end(tmp_path: Path) -> None:
 def test_failed_is_a_run_failed() -> None:
     error = tasks.TaskFailure(kind="error", message="no", details="lines").raised("x")
     assert error.kind == "error" and "task x failed: no" in str(error) and "lines" in str(error)
+
+
+def test_a_second_thread_in_a_pool_is_refused_and_results_may_change_hands(pool: Pool, tmp_path: Path) -> None:
+    inside, free = threading.Event(), threading.Event()
+
+    def hold(_: object) -> bool:
+        inside.set()
+        return free.wait(60)
+
+    graph = pool.graph(store=tmp_path / "store.sqlite")
+    first = graph.add(misbehave, "well")
+    second = graph.add(misbehave, "too", after=[first], when=hold)
+    thread = threading.Thread(target=graph.run)
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(UserError, match="another thread is using this pool"):
+        list(pool.map(len, ["aa"]))
+    free.set()
+    thread.join(60)
+    assert (graph.result(first), graph.result(second)) == ("well", "too")
+    graph.close()
+    assert list(pool.map(len, ["aa"])) == [2]
+
+
+def test_the_workers_end_with_the_scheduler_though_a_child_of_it_lives_on(tmp_path: Path) -> None:
+    """A process that the program forked has the ends of its sockets, so that the nursery does not see them close."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\nfrom shardwise import tasks\n"
+        "pool = tasks.Pool(workers=1)\npid = next(pool.map(lambda _: os.getpid(), [1]))\nchild = os.fork()\n"
+        "if not child:\n    time.sleep(60)\n    os._exit(0)\n"
+        "print(pid, child, flush=True)\ntime.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker, child = (int(word) for word in process.stdout.readline().split())
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    try:
+        assert _soon(lambda: not _alive(worker))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_pool_ends_though_a_child_of_the_program_lives_on() -> None:
+    program = (
+        "import os, time\nfrom shardwise import tasks\n"
+        "with tasks.Pool(workers=1) as pool:\n    list(pool.map(len, ['a']))\n    child = os.fork()\n"
+        "    if not child:\n        time.sleep(60)\n        os._exit(0)\n"
+        "    print(child, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.stdout.close()
+    try:
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.kill(child, signal.SIGKILL)

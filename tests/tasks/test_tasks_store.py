@@ -8,14 +8,15 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shardwise import tasks
-from shardwise.errors import FolderError
+from shardwise.errors import FolderError, UserError
 from shardwise.tasks.pool import Pool
 
 
@@ -142,3 +143,157 @@ def test_one_scheduler_at_a_time_and_no_other_file(pool: Pool, tmp_path: Path) -
     (tmp_path / "text").write_text("this is no data base, but long enough to be looked at" * 100)
     with pytest.raises(FolderError, match="no store of tasks"):
         tasks.map(len, ["a"], store=tmp_path / "text")
+
+
+class Scale:
+    def __init__(self, by: int) -> None:
+        self.by = by
+
+    def of(self, x: int) -> int:
+        return self.by * x
+
+    __call__ = of
+
+
+def times(by: int, x: int) -> int:
+    return by * x
+
+
+def around(by: int) -> Callable[[int], int]:
+    def work(x: int) -> int:
+        return by * x
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda by: partial(times, by),
+        lambda by: Scale(by).of,
+        Scale,
+        around,
+        lambda by: lambda x, by=by: by * x,
+        lambda by: (lambda x: x) if by == 1 else (lambda x: 2 * x),
+    ],
+    ids=["partial", "method", "callable", "closure", "default", "lambda"],
+)
+def test_what_is_bound_to_a_function_is_part_of_its_tasks(
+    make: Callable[[int], Callable[[int], int]], pool: Pool, tmp_path: Path
+) -> None:
+    store = tmp_path / "store.sqlite"
+    for key in (None, str):
+        for by in (1, 2, 1):
+            assert list(pool.map(make(by), [1, 2], store=store, resume=True, key=key)) == [by, 2 * by]
+    ended = list(pool.map(make(2), [1, 2], store=store, resume=True).outcomes())
+    assert [outcome.restored for outcome in ended] == [True, True]
+
+
+def test_a_changed_function_and_results_of_other_tasks_are_told(
+    pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def first() -> Callable[[int], int]:
+        def work(x: int) -> int:
+            return x
+
+        work.__qualname__ = "work"
+        return work
+
+    def second() -> Callable[[int], int]:
+        def work(x: int) -> int:
+            return -x
+
+        work.__qualname__ = "work"
+        return work
+
+    store = tmp_path / "store.sqlite"
+    assert list(pool.map(first(), [1, 2], store=store)) == [1, 2]
+    assert list(pool.map(first(), [1, 2], store=store, resume=True)) == [1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(pool.map(second(), [1, 2, 3], store=store, resume=True)) == [1, 2, -3]
+    assert "the code of" in capsys.readouterr().err
+    assert list(pool.map(second(), [7], store=store, resume=True)) == [-7]
+    assert "held 3 results and none was of these tasks" in capsys.readouterr().err
+
+
+def test_two_items_with_one_key_are_refused(pool: Pool, tmp_path: Path) -> None:
+    items = [("a", 1), ("a", 2)]
+    results = pool.map(lambda item: item[1], items, store=tmp_path / "one.sqlite", key=lambda item: item[0])
+    with pytest.raises(UserError, match="'a' for two items"):
+        list(results)
+    assert list(results) == []  # and it does not wait for what will never come
+    names = ["x#2", "x", "x"]
+    for order in (1, -1):
+        with pool.graph(store=tmp_path / "graph.sqlite", resume=True) as graph:
+            handles = [graph.add(times, 1, place, name=name) for place, name in enumerate(names)][::order]
+            graph.run()
+            assert [graph.result(handle) for handle in handles] == [0, 1, 2][::order]
+
+
+def test_a_task_of_a_graph_is_known_by_what_it_comes_from(pool: Pool, tmp_path: Path) -> None:
+    mended = tmp_path / "mended"
+
+    def second_fails(x: int) -> int:
+        if x == 2 and not mended.exists():
+            raise ValueError("two")
+        return x
+
+    def run(start: int, shared: int) -> tuple[int, int, list[int | None]]:
+        with pool.graph(store=tmp_path / "graph.sqlite", resume=True) as graph:
+            far = graph.add(times, 2, graph.add(times, 1, start, name=f"start at {start}"))
+            other = graph.add(times, 3, graph.share(shared))
+            parts = [graph.add(second_fails, x) for x in (1, 2, 3)]
+            joined = graph.add(lambda *parts: list(parts), *parts, needs_all=False)
+            graph.run()
+            return graph.result(far), graph.result(other), graph.result(joined)
+
+    assert run(1, 1) == (2, 3, [1, None, 3])
+    assert run(5, 1) == (10, 3, [1, None, 3])
+    mended.touch()
+    assert run(5, 4) == (10, 12, [1, 2, 3])
+
+
+def test_a_full_disk_is_told_and_what_was_told_before_is_kept(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import resource, signal, sys, numpy as np\nfrom shardwise import tasks\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "from shardwise.errors import RunFailed\n"
+        "try:\n"
+        "    for one in tasks.map(lambda x: x + np.zeros(10_000), range(20), workers=2, store=sys.argv[1], resume=True):\n"
+        "        print(int(one[0]), flush=True)\n"
+        "except RunFailed as error:\n    print(error)\n"
+    )
+
+    def run(limit: int) -> tuple[list[str], str]:
+        command = [sys.executable, str(program), str(tmp_path / "store.sqlite"), str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.splitlines(), done.stderr
+
+    told, errors = run(700_000)
+    assert "cannot be written" in told[-1] and "resume=True" in told[-1] and errors == ""
+    kept = len(told) - 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as base:
+        assert 0 < kept <= base.execute("SELECT COUNT(*) FROM tasks").fetchone()[0] < 20
+    assert run(10_000_000) == ([str(x) for x in range(20)], "")
+
+
+def test_a_result_is_kept_before_it_is_given_whoever_let_it_end(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom shardwise import tasks\n"
+        "pool = tasks.Pool(workers=1)\n"
+        "kept = pool.map(len, ['a', 'bb'], store=sys.argv[1])\n"
+        "graph = pool.graph(store=sys.argv[2])\nhandle = graph.add(len, 'abc')\n"
+        "kept._feed()\nlist(pool.map(len, ['x'] * 5, priority=-1))\n"
+        "stream = graph.stream()\n"
+        "print(next(kept), next(stream)[1].value, flush=True)\nos._exit(0)\n"
+    )
+    paths = [str(tmp_path / "map.sqlite"), str(tmp_path / "graph.sqlite")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "1 3\n"
+    for path, count in zip(paths, (2, 1), strict=True):
+        with contextlib.closing(sqlite3.connect(path)) as base:
+            assert base.execute("SELECT COUNT(*) FROM tasks WHERE state = 'done'").fetchone()[0] == count

@@ -20,12 +20,13 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import RunFailed, ShardwiseError
 from shardwise.probe.place import cores_busy_seconds
+from shardwise.run.alike import next_batch
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.choose import usable_cores
 from shardwise.run.gauge import peak_memory_bytes
 from shardwise.run.launch import Nodes, launch
-from shardwise.run.loop import next_batch, open_epoch, total_steps
+from shardwise.run.loop import open_epoch, total_steps
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan

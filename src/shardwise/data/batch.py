@@ -82,6 +82,7 @@ class Batch:
         ragged: only the ranks together know the global count, because each reads its own part of a stream: add up
             `count` over the ranks; a sum of 0 is the end of the epoch. A ragged iterator itself never ends: a rank that
             ran out gives phantoms for as long as it is asked.
+        read: of a stream, a digest of some of the samples that this rank read for it, 0 or more.
     """
 
     inputs: Tree
@@ -93,6 +94,7 @@ class Batch:
     phantom: bool = False
     largest: int = 0
     ragged: bool = False
+    read: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`; itself when they are there already."""

@@ -54,6 +54,10 @@ class Source(ABC):
         """Whether each rank reads its own part, so that ranks may run out at different times."""
         return False
 
+    def parts(self, ranks: int) -> int | None:
+        """In how many parts so many ranks read samples that come one after another; None where samples have numbers."""
+        return None
+
     @property
     def threaded(self) -> bool:
         """Whether a background thread may read ahead: only where no code of the user's with hidden state runs."""

@@ -1,19 +1,23 @@
 """Stream: samples that come one after another, with or without a known number."""
 
+import hashlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any, final
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from shardwise.data.batch import Batch, as_pair
+from shardwise.data.batch import Batch, as_pair, tree_leaves
 from shardwise.data.randomness import fenced, generator_states, seed_generators, set_generator_states
 from shardwise.data.reading import Reading, Source
 from shardwise.data.samples import Collate, check_workers, stop_workers, worker_generator
 from shardwise.errors import DataError, JobError
 
 CHUNK = 16  # samples that a worker process sends at a time
+_LOOKED_AT = (0.0, 0.3, 0.7, 1.0)  # places in a batch, of the samples by which two readers are told apart
 
 
 @final
@@ -81,6 +85,9 @@ class Stream(Source):
     def sharded(self) -> bool:
         return self._sharded
 
+    def parts(self, ranks: int) -> int | None:
+        return max(1, self.loader_workers) * (ranks if self._sharded else 1)
+
     def open(self, epoch: int, part: int, parts: int) -> Iterator[Any]:
         """The samples of one part of the stream."""
         if isinstance(self._source, Iterable):
@@ -123,6 +130,7 @@ class Stream(Source):
                 index=step,
                 phantom=phantom,
                 largest=largest,
+                read=_read(group),
             )
             step += 1
 
@@ -156,6 +164,7 @@ class Stream(Source):
                 phantom=not group,
                 largest=largest,
                 ragged=True,
+                read=_read(group),
             )
             step += 1
 
@@ -254,6 +263,25 @@ class _Chunks(IterableDataset[list[Any]]):
 
 def _rank_word(sharded: bool, reading: Reading) -> tuple[int, ...]:
     return (reading.rank,) if sharded and reading.ranks > 1 else ()
+
+
+def _read(group: list[Any]) -> int:
+    """A digest of some of the samples: enough to tell whether another reader was given the same ones."""
+    hashed = hashlib.blake2b(len(group).to_bytes(8, "little"), digest_size=7)
+    for place in {round(part * (len(group) - 1)) for part in _LOOKED_AT} if group else ():
+        for leaf in tree_leaves(group[place]):
+            hashed.update(_some_bytes(leaf))
+    return int.from_bytes(hashed.digest(), "little")
+
+
+def _some_bytes(leaf: Any) -> bytes:
+    if isinstance(leaf, torch.Tensor):
+        leaf = leaf.detach().reshape(-1)
+        return repr([*leaf[:8].tolist(), *leaf[-8:].tolist()]).encode()
+    if isinstance(leaf, np.ndarray):
+        leaf = leaf.reshape(-1)
+        return repr([*leaf[:8].tolist(), *leaf[-8:].tolist()]).encode()
+    return repr(leaf).encode() if isinstance(leaf, str | bytes | int | float | np.generic) else b"?"
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -72,6 +72,20 @@ def find_files(url: str) -> list[tuple[str, int]]:
     return [(name, int(size)) for name, size in listed if size is not None]
 
 
+def find_data(url: str) -> list[tuple[str, int]]:
+    """As `find_files`, without what Hadoop and Spark keep beside the data or have not finished.
+
+    By their rule that is every name that begins with `_` or `.` (`_SUCCESS`, `_temporary/`, `.part-00000.crc`). A file that is
+    given by its own name counts whatever that is.
+    """
+    root = canonical(url)
+    return [
+        (name, size)
+        for name, size in find_files(url)
+        if not any(part[0] in "_." for part in name.removeprefix(root).split("/") if part)
+    ]
+
+
 def canonical(url: str) -> str:
     """The address as `find_files` begins those of the files below it."""
     return url.rstrip("/") if is_remote(url) else _file_system(url)[1]

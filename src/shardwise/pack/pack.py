@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, final
 
 from shardwise.errors import DataError, FolderError, JobError
-from shardwise.pack.files import find_files
+from shardwise.pack.files import find_data, is_remote
 from shardwise.pack.images import prepare_images
 from shardwise.pack.parts import Maker, PackOptions, Part, Prepared, Run, run_here
 from shardwise.pack.shard import checksum, finished_shard, write_shard, write_whole
@@ -50,7 +50,7 @@ def pack(source: str, out: str | Path, options: PackOptions, run: Run = run_here
         kind = options.kind or guess_kind(source)
         prepared = _PREPARE[kind](source, options, run)
         claim = {"kind": kind, "settings": prepared.settings, "source": prepared.source}
-        index = _finished(folder, claim)
+        index = _finished(folder, claim, prepared.parts)
         if index is None:
             index = _pack_parts(folder, prepared, run)
             write_whole(folder / INDEX_NAME, index.to_json().encode())
@@ -64,7 +64,7 @@ def guess_kind(source: str) -> str:
     Raises:
         DataError: nothing there says what it is.
     """
-    names = [url.lower() for url, _ in find_files(source)]
+    names = [url.lower() for url, _ in find_data(source)]
     if any(name.endswith((".csv", ".tsv", *PARQUET_SUFFIXES)) for name in names):
         return "table"
     if any(name.endswith((".tar", ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm")) for name in names):
@@ -159,7 +159,7 @@ class _Write:
             return str(error)
 
 
-def _finished(folder: Path, claim: dict[str, Any]) -> PackedIndex | None:
+def _finished(folder: Path, claim: dict[str, Any], parts: tuple[Part, ...]) -> PackedIndex | None:
     """The index of a finished packing of the same thing. None: begin, or go on with, an unfinished one."""
     advice = "give another folder, or delete this one"
     text = json.dumps(claim, sort_keys=True)
@@ -168,17 +168,31 @@ def _finished(folder: Path, claim: dict[str, Any]) -> PackedIndex | None:
         found = {"kind": index.kind, "settings": index.settings, "source": index.source}
         if json.dumps(found, sort_keys=True) != text:
             raise FolderError(f"{folder} holds a packed data set of another source or with other options: {advice}")
+        _check_unchanged(folder, folder / INDEX_NAME, parts)
         return index
     plan = folder / _PARTS / _PLAN
     if plan.exists():
         if plan.read_text(encoding="utf-8") not in (text, _before_skipping(claim)):
             raise FolderError(f"{folder} holds an unfinished packing of another source or with other options: {advice}")
+        _check_unchanged(folder, plan, parts)
     elif any(entry.name not in (".lock", _PARTS) for entry in folder.iterdir()):
         raise FolderError(f"{folder} holds files that are no packed data set: {advice}")
     for leftover in folder.rglob("*.part-*"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
-    write_whole(plan, text.encode())
+    if not plan.exists() or plan.read_text(encoding="utf-8") != text:
+        write_whole(plan, text.encode())
     return None
+
+
+def _check_unchanged(folder: Path, since: Path, parts: tuple[Part, ...]) -> None:
+    """Refuse files of this machine that were written after this one: sizes do not tell of a value that was corrected in place."""
+    when = since.stat().st_mtime_ns
+    for url in {piece.url: None for part in parts for piece in part.pieces}:
+        if not is_remote(url) and Path(url).stat().st_mtime_ns > when:
+            raise FolderError(
+                f"{url} was written after it was packed into {folder}: delete that folder to pack it anew; if the content is "
+                f"the same, as after copying it, run: touch {since}"
+            )
 
 
 def _before_skipping(claim: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ A CSV file is cut at line ends: a part has the lines that begin in its bytes. A 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from shardwise.data.readers.tablecode import (
     summarise,
 )
 from shardwise.errors import DataError, JobError
-from shardwise.pack.files import BLOCK_BYTES, Piece, find_files, open_file, read_range
+from shardwise.pack.files import BLOCK_BYTES, Piece, find_data, open_file, read_range
 from shardwise.pack.parts import Made, Maker, PackOptions, Part, Prepared, Run, cut, fingerprint, numbered
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".data", ".txt")
@@ -106,13 +107,16 @@ def prepare_table(source: str, options: PackOptions, run: Run) -> Prepared:
 
 
 def _table_files(source: str) -> list[tuple[str, int]]:
-    found = [file for file in find_files(source) if file[0].endswith((*TEXT_SUFFIXES, *PARQUET_SUFFIXES))]
+    found = [file for file in find_data(source) if file[0].endswith((*TEXT_SUFFIXES, *PARQUET_SUFFIXES))]
     kinds = {url.endswith(PARQUET_SUFFIXES) for url, _ in found}
     if not found:
         raise DataError(f"{source} has no table: expected {', '.join((*TEXT_SUFFIXES, *PARQUET_SUFFIXES))}")
     if len(kinds) > 1:
         raise DataError(f"{source} has both text and Parquet tables: give one kind")
-    return found
+    filled = [file for file in found if file[1]]  # a reducer that was given nothing writes an empty file
+    if not filled:
+        raise DataError(f"{source} is empty")
+    return filled
 
 
 def _pieces(files: Sequence[tuple[str, int]], parquet: bool, shard_bytes: int) -> list[Piece]:
@@ -159,7 +163,9 @@ def _own_lines(piece: Piece) -> Iterator[str]:
     """The lines that begin in the piece: its last one is read to its end, the rest of the line before is left out."""
     start = max(0, piece.start - 1)  # one byte more tells whether a line begins at the very start
     content = read_range(piece.url, start, piece.bytes + piece.start - start)
-    if piece.start:
+    if not piece.start:
+        content = content.removeprefix(codecs.BOM_UTF8)
+    else:
         first = content.find(b"\n")
         content = b"" if first < 0 else content[first + 1 :]
     position = piece.start + piece.bytes

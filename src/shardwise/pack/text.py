@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.errors import DataError, JobError
-from shardwise.pack.files import Piece, find_files, read_range
+from shardwise.pack.files import Piece, find_data, read_range
 from shardwise.pack.parts import Made, Maker, PackOptions, Part, Prepared, Run, cut, fingerprint, numbered
 
 _LONGEST = 4
@@ -29,7 +29,7 @@ def prepare_text(source: str, options: PackOptions, run: Run) -> Prepared:
         raise JobError(f"unit is {options.unit!r}: give 'char' or 'byte'")
     if options.test is not None:
         raise JobError("a text is divided when it is read (test_fraction=): leave the test source out")
-    files = [file for file in find_files(source) if file[1]]
+    files = [file for file in find_data(source) if file[1]]
     if not files:
         raise DataError(f"{source} holds no text")
     pieces = cut(files, options.shard_bytes)

@@ -24,8 +24,9 @@ from shardwise.errors import DataError, PlanError
 from shardwise.parallel.norm import batch_norms
 from shardwise.prove.quiet import Quiet, in_double, noted_draws, silence
 from shardwise.prove.record import RankReport, Recorder
+from shardwise.run.alike import next_batch
 from shardwise.run.assemble import Assembly, assemble
-from shardwise.run.loop import next_batch, open_epoch, total_steps
+from shardwise.run.loop import open_epoch, total_steps
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan

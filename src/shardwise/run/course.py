@@ -243,6 +243,7 @@ def save_checkpoint(a: Assembly, course: Course) -> None:
         "loss": course.loss,
         "division": None if a.division is None else list(a.division),
         "train_samples": course.splits.train.length,
+        "train_parts": course.splits.train.parts(a.samples.size),
     }
     if a.composed.compressed is not None:
         progress["compression"] = a.composed.compressed.share_out()

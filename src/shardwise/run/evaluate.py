@@ -12,6 +12,7 @@ from torch import Tensor
 from shardwise.data.batch import Batch
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import Source
+from shardwise.run.alike import alike, next_batch
 from shardwise.run.assemble import Assembly
 from shardwise.run.pair import as_pair
 from shardwise.run.step import autocast, own_tokens, seeing_whole
@@ -43,13 +44,15 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
     names = [LOSS, *a.job.metrics]
     # One (sum, count) row a name, and the number of samples in a last row.
     totals = torch.zeros((len(names) + 1, 2), dtype=torch.float64, device=a.device)
-    batches = eval_batches(
+    stream = eval_batches(
         source,
         batch_size=a.job.eval_batch_size or a.job.batch_size,
         rank=a.samples.rank,
         ranks=a.samples.size,
         prefetch=0 if a.device.type == "cpu" else 2,
     )
+    stream = alike(stream, source, a.world, a.samples, a.device)
+    batches = iter(lambda: next_batch(stream, a.samples, a.device), None)
     if a.composed.stages is not None:
         _through_stages(a, a.composed.stages, batches, totals)
     else:

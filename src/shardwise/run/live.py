@@ -20,6 +20,7 @@ from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import FolderError, JobError
+from shardwise.run.alike import next_batch
 from shardwise.run.assemble import Assembly, assemble, check_is_job, check_job
 from shardwise.run.balance import check_division
 from shardwise.run.batches import Batches, batches_left
@@ -31,7 +32,7 @@ from shardwise.run.folder import RunFolder
 from shardwise.run.heap import give_freed_memory_back
 from shardwise.run.keeper import Keeper
 from shardwise.run.launch import current_rank
-from shardwise.run.loop import next_batch, open_epoch, total_steps
+from shardwise.run.loop import open_epoch, total_steps
 from shardwise.run.options import TrainOptions, make_options, parse_saving, resolve_plan
 from shardwise.run.progress import Remarks, tell
 from shardwise.run.session import Work, open_session

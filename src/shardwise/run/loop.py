@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -12,8 +11,8 @@ import torch
 from shardwise.data.batch import Batch
 from shardwise.data.loader import batches, steps_per_epoch
 from shardwise.data.source import Splits
-from shardwise.dist.collectives import Group
 from shardwise.errors import DataError
+from shardwise.run.alike import alike, next_batch
 from shardwise.run.assemble import Assembly
 from shardwise.run.course import (
     Course,
@@ -115,7 +114,7 @@ def _run_batches(a: Assembly, course: Course, ledger: Ledger, observer: Observer
 
 def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Generator[Batch, None, None]:
     """This rank's parts of the global batches of an epoch, from batch `start` on: what training and proof walk over."""
-    return batches(
+    stream = batches(
         splits.train,
         batch_size=a.job.batch_size,
         seed=a.job.seed,
@@ -127,21 +126,12 @@ def open_epoch(a: Assembly, splits: Splits, *, epoch: int, start: int) -> Genera
         shares=a.division,
         prefetch=prefetch_depth(a.device),
     )
+    return alike(stream, splits.train, a.world, a.samples, a.device)
 
 
 def prefetch_depth(device: torch.device) -> int:
     """Batches read ahead by a thread: none on CPU, where the thread would take its time from the computation's cores."""
     return 0 if device.type == "cpu" else 2
-
-
-def next_batch(stream: Iterator[Batch], samples: Group, device: torch.device) -> Batch | None:
-    """The next global batch, None at the end of the epoch, which all ranks reach at the same step."""
-    batch = next(stream, None)
-    if batch is None or not batch.ragged:
-        return batch
-    # Each rank reads its own part of a stream: only together do they know how much there is.
-    total = samples.sum_(torch.tensor(batch.count, dtype=torch.int64, device=device)).item()
-    return replace(batch, global_count=int(total)) if total else None
 
 
 def _look_back(a: Assembly, course: Course, mean: float, seconds: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from shardwise.data.source import Splits, as_splits
+from shardwise.data.source import Source, Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.meter import Meter
 from shardwise.errors import CheckpointError, PlanError, RunFailed
@@ -178,7 +178,7 @@ def open_session(rank: Rank, work: Work, stop: StopRequest, *, shown: Display | 
         assembly.looks_at_losses = True
         peers = world.gather_objects(this_peer(world.rank))
         checkpoint = latest(folder) if resume else None
-        position, progress = _go_on(assembly, checkpoint, splits.train.length, balance=work.balance)
+        position, progress = _go_on(assembly, checkpoint, splits.train, balance=work.balance)
         course = stack.enter_context(_open_course(work, folder, assembly, position, progress, stop, shown))
         course.one_clock = len({peer.clock for peer in peers}) == 1
         if recorder is not None and not recorder.recording.all_steps:
@@ -255,7 +255,7 @@ def _open_course(
 
 
 def _go_on(
-    assembly: Assembly, checkpoint: Path | None, samples: int | None, *, balance: bool
+    assembly: Assembly, checkpoint: Path | None, train: Source, *, balance: bool
 ) -> tuple[Position, dict[str, Any]]:
     """Take up a checkpoint, where there is one: where the training stands, and all that was noted of its progress."""
     if checkpoint is None:
@@ -268,8 +268,27 @@ def _go_on(
     if balance and division is not None and len(division) == assembly.samples.size:
         assembly.division = tuple(division)  # as it was; without --balance the plan alone decides
     position = Position(**progress["position"])
-    _check_samples(assembly, checkpoint, progress.get("train_samples"), samples, position)
+    if position.batch:
+        _check_stream(assembly, checkpoint, progress.get("train_parts"), train, position)
+    _check_samples(assembly, checkpoint, progress.get("train_samples"), train.length, position)
     return position, progress
+
+
+def _check_stream(assembly: Assembly, checkpoint: Path, before: int | None, train: Source, position: Position) -> None:
+    """What comes one after another is read again up to where it stood, which is elsewhere if it is divided in another way."""
+    parts = train.parts(assembly.samples.size)
+    if parts is None:
+        return
+    if before is not None and before != parts:
+        raise CheckpointError(
+            f"the stream was read in {before} parts up to checkpoint {checkpoint}, in the middle of epoch "
+            f"{position.epoch + 1}, and would be read in {parts} now, so that samples would come twice or never: give as "
+            "many workers (and loader_workers) as before, or go on from the end of an epoch"
+        )
+    assembly.composed.remarks += (
+        f"the stream is read again, and what the first {position.batch} batches of epoch {position.epoch + 1} took of it is "
+        "passed over: where a record can be read once only (a queue, a socket), as many new ones are lost",
+    )
 
 
 def _check_samples(

@@ -10,6 +10,7 @@ from typing import Any, final
 
 from shardwise.errors import RunFailed
 from shardwise.tasks import wire
+from shardwise.tasks.alone import Alone
 from shardwise.tasks.backend import Backend, Death, Order, Reply, Worker
 from shardwise.tasks.need import Allocation, Free
 from shardwise.tasks.options import Options
@@ -49,6 +50,7 @@ class Engine:
         self._functions: dict[int, tuple[Callable[..., Any], Statistics]] = {}
         self._next_memory_check = 0.0
         self._endings: deque[tuple[Task, Ending]] = deque()
+        self._alone = Alone()
 
     # What there is to do
 
@@ -68,18 +70,18 @@ class Engine:
         Raises:
             UserError: it asks for more than there is.
         """
-        need = options.need
-        group = self.ready.group(id(function), need)
-        if group is None:
-            self.backend.capacity.check(need)
-            group = self.ready.add_group(id(function), need, self._statistics(function))
-        self._number += 1
-        rank = expected if expected is not None else options.seconds
-        task = Task(
-            self._number, name, group, options, make, inputs, sink, rank if rank is not None else group.statistics.mean
-        )
-        self.ready.push(task)
-        return task
+        with self._alone:
+            need = options.need
+            group = self.ready.group(id(function), need)
+            if group is None:
+                self.backend.capacity.check(need)
+                group = self.ready.add_group(id(function), need, self._statistics(function))
+            self._number += 1
+            rank = expected if expected is not None else options.seconds
+            rank = rank if rank is not None else group.statistics.mean
+            task = Task(self._number, name, group, options, make, inputs, sink, rank)
+            self.ready.push(task)
+            return task
 
     def _statistics(self, function: Callable[..., Any]) -> Statistics:
         known = self._functions.get(id(function))
@@ -90,16 +92,17 @@ class Engine:
 
     def cancel(self, task: Task) -> None:
         """The task need not run any more; where it runs, its worker is ended."""
-        if task.state == "ready":
-            self.ready.drop(task)
-            self._end(task, Ending("cancelled", attempts=task.attempts))
-        elif task.place is not None:
-            place = task.place
-            task.cancelled = True
-            self._recall(place)
-            if task.number in place.tasks and place.verdict is None:
-                place.verdict = (task.number, None)
-                place.worker.kill()
+        with self._alone:
+            if task.state == "ready":
+                self.ready.drop(task)
+                self._end(task, Ending("cancelled", attempts=task.attempts))
+            elif task.place is not None:
+                place = task.place
+                task.cancelled = True
+                self._recall(place)
+                if task.number in place.tasks and place.verdict is None:
+                    place.verdict = (task.number, None)
+                    place.worker.kill()
 
     @property
     def running(self) -> int:
@@ -113,20 +116,25 @@ class Engine:
     # Time passes
 
     def step(self, timeout_seconds: float | None) -> None:
-        """Start what can start, wait for something to happen, at most so long, and deal with it."""
-        self._fill()
-        self._tell()
-        if not self.places and timeout_seconds is None:
-            return  # nothing will ever happen
-        for event in self.backend.wait(self._patience(timeout_seconds)):
-            if isinstance(event, Reply):
-                self._replied(event)
-            else:
-                self._died(event)
-        self._check_times()
-        self._check_memory()
-        self._tell()  # before new ones start: what was told may add better ones
-        self._fill()
+        """Start what can start, wait for something to happen, at most so long, and deal with it.
+
+        Raises:
+            UserError: another thread is in it.
+        """
+        with self._alone:
+            self._fill()
+            self._tell()
+            if not self.places and timeout_seconds is None:
+                return  # nothing will ever happen
+            for event in self.backend.wait(self._patience(timeout_seconds)):
+                if isinstance(event, Reply):
+                    self._replied(event)
+                else:
+                    self._died(event)
+            self._check_times()
+            self._check_memory()
+            self._tell()  # before new ones start: what was told may add better ones
+            self._fill()
 
     def _tell(self) -> None:
         while self._endings:
@@ -169,12 +177,7 @@ class Engine:
 
     def _ends(self) -> list[tuple[float, Allocation]]:
         """When each place is expected to be free, soonest first; never, where nothing is known."""
-        found = []
-        for place in self.places.values():
-            current = place.worker.current()
-            began = current[1] if current is not None else time.monotonic()
-            means = [task.group.statistics.mean for task in place.tasks.values()]
-            found.append((began + sum(means) if all(means) else float("inf"), place.allocation))
+        found = [(place.ends(), place.allocation) for place in self.places.values()]
         return sorted(found, key=lambda item: item[0])
 
     def _start(self, group: Group, memory_bytes: int) -> None:

@@ -132,6 +132,10 @@ class Graph:
                 f"an argument of {title} cannot be sent to another process: {type(error).__name__}: {error}"
             ) from error
         inputs, others = tuple(dict.fromkeys(found)), tuple(after)
+        before = [self._node(handle) for handle in dict.fromkeys((*inputs, *others))]
+        key = ""
+        if self._store is not None:
+            key = self._store.key(function, title, arguments, named=name, after=[other.key for other in before])
         node = _Node(
             handle=Handle(len(self._nodes), title),
             function=function,
@@ -141,10 +145,9 @@ class Graph:
             after=others,
             when=when,
             needs_all=needs_all,
-            key=self._key(title, name, arguments),
+            key=key,
             tail=chosen.seconds or 1.0,
         )
-        before = [self._node(handle) for handle in dict.fromkeys((*inputs, *others))]
         self._nodes.append(node)
         self._open += 1
         assert self._counts.total is not None
@@ -160,6 +163,7 @@ class Graph:
 
     def share(self, value: Any, name: str = "shared value") -> Handle:
         """A value that many tasks are given: it is stored once, and its large arrays are never copied."""
+        payload = wire.encode(value)
         node = _Node(
             handle=Handle(len(self._nodes), name),
             function=None,
@@ -169,10 +173,10 @@ class Graph:
             after=(),
             when=None,
             needs_all=True,
-            key="",
+            key=digest(name, payload) if self._store is not None else "",
             tail=0.0,
             state="done",
-            ending=Ending("done", wire.encode(value)),
+            ending=Ending("done", payload),
         )
         self._nodes.append(node)
         return node.handle
@@ -192,14 +196,14 @@ class Graph:
     def stream(self) -> Iterator[tuple[Handle, Outcome]]:
         """Each task with how it ended, as it ends, until none is left. Tasks may be added meanwhile."""
         while True:
+            if self._store is not None:
+                self._store.commit()
             while self._ended:
                 node = self._ended.popleft()
                 yield node.handle, self._outcome(node)
             if not self._open:
                 return
             self._engine.step(self._meter.patience)
-            if self._store is not None:
-                self._store.commit()
             self._show()
 
     def run(self) -> None:
@@ -259,11 +263,6 @@ class Graph:
             raise UserError(f"{handle!r} is not of this graph: a task waits for tasks of its own graph")
         return self._nodes[handle.number]
 
-    def _key(self, title: str, name: str | None, arguments: Payload) -> str:
-        if self._store is None:
-            return ""
-        return self._store.unique(name if name is not None else digest(title, arguments))
-
     def _raise_tails(self, node: _Node, before: list[_Node]) -> None:
         """What long chains wait for is urgent: a task's length counts what follows it (its critical path)."""
         level = [(other, node.tail) for other in before]
@@ -289,6 +288,9 @@ class Graph:
         if missing and node.needs_all:
             self._do_without(node, missing[0])
             return
+        if missing and self._store is not None:
+            # Once they have results, it is another task.
+            node.key = digest(node.key, ["without", *(before.index(other) for other in missing)])
         if node.when is not None:
             try:
                 results = [_value(other) for other in before]

@@ -120,7 +120,7 @@ class LocalWorker(Worker):
 
     def close(self) -> None:
         self.alive = False
-        self.ours.close()
+        hang_up(self.ours)
         self._theirs.close()
         self._slot.close()
 
@@ -198,7 +198,7 @@ class LocalBackend(Backend):
             worker.close()
         if self._nursery is not None:
             assert self._line is not None
-            self._line.close()
+            hang_up(self._line)
             if idle:
                 self._nursery.kill()  # it may be in the middle of its imports
             self._nursery.wait()
@@ -330,6 +330,13 @@ class LocalBackend(Backend):
         if worker in self._idle:
             self._idle.remove(worker)
         worker.close()
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Close a connection for the other end too, though a process that the user forked may hold a copy of ours."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
 
 
 def _own_lines(stack: str) -> str:

@@ -26,11 +26,15 @@ from shardwise.tasks import wire, worker
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 
+_LOOK_SECONDS = 1.0
+"""How often to look whether the scheduler is there: what it has forked may hold its end of the socket open."""
+
 
 @final
 class _Nursery:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, scheduler: int) -> None:
         self._sock = sock
+        self._scheduler = scheduler
         self._workers: set[int] = set()
         self._wake_read, self._wake_write = socket.socketpair()
 
@@ -42,8 +46,8 @@ class _Nursery:
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
-            while True:
-                for key, _ in selector.select():
+            while os.getppid() == self._scheduler:
+                for key, _ in selector.select(_LOOK_SECONDS):
                     if key.fileobj is self._wake_read:
                         with contextlib.suppress(BlockingIOError):
                             self._wake_read.recv(4096)
@@ -164,7 +168,7 @@ def main() -> None:
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
     worker.set_threads(1)
-    nursery = _Nursery(sock)
+    nursery = _Nursery(sock, scheduler)
     nursery._import(["cloudpickle", *setup["preload"]])
     # What is imported now is shared by all workers, and not theirs to collect.
     import gc

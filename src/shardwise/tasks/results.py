@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
@@ -14,7 +15,7 @@ from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import Outcome
 from shardwise.tasks.pool import Pool, name_of
 from shardwise.tasks.progress import Counts, make_meter
-from shardwise.tasks.store import Record, Store, digest, open_store
+from shardwise.tasks.store import Record, Store, open_store
 from shardwise.tasks.task import Ending, Task
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 MOST_READY = 1000
 """Items of a list that are handed to the engine ahead of their turn, where their order does not matter."""
+
+SLOW_SECONDS = 0.001
+"""An input that takes so long for an item is one to wait for, such as a connection."""
 
 
 @final
@@ -62,11 +66,13 @@ class Results(Iterator[Any]):
         self._window = window
         self._owns_pool = owns_pool
         self._store: Store | None = open_store(store, self._name, resume=resume) if store is not None else None
+        self._names: set[str] = set()
         self._open: dict[Task, tuple[int, str]] = {}
         self._ended: dict[int, Outcome | tuple[Ending, bool]] = {}
         self._arrived: deque[int] = deque()
         self._fed = self._given = 0
         self._exhausted = self._closed = False
+        self._broken: Exception | None = None
         self._counts = Counts(total=self._total)
         self._meter = make_meter(show=progress, name=self._name)
         pool.capacity.check(options.need)
@@ -102,12 +108,16 @@ class Results(Iterator[Any]):
         while not self._closed:
             index = self._next_index()
             if index is not None:
+                if self._store is not None:
+                    self._store.commit()  # another map or graph of the pool may have let it end
                 return self._take(index)
             self._feed()
             if self._next_index() is not None:
                 continue
             if self._exhausted and not self._open:
                 self.close()
+                if self._broken is not None:
+                    raise self._broken
                 break
             self._step()
         return None
@@ -143,13 +153,26 @@ class Results(Iterator[Any]):
     def _feed(self) -> None:
         room = self._room()
         while room > 0 and not self._exhausted:
+            asked = time.monotonic()
             try:
                 item = next(self._items)
             except StopIteration:
                 self._exhausted = True
                 return
-            self._add(item)
+            except Exception as error:  # noqa: BLE001  # the user's own code; raised after the results of what it gave
+                self._exhausted, self._broken = True, error
+                return
+            try:
+                self._add(item)
+            except BaseException:
+                self.close()  # the item was taken, and its result will never come
+                raise
             room -= 1
+            if time.monotonic() - asked > SLOW_SECONDS:
+                # A source that makes us wait must hold up neither the tasks nor the results that are there.
+                self._engine.step(0)
+                if self._next_index() is not None:
+                    return
 
     def _room(self) -> int:
         """How many more items may be taken now."""
@@ -170,7 +193,8 @@ class Results(Iterator[Any]):
         self._fed += 1
         key, expected = "", self._cost(item) if self._cost is not None else None
         if self._store is not None:
-            key = self._store.unique(self._key(item) if self._key is not None else digest(self._name, item))
+            named = self._named(item) if self._key is not None else None
+            key = self._store.key(self._function, self._name, item, named=named)
             record = self._store.get(key)
             if record is not None and record.payload is not None:
                 self._deliver(
@@ -188,6 +212,17 @@ class Results(Iterator[Any]):
             expected=expected,
         )
         self._open[task] = (index, key)
+
+    def _named(self, item: Any) -> str:
+        assert self._key is not None
+        name = self._key(item)
+        if name in self._names:
+            raise UserError(
+                f"key gives {name!r} for two items: in another order, each would be given the other's result from the store; "
+                "give each a key of its own"
+            )
+        self._names.add(name)
+        return name
 
     def _hear(self, task: Task, ending: Ending) -> None:
         if task not in self._open:

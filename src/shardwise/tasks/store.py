@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import sqlite3
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from shardwise.errors import FolderError, UserError
+from shardwise.errors import FolderError, RunFailed, UserError
+from shardwise.run.progress import tell
 from shardwise.tasks import wire
+from shardwise.tasks.identity import LAMBDA, Identity, identity_of
 from shardwise.tasks.task import Ending
 from shardwise.tasks.wire import Payload, SharedFile
 
@@ -21,6 +25,8 @@ VERSION = 1
 
 LOCK_SECONDS = 1.0
 """How long to wait for the owner of a store to end, as one that was just killed does."""
+
+_NUMBERED = re.compile(r"#\d+$")
 
 _LARGEST = 900 * 1024**2
 """Bytes of one result; SQLite's limit is a gigabyte (sqlite.org/limits.html)."""
@@ -54,9 +60,11 @@ class Store:
         self._seen: Counter[str] = Counter()
         self._dirty = False
         self._closed = False
+        self._held = self._taken = 0
+        self._functions: dict[int, tuple[Callable[..., Any], Identity]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._base = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
+            self._base = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False)
         except (sqlite3.OperationalError, OSError) as error:
             raise FolderError(f"the store {path} cannot be opened: {error}; give another file") from error
         try:
@@ -65,6 +73,8 @@ class Store:
             self._base.close()
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise FolderError(f"{path} is in use by another process: wait for it, or give another store") from error
+            if isinstance(error, sqlite3.OperationalError):
+                raise FolderError(f"the store {path} cannot be written: {error}") from error
             if isinstance(error, sqlite3.DatabaseError):
                 raise FolderError(f"{path} is no store of tasks ({error}): give another file") from error
             raise
@@ -94,17 +104,60 @@ class Store:
             raise FolderError(f"{self.path} has the form {about['version']}, and this shardwise knows up to {VERSION}")
         if about["name"] != name:
             raise FolderError(f"{self.path} holds results of {about['name']}, not of {name}: give another store")
-        done = execute("SELECT COUNT(*) FROM tasks WHERE state = 'done'").fetchone()[0]
-        if done and not resume:
+        self._held = execute("SELECT COUNT(*) FROM tasks WHERE state = 'done'").fetchone()[0]
+        if self._held and not resume:
             raise FolderError(
-                f"{self.path} holds {done} results already: give resume=True to run only what is missing, or another store"
+                f"{self.path} holds {self._held} results already: give resume=True to run only what is missing, or another "
+                "store"
             )
 
-    def unique(self, key: str) -> str:
+    def key(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        value: Any,
+        *,
+        named: str | None = None,
+        after: Sequence[str] = (),
+    ) -> str:
+        """Names a task: by what is computed, of what, and from what.
+
+        Args:
+            value: what the function is given, or its payload.
+            named: the user's own name for the function's arguments, or for the whole task.
+            after: keys of the tasks whose results it is given.
+        """
+        identity = self._identity(function, name)
+        key = named if named is not None else digest(name, value)
+        parts = [part for part in (identity.bound, *after) if part]
+        return self._unique(digest(key, parts) if parts else key)
+
+    def _identity(self, function: Callable[..., Any], name: str) -> Identity:
+        known = self._functions.get(id(function))
+        if known is None:
+            # Holding the function keeps its id its own.
+            known = self._functions[id(function)] = (function, identity_of(function))
+            self._compare(name, known[1].code)
+        return known[1]
+
+    def _compare(self, name: str, code: str) -> None:
+        """Tell of results that an older text of the function gave. Some want that: it was mended for what failed."""
+        row = f"code of {name}"
+        before = self._base.execute("SELECT value FROM about WHERE name = ?", (row,)).fetchone()
+        if before is not None and before[0] == code:
+            return
+        same_python = before is not None and before[0].split(":")[0] == code.split(":")[0]
+        if self._held and same_python and not name.endswith(LAMBDA):
+            tell(f"{self.path}: the code of {name} has changed; results that are there are taken as they are")
+        self._begin()
+        self._write("INSERT OR REPLACE INTO about VALUES (?, ?)", (row, code))
+
+    def _unique(self, key: str) -> str:
         """The key, told from its earlier uses in this run: the second of two equal items is another task."""
         self._seen[key] += 1
         count = self._seen[key]
-        return key if count == 1 else f"{key}#{count}"
+        # A key that looks like the second use of another one always says its number.
+        return key if count == 1 and not _NUMBERED.search(key) else f"{key}#{count}"
 
     def get(self, key: str) -> Record | None:
         """What is kept under a key; a record without payload tells how long a failed task took."""
@@ -113,6 +166,7 @@ class Store:
         ).fetchone()
         if row is None:
             return None
+        self._taken += row[0] == "done"
         state, data, sizes, message, attempts, seconds, peak = row
         return Record(state, _from_blob(data, sizes) if state == "done" else None, message, attempts, seconds, peak)
 
@@ -120,6 +174,7 @@ class Store:
         """Keep how a task ended; `commit` makes it last.
 
         Raises:
+            RunFailed: the disk is full.
             UserError: the result is too large for the store.
         """
         if record.state == "cancelled":
@@ -130,26 +185,48 @@ class Store:
                 f"the result of {key} has {len(data)} bytes, and a store keeps up to {_LARGEST} of each: "
                 "let the task write a file and return its name"
             )
-        if not self._dirty:
-            self._base.execute("BEGIN")
-            self._dirty = True
-        self._base.execute(
+        self._begin()
+        self._write(
             "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (key, record.state, data, sizes, record.message, record.attempts, record.seconds, record.peak_bytes,
              time.time()),
         )  # fmt: skip
 
+    def _begin(self) -> None:
+        if not self._dirty:
+            self._write("BEGIN")
+            self._dirty = True
+
+    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:
+        try:
+            self._base.execute(statement, values)
+        except sqlite3.Error as error:
+            if self._base.in_transaction:
+                self._base.execute("ROLLBACK")
+            self._dirty = False
+            raise RunFailed(
+                f"the store {self.path} cannot be written: {error}. The results that were told before are in it: free the "
+                "disk, and run again with resume=True"
+            ) from error
+
     def commit(self) -> None:
         """From here on, what was put survives this process."""
         if self._dirty:
-            self._base.execute("COMMIT")
+            self._write("COMMIT")
             self._dirty = False
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self.commit()
-            self._base.close()
+            try:
+                self.commit()
+            finally:
+                self._base.close()
+            if self._held and self._seen and not self._taken:
+                tell(
+                    f"{self.path} held {self._held} results and none was of these tasks: a task is known by its function, what "
+                    "is bound to it, and its arguments or key"
+                )
 
 
 def open_store(path: Path | str, name: str, *, resume: bool) -> Store:
@@ -164,8 +241,7 @@ def open_store(path: Path | str, name: str, *, resume: bool) -> Store:
 def digest(name: str, value: Any) -> str:
     """A name for a value: equal for values with equal pickles."""
     hashed = hashlib.sha256(name.encode())
-    data = pickle.dumps(value, 5) if not isinstance(value, Payload) else _to_blob(value)[0]
-    hashed.update(data)
+    hashed.update(pickle.dumps(value, 5) if not isinstance(value, Payload) else _to_blob(value)[0])
     return f"{name}:{hashed.hexdigest()[:32]}"
 
 

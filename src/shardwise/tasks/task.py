@@ -70,6 +70,13 @@ class Place:
     verdict: tuple[int, TaskFailure | None] | None = None
     """Task for which we ended the worker, and why; no failure means that it was cancelled."""
 
+    def ends(self) -> float:
+        """Monotonic second at which it is expected to be free; never, where nothing is known."""
+        current = self.worker.current()
+        began = current[1] if current is not None else time.monotonic()
+        means = [task.group.statistics.mean for task in self.tasks.values()]
+        return began + sum(means) if all(means) else float("inf")
+
     def where(self, task: Task) -> str:
         """The lines that the task stands in now."""
         return task.group.statistics.with_file(self.worker.where())

@@ -83,6 +83,10 @@ class Bench:
     def __init__(self) -> None:
         self._functions: dict[int, Callable[..., Any]] = {}
         self._memory = _Memory()
+        try:
+            self._folder: int | None = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # it was removed
+            self._folder = None
 
     def run(
         self,
@@ -113,6 +117,8 @@ class Bench:
             result = _sendable(error)
             error.__traceback__ = None  # lets go of what the failed task held
         seconds = time.monotonic() - began
+        if self._folder is not None:
+            os.fchdir(self._folder)  # relative paths mean the same to the next task
         with contextlib.suppress(UnboundLocalError):
             del positional, named
         peak = self._memory.end(limit_bytes)
@@ -250,10 +256,20 @@ def set_threads(threads: int) -> None:
         threadpoolctl.threadpool_limits(threads)
 
 
+def draw_apart() -> None:
+    """A fork has the generators of what it was forked from: without this all workers would draw the same numbers."""
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
+    # Python does it for its own generator.
+
+
 def main(sock_fd: int, slot_fd: int, stack_fd: int, *, threads: int, environment: dict[str, str]) -> None:
     """The life of a worker after its fork."""
     os.environ.update(environment)
     set_threads(threads)
+    draw_apart()
     slot = Slot(slot_fd)
     sock = socket.socket(fileno=sock_fd)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -114,7 +114,7 @@ def _read_csv(path: Path, names: Sequence[str] | None, delimiter: str, missing: 
     layout = f"Expected text with {delimiter!r} between the values" + (" and a header line." if names is None else ".")
     try:
         opener: Any = _OPENERS.get(path.suffix, open)
-        with opener(path, "rt", newline="", encoding="utf-8") as file:
+        with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
             table = parse_rows(file, str(path), names, delimiter, missing)
     except OSError as error:
         raise missing_file(path, error, layout) from error

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
 from shardwise.errors import FolderError, UserError
 from shardwise.run.folder import RunFolder, write_aside, writing_in
+from shardwise.run.progress import tell
 from shardwise.tasks.graph import Graph
 from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import Outcome
@@ -24,6 +28,7 @@ from shardwise.tasks.sweep.space import brief, shown
 from shardwise.tasks.sweep.table import Board, make_board
 from shardwise.tasks.sweep.winners import best_complete, evaluate_ensemble, export, run_task, train_whole
 
+_TEXT = "sha256 of the job's file"
 _PRELOAD = ("shardwise.tasks.sweep.trial",)
 _PRELOAD_CHECKPOINTS = ("shardwise.run.dcp",)
 
@@ -72,8 +77,16 @@ def _open_folder(options: SweepOptions, plan: Settled) -> RunFolder:
 
 def _identity(options: SweepOptions, plan: Settled) -> dict[str, Any]:
     """What must be equal for a sweep to be gone on with."""
+    from shardwise.run.command import parse_settings
+
+    given = {*(axis.name for axis in plan.axes), *parse_settings(options.settings)}
     return {
         "job": plan.found.origin,
+        "defaults": {
+            name: repr(parameter.default)
+            for name, parameter in plan.found.parameters.items()
+            if name not in given and isinstance(parameter.default, bool | int | float | str | None)
+        },
         "over": sorted(options.over),
         "set": sorted(options.settings),
         "changes": dict(sorted(options.changes.items())),
@@ -91,19 +104,35 @@ def _identity(options: SweepOptions, plan: Settled) -> dict[str, Any]:
 def _check_identity(folder: RunFolder, options: SweepOptions, plan: Settled) -> None:
     path = folder.path / "sweep.json"
     now = json.loads(json.dumps(_identity(options, plan)))
+    text = _digest_of_file(plan.found.function)
     if not path.exists():
         if (folder.path / "identity.json").exists():
             raise FolderError(f"{folder.path} holds a training, not a sweep: give the sweep's folder")
         with writing_in(folder.path):
-            write_aside(path, json.dumps(now, indent=2).encode() + b"\n")
+            write_aside(path, json.dumps({**now, _TEXT: text}, indent=2).encode() + b"\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
+    first_text = before.pop(_TEXT, text)
+    before.setdefault("defaults", now["defaults"])  # of a sweep that was started by an earlier version
     differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differ:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in differ)
         raise FolderError(
             f"{folder.path} holds another sweep: {changes}. Give what it was started with, or another --out"
         )
+    if first_text != text:
+        tell(
+            f"warning: the file of {plan.found.origin} has changed since the sweep was started: trainings that have ended "
+            "are not repeated, and may be compared with trainings of another job; give another --out if it matters"
+        )
+
+
+def _digest_of_file(function: Callable[..., Any]) -> str:
+    """Of the file that a job function stands in; empty where there is none."""
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(function) or "").read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return ""
 
 
 def _opening(options: SweepOptions, plan: Settled, folder: RunFolder) -> list[str]:
@@ -247,7 +276,7 @@ class _Runner:
                 "rung": unit.rung,
                 "setting": dict(trial.setting),
                 "state": outcome.state,
-                "failure": outcome.failure.message if outcome.failure is not None else None,
+                "failure": _why_not(outcome, self._plan.metric),
                 "wrong_input": outcome.failure is not None and isinstance(outcome.failure.error, UserError),
                 "details": outcome.failure.details if outcome.failure is not None else None,
                 "task_seconds": outcome.seconds,
@@ -261,7 +290,8 @@ class _Runner:
         good = [value for value in values if value is not None]
         mean = statistics.fmean(good) if len(good) == len(values) else None
         self._ended[unit] = mean
-        reason = next((one.failure.message for one in parts if one is not None and one.failure is not None), None)
+        reasons = [_why_not(one, self._plan.metric) for one in parts if one is not None]
+        reason = next((text for text in reasons if text is not None), None)
         last = unit.rung == len(self._plan.rungs) - 1
         self._log.came(
             trial.number,
@@ -289,7 +319,17 @@ def training_folder(folder: RunFolder, trial: int, fold: int | None, seed: int) 
 
 
 def _value(outcome: Outcome, metric: str) -> float | None:
+    return None if _why_not(outcome, metric) is not None else float(outcome.value["metrics"][metric])
+
+
+def _why_not(outcome: Outcome, metric: str) -> str | None:
+    """Why a training does not count; None where it does."""
+    if outcome.failure is not None:
+        return outcome.failure.message
     if outcome.state != "done":
-        return None
-    value = float(outcome.value["metrics"].get(metric, math.nan))
-    return value if math.isfinite(value) else None
+        return f"it was {outcome.state}"
+    if math.isnan(outcome.value["loss"]):
+        # Its weights are no numbers either: an accuracy of such outputs is one, and means nothing.
+        return "its training loss is no number: it diverged"
+    value = outcome.value["metrics"].get(metric, math.nan)
+    return None if math.isfinite(value) else f"its {metric} is no number"
