@@ -30,6 +30,8 @@ from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
 from shardwise.spec.software import KnownRun, Software
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
 BASE: Row = {
     "run_id": "r1", "hardware": "h100-80gb-sxm", "gpus": 64, "layers": 32, "hidden": 4096, "heads": 32, "vocab": 51200,
     "seq_len": 4096, "global_batch": 256, "micro_batch": 1, "data": 16, "zero_stage": 1, "tensor": 4, "pipeline": 1,
@@ -298,6 +300,16 @@ def test_a_measured_plan_is_told_closer_and_a_measured_slow_network_moves_the_ch
     assert slow is not None and before is not None and slow.case.layout() != before.case.layout()
     on_slow = replace(before.case, machine=slow.case.machine)
     assert slow.estimate.step_seconds < estimate(on_slow).step_seconds
+
+
+def test_the_kept_scores_are_those_that_the_ranges_and_the_page_promise() -> None:
+    kept = json.loads((BENCHMARKS / "results" / "calibration.json").read_text(encoding="utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "calibration.md").read_text(encoding="utf-8")
+    for count in ("1", "3", "5", "8"):
+        told = kept["step"]["E"][count]
+        assert told["after"] < told["before"] and told["worse"] < told["better"]
+        assert 0.7 < told["inside"] < 0.9 and told["width"] < told["plain width"]
+        assert f"| {count} | {100 * told['before']:.1f} % | {100 * told['after']:.1f} % |" in page
 
 
 MODEL = ("--model", "gpt:layers=16,hidden=2048,heads=16,seq=2048", "--batch", "64", "--nodes", "2")
