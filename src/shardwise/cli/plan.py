@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "fp8", "fp4"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "pure-bf16", "fp8", "fp4"]),
     help="--model: bf16 if left out, fp16 on parts without it.",
 )
 @click.option(
@@ -324,7 +324,9 @@ def _check_accelerator(place: Machine, precision: str | None) -> None:
             "only: give a catalogue name or a file with an accelerator's figures, or plan a JOB on it"
         )
     peaks, fractions = place.accelerator.peak_flops, place.accelerator.matmul_fraction
-    needed = {"fp8": "bf16", "fp4": "bf16"}.get(precision or "", precision)  # narrow products fall back to bf16
+    needed = {"fp8": "bf16", "fp4": "bf16", "pure-bf16": "bf16"}.get(
+        precision or "", precision
+    )  # narrow products fall back to bf16
     if needed is not None and not (needed in peaks and needed in fractions):
         raise UserError(
             f"--precision {precision}: {place.accelerator.name} states no peak_flops and matmul_fraction for {needed}; it has "
@@ -344,7 +346,7 @@ def _usual_software(place: Machine, precision: str | None) -> tuple[str, str]:
     usual = usual_kernels(place.accelerator)
     if precision is None and usual[1] != "bf16":
         click.echo(f"note: {place.accelerator.name} has no bf16 units: planned in {usual[1]}", err=True)
-    elif precision == "bf16" != usual[1]:
+    elif precision in ("bf16", "pure-bf16") and usual[1] != "bf16":
         click.echo(
             f"note: {place.accelerator.name} has no bf16 units, bf16 runs at the speed of fp32: try fp16", err=True
         )

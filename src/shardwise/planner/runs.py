@@ -62,6 +62,9 @@ CHOICES = {
         "tf32": "fp32",
         "fp16": "fp16",
         "bf16": "bf16",
+        "pure-bf16": "pure-bf16",
+        "pure_bf16": "pure-bf16",
+        "bf16-true": "pure-bf16",
         "fp8": "fp8",
         "mxfp8": "fp8",
         "fp4": "fp4",
@@ -93,6 +96,7 @@ SYNONYMS = {
     "precision": {
         "fp4": r"fp4|e2m1|4[ -]?bit",
         "fp8": r"fp8|float8|mx|e4m3|int8|8[ -]?bit",
+        "pure-bf16": r"(pure|only|alone|true|all).*(bf16|bfloat)|(bf16|bfloat).*(pure|only|alone|true|no master)",
         "bf16": r"bf16|bfloat",
         "fp16": r"fp16|float16|half|mixed|amp|16",
         "fp32": r"fp32|float32|tf32|single|32",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardwise.planner.case import Case
+from shardwise.planner.case import PURE, Case
 from shardwise.planner.closedform import Timeline, Wire, closed_form, even, flight
 from shardwise.planner.collectives import (
     Network,
@@ -134,7 +134,7 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, first, last, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
     owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
-    seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
+    seconds["optimizer"] = adam_seconds(owned, device, case.precision == PURE) + constants.step_seconds
     slower = step_factor(case)
     seconds = {name: slower * value for name, value in seconds.items()}
     room = room_bytes(case)
@@ -286,12 +286,12 @@ def _forward_seconds(ahead: Work, work: LayerWork, constants: Constants, case: C
 def _summing_bytes(case: Case) -> float:
     """Bytes through memory per parameter of a layer to add the gradient of one micro-batch to the sum of those before.
 
-    The gradient is read, the sum read and written: in 2 bytes each by fp16 software, the sum in 4 by bf16 software, all in 4
-    in fp32. Sharded gradients are summed as shards, and products of the engine add while they write.
+    The gradient is read, the sum read and written: in 2 bytes each by fp16 software and in bf16 alone, the sum in 4 by other
+    bf16 software, all in 4 in fp32. Sharded gradients are summed as shards, and products of the engine add while they write.
     """
     if case.zero_stage == 3 or case.engine:
         return 0.0
-    return 12.0 if case.precision == "fp32" else (6.0 if case.classic else 10.0)
+    return 12.0 if case.precision == "fp32" else (6.0 if case.classic or case.precision == PURE else 10.0)
 
 
 def _timeline(
