@@ -348,6 +348,20 @@ def test_plan_takes_measured_runs_and_keeps_the_machine(tmp_path: Path) -> None:
     assert "these runs replace what the machine file learned from" in again.stderr
 
 
+def test_rows_without_a_model_are_of_the_planned_one(tmp_path: Path) -> None:
+    asked = problem()
+    best = search(asked).best
+    assert best is not None and best.case.tensor == best.case.pipeline == 1
+    cells = {"run_id": "a", "gpus": 16, "micro_batch": best.case.micro_batch, "zero_stage": best.case.zero_stage}
+    path = write_runs(tmp_path / "runs.csv", [{**cells, "recompute": best.case.recompute, "step_seconds": 1}])
+    (found,) = sample(read_measured(path), asked.machine, problem=asked)
+    assert replace(found.case, sequence_parallel=best.case.sequence_parallel) == best.case
+    with pytest.raises(PlanError, match="measured run a: layers is unknown"):
+        sample(read_measured(path), asked.machine)
+    with pytest.raises(PlanError, match="measured run a: gpus is unknown"):
+        sample([MeasuredRow({"run_id": "a"}, 1.0, None)], asked.machine, problem=asked)
+
+
 def test_plan_refuses_in_words(tmp_path: Path) -> None:
     other = write_runs(tmp_path / "a100.csv", [{**row(0), "hardware": "a100-80gb-sxm", "step_seconds": 2}])
     plan = tmp_path / "plan.toml"
@@ -401,7 +415,10 @@ def test_misspelt_columns_are_named(tmp_path: Path) -> None:
     assert not misspelt_columns(["layers", "layer"])  # the right one is there too
     table = write_runs(tmp_path / "runs.csv", [{**row(0), "micro_batches_size": 4, "memory": 3}])
     told = CliRunner().invoke(predict_command, ["--table", str(table)])
-    assert told.stderr.count("note: unknown columns are ignored, but 'memory' looks like 'memory_gib'") == 1
+    assert told.stderr.count("runs.csv are ignored, but 'memory' looks like 'memory_gib'") == 1
+    slip = write_runs(tmp_path / "slip.csv", [{**row(0), "step_secs": 4}])
+    refused = CliRunner().invoke(predict_command, ["--table", str(table), "--measured", str(slip)])
+    assert isinstance(refused.exception, DataError) and "'step_secs' looks like 'step_seconds'" in refused.stderr
 
 
 def test_runs_of_machine_files_are_checked() -> None:

@@ -39,7 +39,10 @@ def calibrated(
         if place.software is not None:
             click.echo(f"note: {kept_words(place.software)}", err=True)
         return problem, None
-    samples = sample(read_measured(measured), place) if measured is not None else []
+    samples = []
+    if measured is not None:
+        note_misspelt(measured)
+        samples = sample(read_measured(measured), place, problem=problem)
     for path, seconds in steps:
         if not (math.isfinite(seconds) and seconds > 0):
             raise UserError(f"--measured-step {path} {seconds:g}: give the seconds of one step, a number above 0")
@@ -84,10 +87,21 @@ def calibrate_table(measured: Path, machine: Machine | None, known: set[str]) ->
     from shardwise.planner.learned import learned_record
     from shardwise.planner.measured import read_measured
 
+    note_misspelt(measured)
     samples = sample(read_measured(measured), machine)
     check_hardware(samples, known, "and the table")
     software = calibrate(samples, str(measured))
     return software, learned_record(software, samples)
+
+
+def note_misspelt(path: Path) -> None:
+    """One line about columns that mean nothing and look like some that do."""
+    from shardwise.planner.runs import misspelt_columns, read_table
+
+    header, _ = read_table(path)
+    doubtful = ", ".join(f"{column!r} looks like {name!r}" for column, name in misspelt_columns(header).items())
+    if doubtful:
+        click.echo(f"note: unknown columns of {path} are ignored, but {doubtful}: rename them if they are", err=True)
 
 
 def say(record: dict[str, Any], err: bool) -> None:

@@ -45,18 +45,19 @@ def predict(
     Measured columns of the table are not read, only those of --measured. Blank cells are unknown and filled in by the rules
     in docs/predict.md.
     """
-    from shardwise.cli.calibrated import calibrate_table, say
+    from shardwise.cli.calibrated import calibrate_table, note_misspelt, say
+    from shardwise.planner.learned import kept_words
     from shardwise.planner.predict import predict_runs, write_csv
     from shardwise.planner.repair import hardware_of
-    from shardwise.planner.runs import misspelt_columns, read_table, rows_of
+    from shardwise.planner.runs import read_runs
     from shardwise.spec.machine import Machine
 
     machine = Machine.read(machine_file) if machine_file else None
-    cells = read_table(table)
-    rows = rows_of(cells, str(table), strict=strict)
-    doubtful = ", ".join(f"{column!r} looks like {name!r}" for column, name in misspelt_columns(cells[0]).items())
-    if doubtful:
-        click.echo(f"note: unknown columns are ignored, but {doubtful}: rename them if they are", err=True)
+    note_misspelt(table)
+    rows = read_runs(table, strict=strict)
+    if machine is not None and machine.software is not None:
+        told = kept_words(machine.software)
+        click.echo(f"note: {told if measured is None else 'these runs replace what ' + told}", err=True)
     software, calibration = None, None
     if measured is not None:
         software, calibration = calibrate_table(measured, machine, {hardware_of(row) for row in rows})

@@ -10,12 +10,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from shardwise.errors import UserError
+from shardwise.errors import PlanError, UserError
 from shardwise.planner.case import Case
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.measured import MeasuredRow
-from shardwise.planner.predict import printed_bytes, resolve
+from shardwise.planner.predict import MODEL_KEYS, printed_bytes, resolve
 from shardwise.planner.repair import repair
+from shardwise.planner.search import Problem
 from shardwise.planner.software import COMMON, NOISE, known_run, solve
 from shardwise.planner.step import Estimate, estimate, room_bytes
 from shardwise.spec.machine import Machine
@@ -57,8 +58,16 @@ class Sample:
     assumed: tuple[str, ...] = ()
 
 
-def sample(runs: Iterable[MeasuredRow], machine: Machine | None = None, constants: Constants = DEFAULT) -> list[Sample]:
+def sample(
+    runs: Iterable[MeasuredRow],
+    machine: Machine | None = None,
+    constants: Constants = DEFAULT,
+    problem: Problem | None = None,
+) -> list[Sample]:
     """The cases of measured runs, resolved as `predict` does; runs that state no hardware are of `machine`.
+
+    Runs that state neither layers nor hidden width are of the model of `problem`, and what they leave open beside the layout is
+    as it says there.
 
     Raises:
         UserError: a run cannot be predicted; the message names it.
@@ -66,7 +75,13 @@ def sample(runs: Iterable[MeasuredRow], machine: Machine | None = None, constant
     found = []
     plain = None if machine is None else replace(machine, software=None)
     for run in runs:
-        row = run.row if machine is None or "hardware" in run.row else {**run.row, "hardware": machine.accelerator.name}
+        row = dict(run.row)
+        if "gpus" not in row and "data" not in row:
+            raise PlanError(f"measured run {row['run_id']}: gpus is unknown: state on how many it ran")
+        if machine is not None:
+            row.setdefault("hardware", machine.accelerator.name)
+        if problem is not None and "layers" not in row and "hidden" not in row:
+            row = {**_described(problem), **row}
         fixed, assumed = repair(row)
         try:
             case, priced = resolve(fixed, plain, constants)
@@ -74,6 +89,20 @@ def sample(runs: Iterable[MeasuredRow], machine: Machine | None = None, constant
             raise type(error)(f"measured run {run.row['run_id']}: {error}") from error
         found.append(Sample(run, case, priced, assumed))
     return found
+
+
+def _described(problem: Problem) -> dict[str, str | int | float]:
+    """What is planned for, in the columns of a table."""
+    values = {key: value for key, value in vars(problem.model).items() if key in MODEL_KEYS}
+    found: dict[str, str | int | float] = {key: int(value) for key, value in values.items() if value is not None}
+    return {
+        **found,
+        "seq_len": problem.seq_len,
+        "global_batch": problem.global_batch,
+        "precision": problem.precision,
+        "attention": problem.attention,
+        "compile": int(problem.compile),
+    }
 
 
 def sample_of(case: Case, name: str, step_seconds: float, constants: Constants = DEFAULT) -> Sample:

@@ -56,9 +56,8 @@ def _factors(software: Software, memory: bool) -> str:
             parts.append(f"{_times(software.network, 'as long')} to communicate")
         own = [math.exp(OWN**2 * _own(software, index)) for index in range(len(software.runs))]
         if own and max(abs(math.log(value)) for value in own) > SAME:
-            parts.append(
-                f"beyond that {min(own):.2f} to {max(own):.2f} times as long in runs like the single measured ones"
-            )
+            span = f"{min(own):.2f}" if max(own) < 1.005 * min(own) else f"{min(own):.2f} to {max(own):.2f}"
+            parts.append(f"in runs like {'it' if len(own) == 1 else 'these'} {span} times as long again")
     words = f"takes {', '.join(parts)}" if parts else ""
     if memory:
         words += f"{', and ' if words else ''}needs {_times(software.memory, 'the memory')}"
