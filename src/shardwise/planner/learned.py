@@ -13,6 +13,9 @@ from shardwise.spec.software import Software
 ODD = 4.0
 """Noise over the usual one from which a run is told to be hardly believed: three standard deviations from the others."""
 
+SHOWN = 5
+"""Such runs that are named."""
+
 SAME = 0.02
 """A factor closer to 1 is told as none."""
 
@@ -31,13 +34,15 @@ def learned(software: Software, samples: Sequence[Sample]) -> tuple[str, ...]:
             "it was {:.2f} to {:.2f} times without measured runs".format(*step_range(case))
         )
     others = "the other runs say" if len(timed) > 1 else "published runs take"
-    for item, run in zip(timed, software.runs, strict=True):
-        if run.noise > ODD * NOISE**2:
-            times = (item.run.step_seconds or 0.0) / item.estimate.step_seconds
-            told.append(
-                f"{item.run.row['run_id']} took {times:.2f} times its prediction, far from what {others}, and counts less: "
-                "check its row"
-            )
+    odd = [item for item, run in zip(timed, software.runs, strict=True) if run.noise > ODD * NOISE**2]
+    for item in odd[:SHOWN]:
+        times = (item.run.step_seconds or 0.0) / item.estimate.step_seconds
+        told.append(
+            f"{item.run.row['run_id']} took {times:.2f} times its prediction, far from what {others}, and counts less: "
+            "check its row"
+        )
+    if len(odd) > SHOWN:
+        told.append(f"and so did {len(odd) - SHOWN} more")
     return tuple(told)
 
 
