@@ -13,11 +13,14 @@ import pytest
 from click.testing import CliRunner
 
 from shardwise.cli.plan import plan as plan_command
+from shardwise.cli.plan import without_software
 from shardwise.cli.predict import predict as predict_command
 from shardwise.errors import DataError, PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.calibrate import Sample, calibrate, check_hardware, sample, sample_of
+from shardwise.planner.collectives import Group, all_gather, all_reduce, all_to_all, network, reduce_scatter, send
 from shardwise.planner.confidence import PUBLISHED, step_range
+from shardwise.planner.constants import DEFAULT
 from shardwise.planner.learned import learned
 from shardwise.planner.measured import MOST, MeasuredRow, read_measured
 from shardwise.planner.predict import resolve
@@ -91,6 +94,19 @@ def test_factors_multiply_what_they_name() -> None:
     big = told(memory=1.5)
     assert big.memory.total == pytest.approx(1.5 * plain.memory.total) and big.step_seconds == plain.step_seconds
     assert plain.fits and not told(memory=12.0).fits
+
+
+def test_every_message_takes_as_much_longer_as_the_network_is_slower() -> None:
+    cluster = Machine.read(BENCHMARKS / "machines" / "huggingface-h100.toml")
+    for machine in (cluster, catalogue.machine("h100-80gb-sxm")):
+        plain = network(machine, DEFAULT)
+        slow = plain.slowed(1.7)
+        for size in (0.0, 1e3, 1e6, 1e10):
+            for ranks in (Group(8, 8), Group(16, 8), Group(4, 1)):
+                for collective in (all_reduce, all_gather, reduce_scatter, all_to_all):
+                    assert collective(size, ranks, slow) == pytest.approx(1.7 * collective(size, ranks, plain))
+            for across in (False, True):
+                assert send(size, across, slow) == pytest.approx(1.7 * send(size, across, plain))
 
 
 def test_one_run_moves_the_common_factor_part_of_the_way_and_a_run_like_it_further() -> None:
@@ -244,6 +260,22 @@ def test_runs_of_other_parts_are_refused() -> None:
     blank = {name: value for name, value in row(0).items() if name != "hardware"}
     place = catalogue.machine("h100-80gb-sxm")
     check_hardware(sample([MeasuredRow(blank, 2.0, None)], place), {"h100-80gb-sxm"}, "and the table")
+
+
+def test_a_job_is_planned_without_what_runs_of_transformers_say(capsys: pytest.CaptureFixture[str]) -> None:
+    place = catalogue.machine("h100-80gb-sxm")
+    assert without_software(replace(place, software=Software(compute=2.0, source="my runs"))) == place
+    assert "what my runs says about software is for --model, and left out" in capsys.readouterr().err
+    assert without_software(place) == place and not capsys.readouterr().err
+
+
+def test_the_search_counts_the_memory_that_was_measured() -> None:
+    asked = problem()
+    need = max(item.estimate.memory.total for item in search(asked).plans)
+    room = 0.9 * asked.machine.accelerator.memory_bytes.value
+    tight = search(replace(asked, machine=replace(asked.machine, software=Software(memory=min(16.0, 2 * room / need)))))
+    assert all(item.estimate.memory.total <= room * 1.12 for item in tight.plans)
+    assert len(tight.plans) < len(search(asked).plans) or tight.too_large
 
 
 def test_software_is_kept_in_machine_files(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def _for_job(
         raise UserError(f"--precision {changes['precision']}: a job trains in fp32 or bf16")
     place = None
     if machine is not None:
-        place = _without_software(_machine(machine, gpus_per_node, network, None))
+        place = without_software(_machine(machine, gpus_per_node, network, None))
     elif gpus_per_node is not None or network is not None or nodes > 1:
         raise UserError("--nodes, --gpus-per-node and --network describe a cluster: also give its --machine")
     return plan_job(
@@ -303,7 +303,7 @@ def _machine(name: str, gpus_per_node: int | None, network: float | None, memory
     return replace(place, accelerator=replace(place.accelerator, memory_bytes=size))
 
 
-def _without_software(place: Machine) -> Machine:
+def without_software(place: Machine) -> Machine:
     """The machine of a JOB, whose operations are counted and priced one by one: runs of transformers say nothing of them."""
     from dataclasses import replace
 
