@@ -192,6 +192,8 @@ def test_memory_is_learned_from_peaks_and_from_runs_out_of_memory() -> None:
     software = calibrate(sample(peaks), "test")
     assert 1.2 < software.memory < 1.3 and software.compute == 1.0 and not software.runs
     assert calibrate(sample(peaks[:1]), "test").memory < software.memory
+    with pytest.raises(UserError, match=r"r0: memory_gib 100 is more than the 79.* GiB of one h100-80gb-sxm"):
+        calibrate(sample([MeasuredRow(row(0), None, 100 * 2**30)]), "test")
     full: Row = {**row(7), "micro_batch": 8, "recompute": "none"}
     _, tight = resolve(full)
     room = 80e9 / tight.memory.total

@@ -44,6 +44,9 @@ MEMORY = 0.25
 BOUND = 4.0
 """No factor is further from 1 than so many times."""
 
+LARGEST = 1.25
+"""Measured bytes over those of the device beyond which they are not of one device; GB for GiB and rounding are less."""
+
 ROUNDS = 8
 """Reweightings of the runs; their weights settle in fewer."""
 
@@ -134,6 +137,7 @@ def calibrate(samples: Sequence[Sample], source: str, constants: Constants = DEF
         UserError: the runs contradict what they are described as by more than any software explains.
     """
     timed = [item for item in samples if item.run.step_seconds is not None]
+    _check_memory(samples)
     compute, network, runs = 1.0, 1.0, tuple[KnownRun, ...]()
     if timed:
         _check(timed)
@@ -152,6 +156,16 @@ def _check(timed: Sequence[Sample]) -> None:
             raise UserError(
                 f"measured run {item.run.row['run_id']}: a step of {step:g} s where {predicted:.3g} s are predicted is no matter "
                 "of software: check its unit, the batch (global_batch counts sequences over all workers), seq_len and the model"
+            )
+
+
+def _check_memory(samples: Sequence[Sample]) -> None:
+    for item in samples:
+        size, device = item.run.memory_bytes or 0.0, item.case.machine.accelerator
+        if size > LARGEST * device.memory_bytes.value:
+            raise UserError(
+                f"measured run {item.run.row['run_id']}: memory_gib {size / 2**30:g} is more than the "
+                f"{device.memory_bytes.value / 2**30:.4g} GiB of one {device.name}: give the peak of one device, in GiB"
             )
 
 
