@@ -258,7 +258,8 @@ way from there to the usual software finds none of the 4 missing of 9 runs out o
 % false alarms.
 
 Left in memory: colossalai states 70B on 16 devices with ZeRO 2, whose parameters alone are 129 GiB a device, and the same 98 GiB
-for 7B and 70B, at micro-batches that it does not state; small_models trains in bf16 alone (8 bytes a parameter, not 20);
+for 7B and 70B, at micro-batches that it does not state; four rows of small_models train in bf16 alone, which their column says
+now (`pure-bf16`: 20.2 to 17.0 %);
 bloom_topologies and jean_zay_v100 print the driver's figure in whole GB, context and unused segments included.
 
 Found in the opened half of D and changed, each by a reason of its own that has nothing to do with these tables:

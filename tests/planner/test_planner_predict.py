@@ -253,6 +253,8 @@ def test_a_row_that_contradicts_itself_is_repaired_as_little_as_possible(
         ("attention", "FlashAttention-2", "flash"),
         ("attention", "torch core", "math"),
         ("precision", "bfloat16", "bf16"),
+        ("precision", "BF16 (no master weights)", "pure-bf16"),
+        ("precision", "bf16-mixed", "bf16"),
         ("precision", "fp8-hybrid", "fp8"),
         ("schedule", "1F1B-interleaving", "interleaved1f1b"),
         ("schedule", "ZB-V", "zbv"),

@@ -50,11 +50,31 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "fp8", "fp4"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "pure-bf16", "fp8", "fp4"]),
     help="--model: bf16 if left out, fp16 on parts without it.",
 )
 @click.option(
     "--attention", type=click.Choice(["flash", "math"]), help="Of --model; flash if left out, math on old parts."
+)
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RUNS.csv",
+    help="Of --model: runs that you measured on this machine; the plans are priced for their software.",
+)
+@click.option(
+    "--measured-step",
+    "measured_steps",
+    type=(click.Path(path_type=Path, dir_okay=False), float),
+    multiple=True,
+    metavar="PLAN.toml SECONDS",
+    help="The same of one plan (as -o writes it) of this --model and --batch; repeatable.",
+)
+@click.option(
+    "--save-machine",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Keep the machine with what was learned, for --machine (.toml).",
 )
 @click.option("--top", default=5, show_default=True, type=click.IntRange(min=1), metavar="N", help="Plans to show.")
 @click.option("--why-not", "why_not_text", metavar="LAYOUT", help="Explain one layout, such as tensor=4.")
@@ -71,6 +91,9 @@ def plan(
     precision: str | None,
     attention: str | None,
     out: Path | None,
+    measured: Path | None,
+    measured_steps: tuple[tuple[Path, float], ...],
+    save_machine: Path | None,
     **rest: Any,
 ) -> None:
     """Rank the plans for JOB by predicted step time, and say why; or those of a transformer that is described by --model.
@@ -82,7 +105,8 @@ def plan(
         given = "neither" if job is None else "both"
         raise UserError(f"plan was given {given} of JOB and --model: give one of them, as in: shardwise plan digits")
     if job is not None:
-        _refuse("JOB", attention=attention)
+        _refuse("JOB", attention=attention, measured=measured, measured_step=measured_steps or None)
+        _refuse("JOB", save_machine=save_machine)
         changes = {"batch_size": batch, "precision": precision}
         code = _for_job(
             job, settings, {k: v for k, v in changes.items() if v is not None}, machine, workers, threads, out, **rest
@@ -91,7 +115,8 @@ def plan(
         _refuse("--model", set=settings or None, workers=workers, threads=threads)
         if machine is None:
             raise UserError("--model needs --machine: a catalogue name, such as a100-80gb-sxm, or a machine file")
-        code = _for_model(str(model), machine, batch or 512, precision, attention, out, **rest)
+        runs = (measured, measured_steps, save_machine)
+        code = _for_model(str(model), machine, batch or 512, precision, attention, out, runs, **rest)
     if code:
         raise SystemExit(code)
 
@@ -100,7 +125,7 @@ def _refuse(kind: str, **given: Any) -> None:
     """Settings that would have no effect."""
     for name, value in given.items():
         if value is not None:
-            raise UserError(f"--{name} means nothing with {kind}: leave it out")
+            raise UserError(f"--{name.replace('_', '-')} means nothing with {kind}: leave it out")
 
 
 def _for_job(
@@ -127,7 +152,7 @@ def _for_job(
         raise UserError(f"--precision {changes['precision']}: a job trains in fp32 or bf16")
     place = None
     if machine is not None:
-        place = _machine(machine, gpus_per_node, network, None)
+        place = without_software(_machine(machine, gpus_per_node, network, None))
     elif gpus_per_node is not None or network is not None or nodes > 1:
         raise UserError("--nodes, --gpus-per-node and --network describe a cluster: also give its --machine")
     return plan_job(
@@ -153,6 +178,7 @@ def _for_model(
     precision: str | None,
     attention: str | None,
     out: Path | None,
+    runs: tuple[Path | None, tuple[tuple[Path, float], ...], Path | None],
     *,
     nodes: int,
     gpus_per_node: int | None,
@@ -162,6 +188,7 @@ def _for_model(
     why_not_text: str | None,
     as_json: bool,
 ) -> int:
+    from shardwise.cli.calibrated import calibrated, say
     from shardwise.cli.plan_job import FAMILIES, check_out
     from shardwise.planner.confidence import published_words
     from shardwise.planner.explain import enough_workers, losers, nothing_fits, what_helps, why_best, why_not
@@ -182,6 +209,7 @@ def _for_model(
         precision=precision or usual[1],
         attention=attention or usual[0],
     )
+    problem, calibration = calibrated(problem, *runs)
     wanted = Layout.parse(why_not_text) if why_not_text else None
     found = search(problem)
     reasons = losers(problem, found)
@@ -200,11 +228,15 @@ def _for_model(
             "why": told,
             "what_helps": list(helps),
         }
+        if calibration is not None:
+            document["calibration"] = calibration
         if asked is not None:
             document["why_not"] = {"layout": str(wanted), "reason": asked}
         click.echo(json.dumps(document))
     else:
         _print_table(problem, found, top)
+        if calibration is not None:
+            say(calibration, err=False)
         click.echo(told)
         if found.best is not None:
             click.echo(f"  how sure: {published_words(found.best.case)}; layouts of one model err alike.")
@@ -271,6 +303,15 @@ def _machine(name: str, gpus_per_node: int | None, network: float | None, memory
     return replace(place, accelerator=replace(place.accelerator, memory_bytes=size))
 
 
+def without_software(place: Machine) -> Machine:
+    """The machine of a JOB, whose operations are counted and priced one by one: runs of transformers say nothing of them."""
+    from dataclasses import replace
+
+    if place.software is not None:
+        click.echo(f"note: what {place.software.source} says about software is for --model, and left out", err=True)
+    return replace(place, software=None)
+
+
 def _check_accelerator(place: Machine, precision: str | None) -> None:
     """Whether the formulas of `--model` hold for a machine file.
 
@@ -283,7 +324,9 @@ def _check_accelerator(place: Machine, precision: str | None) -> None:
             "only: give a catalogue name or a file with an accelerator's figures, or plan a JOB on it"
         )
     peaks, fractions = place.accelerator.peak_flops, place.accelerator.matmul_fraction
-    needed = {"fp8": "bf16", "fp4": "bf16"}.get(precision or "", precision)  # narrow products fall back to bf16
+    needed = {"fp8": "bf16", "fp4": "bf16", "pure-bf16": "bf16"}.get(
+        precision or "", precision
+    )  # narrow products fall back to bf16
     if needed is not None and not (needed in peaks and needed in fractions):
         raise UserError(
             f"--precision {precision}: {place.accelerator.name} states no peak_flops and matmul_fraction for {needed}; it has "
@@ -303,7 +346,7 @@ def _usual_software(place: Machine, precision: str | None) -> tuple[str, str]:
     usual = usual_kernels(place.accelerator)
     if precision is None and usual[1] != "bf16":
         click.echo(f"note: {place.accelerator.name} has no bf16 units: planned in {usual[1]}", err=True)
-    elif precision == "bf16" != usual[1]:
+    elif precision in ("bf16", "pure-bf16") and usual[1] != "bf16":
         click.echo(
             f"note: {place.accelerator.name} has no bf16 units, bf16 runs at the speed of fp32: try fp16", err=True
         )
@@ -311,10 +354,9 @@ def _usual_software(place: Machine, precision: str | None) -> tuple[str, str]:
 
 
 def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
-    from shardwise.planner.confidence import PUBLISHED, published_kind
+    from shardwise.planner.confidence import range_source, step_range
 
     case, found = item.case, item.estimate
-    kind = published_kind(case)
     return {
         "layout": case.layout().degrees,
         "workers": case.workers,
@@ -328,8 +370,8 @@ def _record(item: Candidate, problem: Problem) -> dict[str, Any]:
             "precision": case.precision,
         },
         "step_seconds": found.step_seconds,
-        "step_seconds_range": [factor * found.step_seconds for factor in PUBLISHED[kind]],
-        "range_of": f"4 of 5 published runs, {kind}",
+        "step_seconds_range": [factor * found.step_seconds for factor in step_range(case)],
+        "range_of": range_source(case),
         "samples_per_second": problem.global_batch / found.step_seconds,
         "memory_bytes": round(found.memory.total),
         "fits": found.fits,

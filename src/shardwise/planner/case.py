@@ -11,11 +11,14 @@ from shardwise.spec.machine import Accelerator, Machine
 
 RECOMPUTES = ("none", "selective", "full")
 ATTENTIONS = ("flash", "math")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "fp4")
+PURE = "pure-bf16"
+"""Weights, gradients and optimizer states in bf16 alone: no fp32 copy of the weights."""
+
+PRECISIONS = ("fp32", "fp16", "bf16", PURE, "fp8", "fp4")
 NARROW = ("fp8", "fp4")
 """Precisions of the matrix products alone; everything else stays in bf16."""
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2, "fp4": 2}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, PURE: 2, "fp8": 2, "fp4": 2}
 """Bytes of one activation."""
 
 BLACKWELL = ("b100", "b200", "b300", "gb200", "gb300")
@@ -200,7 +203,7 @@ class Case:
         ranks turns the softmax into the gradient in place (nanotron: `TritonRMSNorm`, `sharded_cross_entropy`).
         Replicas alone may be anybody's, fully sharded training is PyTorch's.
         """
-        fused = self.attention == "flash" and self.precision in ("bf16", "fp16")
+        fused = self.attention == "flash" and self.precision in ("bf16", PURE, "fp16")
         return self.compile is False and fused and self.zero_stage < 3 and self.tensor * self.pipeline > 1
 
     @cached_property

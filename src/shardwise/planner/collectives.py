@@ -7,11 +7,11 @@ input (reduce-scatter) or of the vector (all-reduce); n is the number of ranks. 
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.planner.case import Case
 from shardwise.planner.constants import Constants
-from shardwise.spec.machine import Machine
+from shardwise.spec.machine import Figure, Link, Machine
 
 SMALL_MESSAGE_SHARE = 0.22
 """Bandwidth of the low-latency protocols over that of the bulk protocol: all-reduce on 2 to 8 A100, NetX-lab Echo logs (2025)."""
@@ -52,6 +52,38 @@ class Network:
     intra_bytes: float
     inter_bytes: float
     hop_seconds: float
+    setup_seconds: float = BULK_SETUP_SECONDS
+
+    def slowed(self, factor: float) -> "Network":
+        """The same where every message takes `factor` times as long, whatever its size."""
+        machine = self.machine
+        slower = replace(
+            machine,
+            intra=_slowed(machine.intra, factor),
+            inter=_slowed(machine.inter, factor),
+            rates=tuple(
+                replace(rate, bus_bytes_per_second=_times(rate.bus_bytes_per_second, 1.0 / factor))
+                for rate in machine.rates
+            ),
+        )
+        return Network(
+            slower,
+            self.intra_bytes / factor,
+            self.inter_bytes / factor,
+            self.hop_seconds * factor,
+            self.setup_seconds * factor,
+        )
+
+
+def _slowed(link: Link, factor: float) -> Link:
+    return Link(
+        bytes_per_second=_times(link.bytes_per_second, 1.0 / factor),
+        latency_seconds=_times(link.latency_seconds, factor),
+    )
+
+
+def _times(figure: Figure, factor: float) -> Figure:
+    return replace(figure, value=figure.value * factor)
 
 
 def network(machine: Machine, constants: Constants) -> Network:
@@ -141,7 +173,7 @@ def all_reduce(size_bytes: float, ranks: Group, net: Network) -> float:
     measured = measured_seconds(size_bytes, start, factor, ranks, net, "all_reduce")
     if measured is not None:
         return measured
-    bulk = BULK_SETUP_SECONDS * (1.0 + 0.5 * levels) + moved / bandwidth
+    bulk = net.setup_seconds * (1.0 + 0.5 * levels) + moved / bandwidth
     return start + min(moved / (bandwidth * SMALL_MESSAGE_SHARE), bulk)
 
 
@@ -172,10 +204,10 @@ def all_to_all(size_bytes: float, ranks: Group, net: Network, across_bytes: floa
     links = net.intra_bytes * link_share(net.machine, ranks.per_node)
     inside = (ranks.per_node - 1) / ranks.size * size_bytes / links
     if ranks.nodes <= 1:
-        return BULK_SETUP_SECONDS + inside
+        return net.setup_seconds + inside
     across = size_bytes if across_bytes is None else across_bytes
     outside = (ranks.size - ranks.per_node) / ranks.size * across / net.inter_bytes
-    return BULK_SETUP_SECONDS + net.machine.inter.latency_seconds.value + max(inside, outside)
+    return net.setup_seconds + net.machine.inter.latency_seconds.value + max(inside, outside)
 
 
 def send(size_bytes: float, across_nodes: bool, net: Network) -> float:

@@ -1,6 +1,6 @@
 """Seconds that the ranks of each axis talk for one layer and pass, before any of it hides behind compute."""
 
-from shardwise.planner.case import Case
+from shardwise.planner.case import PURE, Case
 from shardwise.planner.collectives import Network, all_gather, all_reduce, all_to_all, group, reduce_scatter
 
 GATHERS_PER_LAYER = 12
@@ -70,8 +70,8 @@ def gradient_bytes(case: Case) -> float:
     fp16 software reduces in fp16. Fully sharded training reduces in the precision of its products unless told otherwise
     (PyTorch, `fully_shard`, MixedPrecisionPolicy: without `reduce_dtype` that of the parameters), and so does stage 2, whose
     gradients are reduced as they leave the backward pass (DeepSpeed, `communication_data_type`, default); replicas of bf16
-    software sum in fp32.
+    software sum in fp32, but where there is nothing in fp32.
     """
     sharded = case.zero_stage == 3 or (case.zero_stage == 2 and case.pipeline == 1)
-    half = case.precision == "fp16" or (sharded and case.precision != "fp32")
+    half = case.precision in ("fp16", PURE) or (sharded and case.precision != "fp32")
     return 2.0 if half else 4.0

@@ -103,31 +103,42 @@ class _Run:
     def go_on(self, micro_batches: int, limit: int | None = None) -> None:
         """Run every rank until it is done, or would begin the forward pass at position `limit`."""
         ranks = self.ranks
+        whole, rest = divmod(micro_batches, ranks)
+        period = ranks * self.chunks
+        full = whole * period  # positions of whole groups; of the last, smaller one every chunk has gaps
+        total = micro_batches if self.chunks == 1 else full + (period if rest else 0)
+        stop = total if limit is None else min(limit, total)
         queue, queued = deque(range(ranks)), [True] * ranks
         while queue:
             rank = queue.popleft()
             queued[rank] = False
-            if self._advance(rank, micro_batches, limit):
-                for other in ((rank + 1) % ranks, rank - 1 if rank else ranks - 1):
-                    if not queued[other]:
-                        queued[other] = True
-                        queue.append(other)
+            if self._advance(rank, total, stop, full, rest):
+                other = rank + 1 if rank < ranks - 1 else 0
+                if not queued[other]:
+                    queued[other] = True
+                    queue.append(other)
+                other = rank - 1 if rank else ranks - 1
+                if not queued[other]:
+                    queued[other] = True
+                    queue.append(other)
 
-    def _advance(self, rank: int, micro_batches: int, limit: int | None) -> bool:
-        """Run what `rank` can before it has to wait for another one; whether there was anything."""
+    def _advance(self, rank: int, total: int, stop: int, full: int, rest: int) -> bool:
+        """Run what `rank` can before it has to wait for another one; whether there was anything.
+
+        Args:
+            total: positions in all; the forward pass at `stop` is not begun.
+            full: positions of whole groups; of each `ranks` positions after them the first `rest` have a micro-batch.
+        """
         ranks, free, warm, weight = self.ranks, self.free, self.warm[rank], self.weights[rank]
         ahead, back, onward, homeward = self.ahead[rank], self.back[rank], self.onward[rank], self.homeward[rank]
-        before, behind, period = self.ahead[rank - 1], self.back[(rank + 1) % ranks], len(onward)
-        came, returned = len(before), len(behind)
+        before, behind = self.ahead[rank - 1], self.back[rank + 1 if rank < ranks - 1 else 0]
+        came, returned, period = len(before), len(behind), len(onward)
         link_behind = rank + ranks if ranks > 2 else rank
-        whole, rest = divmod(micro_batches, ranks)
-        full = whole * period  # positions of whole groups; of the last, smaller one every chunk has gaps
-        total = micro_batches if self.chunks == 1 else full + (period if rest else 0)
         now, pending, ran, undone = self.clock[rank], self.pending[rank], len(ahead), len(back)
         began = ran + undone
         while True:
             if ran < total and ran - undone < warm:
-                if ran == limit:
+                if ran == stop:
                     break
                 if ran >= full and ran % ranks >= rest:
                     ahead.append(now)

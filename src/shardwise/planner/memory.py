@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.planner.activations import kept_bytes, on_tpu, spare_activations, spare_of_experts
-from shardwise.planner.case import Case
+from shardwise.planner.case import PURE, Case
 from shardwise.planner.queued import queued_bytes, standing_bytes
 from shardwise.spec.plan import V_SHAPED
 from shardwise.spec.schedule import rank_of
@@ -41,6 +41,10 @@ The gradient in fp32, the square root of the second moment, and the quotient: 4 
 beside a gradient summed in fp32 updates in one fused kernel, without temporaries (Megatron-LM: apex FusedAdam; nanotron:
 fused AdamW in its default configuration).
 """
+
+PURE_UPDATE_BYTES = 4.0
+"""The same where all is in bf16: the square root of the second moment and the quotient, 2 each; the gradient is taken as it is
+(PyTorch, `torch/optim/adam.py`, `_multi_tensor_adam`: its tensors have the type of the parameters)."""
 
 HALF_GRADIENT_BYTES = 2.0
 """Bytes per value of the gradient in the working precision, which stays beside its sum in fp32 where gradients are whole."""
@@ -174,13 +178,15 @@ def state_bytes(case: Case, dense: float, experts: float) -> tuple[float, float,
     """(parameters, gradients, optimizer) bytes of one rank for these parameters (ZeRO, arXiv:1910.02054, section 5).
 
     Mixed precision: working copy 2, gradient (`gradient_bytes`), master and two Adam moments 12 bytes a parameter. With
-    everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8. In a pipeline the gradients of
-    stage 2 are summed over the micro-batches before they are reduced, so they stay whole (`whole_gradients`).
+    everything sharded (stage 3) the master is the parameter: 4 + 4 + 8. fp32: 4 + 4 + 8. Pure bf16: 2 + 2 + 4. In a pipeline
+    the gradients of stage 2 are summed over the micro-batches before they are reduced, so they stay whole (`whole_gradients`).
     """
     shards = case.data * case.context
     expert_shards = max(1, shards // case.expert)
     if case.precision == "fp32":
         sizes = (4.0, 4.0, 8.0)
+    elif case.precision == PURE:
+        sizes = (2.0, gradient_bytes(case), optimizer_bytes(case))
     else:
         sizes = (4.0, 4.0, 8.0) if case.zero_stage == 3 else (2.0, gradient_bytes(case), 12.0)
     from_stage = (3, 2, 1)
@@ -203,7 +209,7 @@ def gradient_bytes(case: Case) -> float:
     Both optimizers of that kind make fp32 copies of the shard's gradients in the step (DeepSpeed, `stage_1_and_2.py`;
     Megatron-LM, docs of the distributed optimizer: 4 + 16 / d bytes a parameter with fp16 gradients, 6 + 12 / d in bf16).
     """
-    return 2.0 if flat_shards(case) else 4.0
+    return 2.0 if flat_shards(case) or case.precision == PURE else 4.0
 
 
 def flat_shards(case: Case) -> bool:
@@ -219,6 +225,8 @@ def flat_shards(case: Case) -> bool:
 
 def optimizer_bytes(case: Case) -> float:
     """Bytes of optimizer states per value: two moments, and the master weight where the working copy is shorter."""
+    if case.precision == PURE:
+        return 4.0
     return 8.0 if case.precision == "fp32" or case.zero_stage == 3 else 12.0
 
 
@@ -241,7 +249,7 @@ def gathered_bytes(case: Case) -> float:
         dense, experts = 0.0, matrices * case.model.hidden * case.model.ffn_hidden / case.tensor
     block = max(dense + experts, case.model.embedding_parameters / case.tensor)
     size = 4.0 if case.precision == "fp32" else 2.0
-    return block * (2.0 * size + 4.0)
+    return block * (2.0 * size + (2.0 if case.precision == PURE else 4.0))
 
 
 def _update_bytes(case: Case) -> float:
@@ -250,6 +258,8 @@ def _update_bytes(case: Case) -> float:
         return FLAT_STEP_BYTES
     if case.deepspeed:
         return 0.0
+    if case.precision == PURE:
+        return PURE_UPDATE_BYTES
     return UPDATE_BYTES if not case.classic and (case.zero_stage > 0 or case.precision == "fp32") else 0.0
 
 
@@ -339,7 +349,13 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         most = max(most, share.layers)
         parameters, gradients, optimizer = state_bytes(case, share.dense, share.experts)
         copies = 0.0
-        if not case.classic and not case.engine and not known and case.zero_stage < 3 and case.precision != "fp32":
+        if (
+            not case.classic
+            and not case.engine
+            and not known
+            and case.zero_stage < 3
+            and case.precision not in ("fp32", PURE)
+        ):
             values = share.dense + share.experts  # gradients that are sharded are reduced and freed bucket by bucket
             copies = HALF_GRADIENT_BYTES * (values if whole_gradients(case) else min(values, BUCKET_VALUES))
         layers = share.layers / case.virtual_stages
@@ -350,7 +366,7 @@ def rank_memory(case: Case, in_flight: Sequence[int], shares: Sequence[RankShare
         update = max(0.0, temporary - _reusable(case, activations, head))
         slack = _slack(case) * (activations + head + gathered + update) + WORKSPACE_BYTES
         spare = in_flight[rank] * layers * leaves + (0.0 if known else copies + update)
-        if not known and case.precision != "fp32" and (case.zero_stage in (1, 2) or on_tpu(case)):
+        if not known and case.precision not in ("fp32", PURE) and (case.zero_stage in (1, 2) or on_tpu(case)):
             spare += 0.5 * gradients
         rare = _shards_anyway(case) * optimizer + in_flight[rank] * layers * spare_of_experts(case)
         moved = _off_chip(case, head, in_flight[rank] * layers * kept, optimizer)

@@ -11,7 +11,7 @@ from typing import Any
 from shardwise.errors import PlanError, UserError
 from shardwise.planner import catalogue
 from shardwise.planner.case import Case, usual_kernels
-from shardwise.planner.confidence import PUBLISHED, published_kind
+from shardwise.planner.confidence import step_range
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.planner.memory import MemoryParts
 from shardwise.planner.repair import repair
@@ -20,6 +20,7 @@ from shardwise.planner.step import Estimate, Memo, estimate, room_bytes
 from shardwise.spec.facts import Transformer
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import V_SHAPED
+from shardwise.spec.software import Software
 
 GIB = 2**30
 MODEL_KEYS = (
@@ -61,9 +62,7 @@ class RunPrediction:
         return {
             "run_id": self.run_id,
             "step_seconds": self.estimate.step_seconds,
-            "step_seconds_range": [
-                factor * self.estimate.step_seconds for factor in PUBLISHED[published_kind(self.case)]
-            ],
+            "step_seconds_range": [factor * self.estimate.step_seconds for factor in step_range(self.case)],
             "memory_gib": printed_bytes(self.case, self.estimate.memory) / GIB,
             "fullest_gib": self.estimate.memory.held / GIB,
             "fits": self.estimate.fits,
@@ -77,18 +76,22 @@ class RunPrediction:
 
 
 def predict_runs(
-    rows: Iterable[Row], machine: Machine | None = None, constants: Constants = DEFAULT
+    rows: Iterable[Row],
+    machine: Machine | None = None,
+    constants: Constants = DEFAULT,
+    software: Software | None = None,
 ) -> Iterator[RunPrediction]:
     """Predict every row, in order; what contradicts itself is repaired first, and the answer says how.
 
     Args:
         machine: measured links that replace the nominal ones for rows with the same hardware and no stated network.
+        software: what measured runs say about the software of all rows; None is what `machine` says about rows with its hardware.
     """
     for row in rows:
         run_id = str(row["run_id"])
         fixed, assumed = repair(row)
         try:
-            case, found = resolve(fixed, machine, constants)
+            case, found = resolve(fixed, machine, constants, software)
             yield RunPrediction(run_id, case, found, assumed=assumed)
         except UserError as error:
             yield RunPrediction(run_id, None, None, str(error), assumed)
@@ -127,7 +130,9 @@ def write_csv(predictions: Iterable[RunPrediction]) -> str:
     return handle.getvalue()
 
 
-def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEFAULT) -> tuple[Case, Estimate]:
+def resolve(
+    row: Row, machine: Machine | None = None, constants: Constants = DEFAULT, software: Software | None = None
+) -> tuple[Case, Estimate]:
     """The case a row describes and its estimate, with what the row leaves open chosen.
 
     Degrees: a blank degree is 1, except one that follows from the others and `gpus`. Micro-batch, virtual stages of an
@@ -139,6 +144,8 @@ def resolve(row: Row, machine: Machine | None = None, constants: Constants = DEF
         UserError: the row lacks what a prediction needs, or contradicts itself.
     """
     base = base_case(row, machine)
+    if software is not None:
+        base = replace(base, machine=replace(base.machine, software=software))
     choices = list(candidates(row, base))
     case, memo = choices[0], Memo()
     if len(choices) > 1:
@@ -274,6 +281,9 @@ def _machine(row: Row, measured: Machine | None) -> Machine:
     known = catalogue.canonical_name(str(row["hardware"]))
     if known is not None and known.startswith("tpu"):
         per_node = None  # hosts share the links of the whole slice
-    if measured is not None and known == catalogue.canonical_name(measured.accelerator.name) and network is None:
+    if measured is None or known != catalogue.canonical_name(measured.accelerator.name):
+        return catalogue.machine(str(row["hardware"]), gpus_per_node=per_node, gbits_per_gpu=network)
+    if network is None:
         return replace(measured, gpus_per_node=per_node or measured.gpus_per_node)
-    return catalogue.machine(str(row["hardware"]), gpus_per_node=per_node, gbits_per_gpu=network)
+    stated = catalogue.machine(str(row["hardware"]), gpus_per_node=per_node, gbits_per_gpu=network)
+    return replace(stated, software=measured.software)

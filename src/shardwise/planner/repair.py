@@ -33,6 +33,11 @@ def repair(row: Row) -> tuple[Row, tuple[str, ...]]:
 Fixed = dict[str, str | int | float]
 
 
+def hardware_of(row: Row) -> str:
+    """The catalogue's name of the part that a row is taken as."""
+    return catalogue.canonical_name(str(row.get("hardware", ""))) or USUAL_HARDWARE
+
+
 def _hardware(row: Fixed, told: list[str]) -> None:
     name = str(row.get("hardware", ""))
     if catalogue.canonical_name(name) is None:

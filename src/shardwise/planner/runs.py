@@ -5,6 +5,7 @@ row is looked at, so that a prediction cannot depend on them.
 """
 
 import csv
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -41,7 +42,16 @@ INPUTS = ("run_id", *WORDS, *REAL, *WHOLE, *FLAGS)
 """Columns a prediction may use."""
 
 MEASURED = ("status", "step_seconds", "tokens_per_s_per_gpu", "memory_gib", "tflops_per_gpu", "note")
-"""Columns that hold or tell outcomes; never read. `source` and `group` only label rows and are not read either."""
+"""Columns that hold or tell outcomes; no prediction reads them (`planner/measured.py` does, of runs given for that)."""
+
+LABELS = ("source", "group")
+"""Columns that label rows; not read either."""
+
+FILLERS = ("num", "n", "size", "dim", "parallel", "degree", "count")
+"""Words that others put before or behind the names of columns."""
+
+ALIKE = 0.8
+"""Share of letters in common (difflib) from which a column that means nothing is taken for a misspelt one."""
 
 REQUIRED = ("run_id", "hardware", "layers", "hidden", "seq_len")
 CHOICES = {
@@ -52,6 +62,9 @@ CHOICES = {
         "tf32": "fp32",
         "fp16": "fp16",
         "bf16": "bf16",
+        "pure-bf16": "pure-bf16",
+        "pure_bf16": "pure-bf16",
+        "bf16-true": "pure-bf16",
         "fp8": "fp8",
         "mxfp8": "fp8",
         "fp4": "fp4",
@@ -83,6 +96,7 @@ SYNONYMS = {
     "precision": {
         "fp4": r"fp4|e2m1|4[ -]?bit",
         "fp8": r"fp8|float8|mx|e4m3|int8|8[ -]?bit",
+        "pure-bf16": r"(pure|only|alone|true|all).*(bf16|bfloat)|(bf16|bfloat).*(pure|only|alone|true|no master)",
         "bf16": r"bf16|bfloat",
         "fp16": r"fp16|float16|half|mixed|amp|16",
         "fp32": r"fp32|float32|tf32|single|32",
@@ -124,11 +138,24 @@ def read_runs(path: Path, *, strict: bool = True) -> list[Row]:
         DataError: the file is missing or not a table, a required column is absent, a run_id is repeated, or (strict) a
             cell is not of its kind or a run_id is blank; the message names the file, the line and the column.
     """
+    return rows_of(read_table(path), str(path), strict=strict)
+
+
+Table = tuple[list[str], list[tuple[int, list[str]]]]
+"""Names of the columns, and for every row its line and its cells."""
+
+
+def read_table(path: Path) -> Table:
+    """The cells of a table as text.
+
+    Raises:
+        DataError: the file is missing or not a table, or a column is there twice.
+    """
     try:
         with path.open("rb") as raw:
             encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with path.open(newline="", encoding=encoding) as handle:
-            return parse_runs(handle, str(path), strict=strict)
+            return parse_table(handle, str(path))
     except OSError as error:
         raise DataError(f"table {path}: {error.strerror}; give a CSV file in the canonical columns") from error
     except UnicodeError as error:
@@ -137,6 +164,11 @@ def read_runs(path: Path, *, strict: bool = True) -> list[Row]:
 
 def parse_runs(lines: Iterable[str], name: str, *, strict: bool = True) -> list[Row]:
     """As `read_runs`, from lines of text; `name` is used in messages."""
+    return rows_of(parse_table(lines, name), name, strict=strict)
+
+
+def parse_table(lines: Iterable[str], name: str) -> Table:
+    """As `read_table`, from lines of text."""
     numbered = [(number, line) for number, line in enumerate(lines, 1) if not line.startswith("#") and line.strip()]
     delimiter = _delimiter(numbered[0][1]) if numbered else ","
     reader = csv.reader((line for _, line in numbered), delimiter=delimiter)
@@ -150,19 +182,24 @@ def parse_runs(lines: Iterable[str], name: str, *, strict: bool = True) -> list[
     if delimiter == ";":  # spreadsheets write it where the comma is the decimal point
         keep = header.index("run_id") if "run_id" in header else -1
         table = [[cell if at == keep else _decimal_point(cell) for at, cell in enumerate(cells)] for cells in table]
+    doubled = [column for column in set(header) if header.count(column) > 1]
+    if doubled:
+        raise DataError(f"table {name}: column {doubled[0]!r} is there twice")
+    places = [number for number, _ in numbered] if len(numbered) == len(table) else list(range(1, len(table) + 1))
+    cells = [(number, row) for number, row in zip(places, table, strict=True) if any(cell.strip() for cell in row)]
+    return header, cells[1:]  # without lines of separators, as spreadsheets leave them under a table
+
+
+def rows_of(table: Table, name: str, *, strict: bool = True) -> list[Row]:
+    """The describing columns of the rows of a table; see `read_runs`."""
+    header, lines = table
     required = REQUIRED if strict else REQUIRED[:1]
     missing = [column for column in required if column not in header]
     if missing:
         raise DataError(f"table {name}: column {missing[0]!r} is missing; required are {', '.join(required)}")
-    doubled = [column for column in set(header) if header.count(column) > 1]
-    if doubled:
-        raise DataError(f"table {name}: column {doubled[0]!r} is there twice")
     rows: list[Row] = []
     seen: set[str] = set()
-    places = [number for number, _ in numbered] if len(numbered) == len(table) else list(range(1, len(table) + 1))
-    for number, cells in zip(places[1:], table[1:], strict=True):
-        if not any(cell.strip() for cell in cells):
-            continue  # a line of separators, as spreadsheets leave them under a table
+    for number, cells in lines:
         row = _row(header, cells, f"table {name}, line {number}", number, strict)
         run = str(row["run_id"])
         if run in seen:
@@ -171,6 +208,21 @@ def parse_runs(lines: Iterable[str], name: str, *, strict: bool = True) -> list[
         seen.add(run)
         rows.append(row)
     return rows
+
+
+def misspelt_columns(header: Iterable[str]) -> dict[str, str]:
+    """Column that means nothing -> the canonical one that it looks like, where the table has no column of that name."""
+    names = list(header)
+    known = (*INPUTS, *MEASURED, *LABELS)
+    plain = {name.replace("_", ""): name for name in known if name not in names}
+    found: dict[str, str] = {}
+    for column in names:
+        if column and column not in known:
+            bare = "".join(word for word in re.split(r"[\W_]+", column) if word not in FILLERS)
+            near = difflib.get_close_matches(bare, plain, 1, ALIKE)
+            if near:
+                found[column] = plain[near[0]]
+    return found
 
 
 def _delimiter(header: str) -> str:

@@ -6,7 +6,9 @@ Legend: F forward, B backward (with `zerobubble` and the V schedules only the gr
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import inf
+from operator import sub
 
 from shardwise.planner.closedform import WEIGHT_SHARE, Timeline, Wire, closed_form, flight
 from shardwise.planner.inorder import spans
@@ -99,14 +101,21 @@ def _runs(
 
 
 def _in_flight(schedule: str, micro_batches: int, chunks: int, ranks: int) -> tuple[int, ...]:
-    """Chunks in flight on every rank; where a last group has gaps that the first backward passes meet, counted in the table."""
+    """Chunks in flight on every rank; where a last group has gaps that the first backward passes meet, counted by position.
+
+    After its first `warm` positions a rank takes the backward pass at one position and the forward pass `warm` further in turn;
+    what is at a gap is passed over, forward and backward at the same positions.
+    """
     if schedule != "interleaved1f1b":
         return flight(schedule, micro_batches, chunks, ranks)
-    if micro_batches % ranks and micro_batches < 2 * ranks:
-        return tuple(_peak(row) for row in computations(schedule, ranks, ranks * chunks, micro_batches))
-    return tuple(
-        min(micro_batches * chunks, warm_up(schedule, rank, ranks, chunks, micro_batches)) for rank in range(ranks)
-    )
+    warm = [warm_up(schedule, rank, ranks, chunks, micro_batches) for rank in range(ranks)]
+    whole, rest = divmod(micro_batches, ranks)
+    if not rest or whole > 1:
+        return tuple(min(micro_batches * chunks, ahead) for ahead in warm)
+    last = [*[1] * rest, *[0] * (ranks - rest)] * chunks
+    taken = [0, *accumulate([*[1] * (whole * ranks * chunks), *last])]  # passes at the positions before each
+    first = [min(ahead, len(taken) - 1) for ahead in warm]
+    return tuple(max(taken[ahead], *map(sub, taken[ahead + 1 :], taken[1:]), 0) for ahead in first)
 
 
 def _meeting(

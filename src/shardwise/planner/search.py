@@ -10,6 +10,7 @@ from shardwise.planner.case import Case
 from shardwise.planner.compute import device_rates
 from shardwise.planner.confidence import published_words
 from shardwise.planner.constants import DEFAULT, Constants
+from shardwise.planner.software import least_factor
 from shardwise.planner.stagecuts import best_cuts
 from shardwise.planner.step import Estimate, Memo, estimate, quick_memory, room_bytes
 from shardwise.spec.facts import Transformer
@@ -174,7 +175,8 @@ def _round_numbers(limit: int) -> list[int]:
 def _floor_seconds(problem: Problem, workers: int, constants: Constants) -> float:
     """What a step takes at least on so many workers: its products at the best rate of the part, without anything else."""
     rate = device_rates(problem.machine.accelerator, problem.precision, constants).matmul_flops
-    return 3.0 * problem.global_batch * problem.model.forward_flops(problem.seq_len) / (workers * rate)
+    seconds = 3.0 * problem.global_batch * problem.model.forward_flops(problem.seq_len) / (workers * rate)
+    return seconds * least_factor(problem.machine.software)
 
 
 def cases(problem: Problem, tensors: Iterable[int] | None = None) -> Iterator[Case]:
@@ -231,6 +233,36 @@ def as_plan(item: Candidate, reasons: tuple[str, ...] = ()) -> Plan:
     }
     plan = Plan.from_dict({**plain.to_dict(), **settings})
     return replace(plan, prediction=replace(prediction, made_for=plan.planned_for(case.global_batch)))
+
+
+def case_of(plan: Plan, problem: Problem) -> Case:
+    """The case that a plan of a described model is, as `as_plan` wrote it or by hand: what is not written is as `train` takes it.
+
+    Raises:
+        PlanError: it does not divide the batch, or has more stages than the model has layers.
+    """
+    layout = plan.layout
+    data = layout.data * layout.shard * layout.expert
+    v_shaped = plan.schedule in V_SHAPED
+    chunks = (plan.virtual_stages or 2) if plan.schedule == "interleaved1f1b" or v_shaped else 1
+    base = _base(problem, layout.tensor, layout.pipeline, layout.context, data, layout.expert)
+    if problem.global_batch % data or layout.pipeline * chunks > problem.model.layers:
+        raise PlanError(
+            f"plan {layout}: the {problem.global_batch} sequences of a step must divide evenly over {data} data ranks, and "
+            f"{problem.model.layers} layers are too few for {layout.pipeline * chunks} stages where they are fewer: give the "
+            "--batch and --model that it ran with"
+        )
+    return replace(
+        base,
+        precision=plan.precision,
+        compile=plan.compile,
+        zero_stage=plan.zero_stage or (3 if layout.shard > 1 else 0),
+        micro_batch=plan.micro_batch or problem.global_batch // data,
+        recompute=plan.recompute,
+        schedule=plan.schedule if layout.pipeline > 1 else "1f1b",
+        virtual_stages=chunks if layout.pipeline > 1 else 1,
+        stage_layers=plan.stage_layers,
+    )
 
 
 def _base(problem: Problem, tensor: int, pipeline: int, context: int, data: int, expert: int) -> Case:

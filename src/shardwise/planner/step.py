@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardwise.planner.case import Case
+from shardwise.planner.case import PURE, Case
 from shardwise.planner.closedform import Timeline, Wire, closed_form, even, flight
 from shardwise.planner.collectives import (
     Network,
@@ -41,6 +41,7 @@ from shardwise.planner.memory import (
 )
 from shardwise.planner.overlap import delay, exchange_overlaps, hidden, regather_seconds, shards_in_a_loop
 from shardwise.planner.schedule import simulate
+from shardwise.planner.software import network_ratio, step_factor, with_software
 from shardwise.spec.schedule import rank_of
 
 UNCERTAIN = 1.2
@@ -93,6 +94,7 @@ class Memo:
     depends on beside these."""
 
     devices: dict[bool, Device] = field(default_factory=dict)
+    networks: list[Network] = field(default_factory=list)
     works: dict[tuple[object, ...], Works] = field(default_factory=dict)
     passes: dict[tuple[object, ...], tuple[_Pass, tuple[_Pass, _Pass], dict[str, float]]] = field(default_factory=dict)
     shares: dict[tuple[object, ...], tuple[RankShare, ...]] = field(default_factory=dict)
@@ -109,7 +111,11 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
     memo = Memo() if memo is None else memo
     if case.engine not in memo.devices:
         memo.devices[case.engine] = device_rates(case.machine.accelerator, case.precision, constants, case.engine)
-    device, net = memo.devices[case.engine], network(case.machine, constants)
+    if not memo.networks:
+        ratio = network_ratio(case.machine.software)
+        plain = network(case.machine, constants)
+        memo.networks.append(plain if ratio == 1.0 else plain.slowed(ratio))
+    device, net = memo.devices[case.engine], memo.networks[0]
     key = _layer_key(case)
     if key not in memo.passes:
         done = (case.tensor, case.context, case.expert, case.micro_batch, case.sequence_parallel, case.engine)
@@ -122,13 +128,15 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
         memo.timelines[piped] = _timeline(case, net, layer, ends, quick)
     timeline, first, last, waits = memo.timelines[piped]
     shares = _shares(case, memo)
-    memory = rank_memory(case, timeline.in_flight, shares)
+    memory = with_software(rank_memory(case, timeline.in_flight, shares), case.machine.software)
     layers = _busiest_layers(case, shares, layer, ends)
     seconds = _split({name: value * layers * case.micro_batches for name, value in parts.items()}, timeline, waits)
     seconds["gradients"] = _gradient_seconds(case, shares[0], net, first, last, constants)
     heaviest = max(shares, key=lambda share: share.dense + share.experts)
     owned = state_bytes(case, heaviest.dense, heaviest.experts)[2] / optimizer_bytes(case)
-    seconds["optimizer"] = adam_seconds(owned, device) + constants.step_seconds
+    seconds["optimizer"] = adam_seconds(owned, device, case.precision == PURE) + constants.step_seconds
+    slower = step_factor(case)
+    seconds = {name: slower * value for name, value in seconds.items()}
     room = room_bytes(case)
     fits = memory.least <= room
     sure = UNCERTAIN * memory.total <= room if fits else memory.least > UNCERTAIN * room
@@ -138,7 +146,7 @@ def estimate(case: Case, constants: Constants = DEFAULT, *, quick: bool = False,
 def quick_memory(case: Case, memo: Memo) -> MemoryParts:
     """The memory that `estimate` with `quick` finds, without the times."""
     flying = flight(case.schedule, case.micro_batches, case.virtual_stages, case.pipeline)
-    return rank_memory(case, flying, _shares(case, memo))
+    return with_software(rank_memory(case, flying, _shares(case, memo)), case.machine.software)
 
 
 def _shares(case: Case, memo: Memo) -> tuple[RankShare, ...]:
@@ -278,12 +286,12 @@ def _forward_seconds(ahead: Work, work: LayerWork, constants: Constants, case: C
 def _summing_bytes(case: Case) -> float:
     """Bytes through memory per parameter of a layer to add the gradient of one micro-batch to the sum of those before.
 
-    The gradient is read, the sum read and written: in 2 bytes each by fp16 software, the sum in 4 by bf16 software, all in 4
-    in fp32. Sharded gradients are summed as shards, and products of the engine add while they write.
+    The gradient is read, the sum read and written: in 2 bytes each by fp16 software and in bf16 alone, the sum in 4 by other
+    bf16 software, all in 4 in fp32. Sharded gradients are summed as shards, and products of the engine add while they write.
     """
     if case.zero_stage == 3 or case.engine:
         return 0.0
-    return 12.0 if case.precision == "fp32" else (6.0 if case.classic else 10.0)
+    return 12.0 if case.precision == "fp32" else (6.0 if case.classic or case.precision == PURE else 10.0)
 
 
 def _timeline(

@@ -11,6 +11,7 @@ import tomli_w
 
 from shardwise.errors import UserError
 from shardwise.spec.measured import COLLECTIVES, Measured
+from shardwise.spec.software import Software
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,6 +100,7 @@ class Machine:
         pending_send_seconds: measured delay, per rank of the group, of a tensor collective that is issued while the
             pipeline waits for a transfer between nodes; None where nobody saw one.
         measured: what `shardwise probe` found on this machine; None for a machine nobody probed.
+        software: what measured runs of a user say about the software there; None where nobody gave any.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Machine:
     rates: tuple[CollectiveRate, ...] = field(default=())
     pending_send_seconds: Figure | None = None
     measured: Measured | None = None
+    software: Software | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.gpus_per_node, int) or self.gpus_per_node < 1:
@@ -152,6 +155,7 @@ class Machine:
                 if "pending_send_seconds" in record
                 else None,
                 measured=Measured.from_dict(record["measured"]) if "measured" in record else None,
+                software=Software.from_dict(record["software"]) if "software" in record else None,
             )
         except KeyError as error:
             raise UserError(

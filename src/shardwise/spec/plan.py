@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
+Precision = Literal["fp32", "bf16", "pure-bf16", "fp16", "fp8", "fp4"]
 Recompute = Literal["none", "selective", "full"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
 Build = Literal["auto", "whole", "deferred"]
@@ -24,7 +24,7 @@ V_SHAPED = ("zbv", "dualpipev")
 """Schedules under which a pipeline rank has two stages, as far from the two ends of the model as it is from the first rank."""
 HALVED = ("zerobubble", "zbv", "dualpipev")
 """Schedules with backward passes in two halves: the gradients of activations, and those of weights, later."""
-PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp4")
+PRECISIONS = ("fp32", "bf16", "pure-bf16", "fp16", "fp8", "fp4")
 TRAINED_PRECISIONS = ("fp32", "bf16")
 """Those that `train` knows; a cluster with other software may run a plan in the others."""
 ZERO_STAGES = (1, 2, 3)
@@ -70,7 +70,8 @@ class Plan:
             `full` all but its inputs, with `selective` what is cheap (what products of matrices, convolutions and attention
             gave is kept).
         recompute_modules: names of the modules, `*` for any one part of a name ("blocks.*.mlp"); empty for the repeated blocks.
-        precision: `fp32`, or `bf16` for bfloat16 autocast over fp32 weights; `fp16`, `fp8` and `fp4` are for other software.
+        precision: `fp32`, or `bf16` for bfloat16 autocast over fp32 weights; `pure-bf16` (weights and optimizer
+            states in bf16 too), `fp16`, `fp8` and `fp4` are for other software.
         threads: compute threads per worker; None lets shardwise divide the cores.
         compile: run the model through `torch.compile`.
         tensor_rules: module name -> one of `TENSOR_RULES`, where the user knows better how the tensor axis splits it.
