@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from shardwise.errors import UserError
+from shardwise.run.available import memory_limit
 from shardwise.run.choose import accelerators, usable_cores
 from shardwise.spec.machine import Machine
 from shardwise.spec.measured import METHOD, Measured
@@ -49,11 +50,8 @@ def device_name(kind: str) -> str:
 def memory_bytes() -> float:
     """Memory of the machine, or of the container's limit where that is less."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        return total if limit == "max" else min(total, float(limit))
-    except (OSError, ValueError):
-        return total
+    limit = memory_limit()
+    return total if limit is None else min(total, float(limit))
 
 
 def cache_folder() -> Path:
