@@ -15,7 +15,7 @@ from dataclasses import replace
 from shardwise.advise.kept import recall, remember, signature
 from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits, as_splits
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, Stopped
 from shardwise.probe.length import first_step_apart, told_if_slow
 from shardwise.probe.place import is_busy, this_place
 from shardwise.run.choose import choose_plan, usable_cores
@@ -78,6 +78,8 @@ def automatic(
         return replace(
             rule, reasons=(*rule.reasons, "other programs use the cores: measuring plans would measure them")
         )
+    except Stopped:
+        raise
     except ShardwiseError:
         return rule  # what is wrong with the job shows in a moment, in its own words
     remember(key, plan)

@@ -32,6 +32,9 @@ QUICK_PROBE_SECONDS, PROBE_SECONDS, FACTS_SECONDS, TRIAL_SECONDS = 4.5, 15.0, 1.
 TRIED_SECONDS, START_SECONDS = 0.25, 0.5
 """Timed steps of one trial, and what starting and ending its processes takes here (2026-11-26)."""
 
+LEAST_LIMIT_SECONDS = 5.0
+"""A trial may take what is left of the budget, and so long at least: a busy machine starts processes slowly."""
+
 MOST_TRIED = 4
 
 UNCHECKED_WITHIN = 1.0
@@ -138,7 +141,7 @@ def _settled(
     seen: list[list[Tried]] = [[] for _ in able]
 
     def attempt(index: int) -> Seen:
-        tried = _try(job, splits, able[index].plan, TRIED_SECONDS)
+        tried = _try(job, splits, able[index].plan, TRIED_SECONDS, max(LEAST_LIMIT_SECONDS, spending.left))
         seen[index].append(tried)
         return Seen(tried.step_seconds, tried.seconds, tried.disturbed, tried.failure is not None)
 
@@ -193,8 +196,8 @@ def _sentence(able: list[JobCandidate], seen: list[list[Tried]], outcome: Outcom
     return text
 
 
-def _try(job: Job, splits: Splits, plan: Plan, seconds: float) -> Tried:
-    return try_plan(job, splits, plan, step_budget_seconds=seconds)
+def _try(job: Job, splits: Splits, plan: Plan, seconds: float, limit: float) -> Tried:
+    return try_plan(job, splits, plan, step_budget_seconds=seconds, limit_seconds=limit)
 
 
 def _seen(prediction: Prediction, loop_seconds: float, trials: list[Tried]) -> Prediction:

@@ -14,7 +14,7 @@ from shardwise.advise.auto import SHORT_SECONDS
 from shardwise.advise.kept import recall, remember, signature
 from shardwise.advise.longer import BUDGET_SECONDS, BUDGET_SHARE, Spending, affordable_machine
 from shardwise.data.source import as_splits
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, Stopped
 from shardwise.planner.jobsearch import JobCandidate
 from shardwise.planner.jobstep import estimate_job
 from shardwise.probe.facts import facts_apart
@@ -56,6 +56,8 @@ def price_trials(
         return _prices(plans, cached_machine())
     try:
         found = _priced(job, widths, cores=cores, trainings=trainings, show=show)
+    except Stopped:
+        raise
     except ShardwiseError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"its first step could not be counted ({lines[-1].strip()})"

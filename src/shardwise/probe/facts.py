@@ -28,7 +28,7 @@ from shardwise.probe.count import Counted, counting
 from shardwise.probe.length import first_samples, serial_plan
 from shardwise.probe.operations import size_bytes, tensors_in
 from shardwise.probe.place import this_place
-from shardwise.run.apart import call_in_child, in_thread
+from shardwise.run.apart import call_in_child, fall_first, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.build import build_model
 from shardwise.run.cores import usable_cores
@@ -97,6 +97,7 @@ def facts_apart(
 
 
 def _count(rank: Rank, *, job: Job, splits: Splits, how: Counting) -> JobFacts:
+    fall_first()
     if how.fake:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
