@@ -21,11 +21,12 @@ from torch.nn import functional as F
 import shardwise as package
 from shardwise.advise import auto, longer
 from shardwise.advise.contest import Contender
-from shardwise.advise.kept import code_of, plans_path, recall, remember, signature
+from shardwise.advise.kept import DOUBTFUL, code_of, plans_path, recall, remember, signature
 from shardwise.advise.trial import Tried, try_plan
 from shardwise.cli.main import shardwise
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import Stopped
+from shardwise.probe.place import measuring
 from shardwise.run.choose import choose_plan
 from shardwise.run.jobfile import load_job
 from shardwise.run.options import TrainOptions, resolve_plan
@@ -161,6 +162,32 @@ def test_a_busy_machine_takes_the_rule_and_keeps_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(auto, "is_busy", lambda: True)
     assert any("other programs" in reason for reason in choose(job_of()).reasons)
     assert not plans_path().exists()
+
+
+def test_two_commands_do_not_measure_each_other(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    pretend_long(monkeypatch, machine)
+    with measuring():
+        assert any("other programs" in reason for reason in choose(job_of(), trial=False).reasons)
+    assert not plans_path().exists()
+    assert choose(job_of(), trial=False).prediction is not None
+
+
+def test_a_plan_from_doubtful_figures_says_so_and_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    assert machine.measured is not None
+    pretend_long(monkeypatch, replace(machine, measured=replace(machine.measured, others_cores=9.0)))
+    monkeypatch.setattr(longer, "is_busy", lambda: True)
+    assert DOUBTFUL in choose(job_of(), trial=False).reasons
+    assert not plans_path().exists()
+    # In quiet a long run measures again.
+    monkeypatch.setattr(longer, "is_busy", lambda: False)
+    monkeypatch.setattr(longer, "probe", lambda quick: machine)
+    pretend = choose(job_of(), trial=False, workers=None)
+    assert pretend.prediction is None or DOUBTFUL in pretend.reasons  # too short for that
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: 1e6)
+    assert DOUBTFUL not in choose(job_of(), trial=False).reasons
+    assert plans_path().exists()
 
 
 def test_a_job_that_fails_fails_in_the_training_and_not_in_the_planning() -> None:
@@ -328,6 +355,8 @@ def test_a_signal_during_a_trial_stops_the_command_and_is_no_answer(
         raise Stopped("stopped")
 
     pretend_long(monkeypatch, machine, seconds=1e6)
+    monkeypatch.setattr(longer, "BUDGET_SECONDS", 1e4)  # however long counting takes on a busy machine
+    monkeypatch.setattr(longer, "contender", lambda item: Contender(1.0 / item.plan.layout.workers, 0.5, 1, 0.5))
     monkeypatch.setattr(longer, "_try", stopped)
     with pytest.raises(Stopped):
         choose(job_of(), workers=None)

@@ -26,6 +26,9 @@ from shardwise.spec.plan import Plan
 
 MOST_KEPT = 200
 AGAIN = "decided before for this model, batch and machine"
+DOUBTFUL = "this machine was measured while other programs used its cores: predictions may be off"
+"""Of a plan that is not kept, so that the next run measures again."""
+
 VERSION = 3
 """Of what a signature is made of and of how plans are chosen: another one forgets what was kept."""
 

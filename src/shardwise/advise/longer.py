@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from shardwise.advise.advice import keep_machine, refusals
+from shardwise.advise.advice import doubtful, keep_machine, refusals
 from shardwise.advise.contest import Contender, Outcome, Seen, hold
+from shardwise.advise.kept import DOUBTFUL
 from shardwise.advise.trial import LEAST_STEPS, WARM_STEPS, Tried, try_plan
 from shardwise.data.source import Splits
 from shardwise.planner.confidence import counted_width
 from shardwise.planner.jobsearch import JobCandidate, JobFound, JobProblem, search_job
+from shardwise.probe.busy import is_busy
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe
 from shardwise.probe.place import cached_machine
@@ -92,7 +94,8 @@ def plan_longer(
         base=replace(rule, layout=Plan().layout, threads=None, reasons=()),
     )
     found = search_job(problem, lambda plans: [None for _ in plans], wanted=50)
-    return _settled(job, splits, rule, found, spending, expected_seconds, trial=trial, show=show)
+    plan = _settled(job, splits, rule, found, spending, expected_seconds, trial=trial, show=show)
+    return replace(plan, reasons=(*plan.reasons, DOUBTFUL)) if doubtful(machine) else plan
 
 
 def affordable_machine(spending: Spending, expected_seconds: float, *, show: bool) -> Machine | None:
@@ -101,11 +104,11 @@ def affordable_machine(spending: Spending, expected_seconds: float, *, show: boo
     None where the budget has no room.
     """
     machine = cached_machine()
-    if machine is not None:
+    thorough = spending.left > PROBE_SECONDS + FACTS_SECONDS
+    if machine is not None and not (doubtful(machine) and thorough and not is_busy()):
         return machine if spending.left >= 0.5 * FACTS_SECONDS else None
     if spending.left < QUICK_PROBE_SECONDS + FACTS_SECONDS:
         return None
-    thorough = spending.left > PROBE_SECONDS + FACTS_SECONDS
     _tell(show, f"planning a run of about {format_seconds(expected_seconds)}: measuring this machine")
     machine = probe(quick=not thorough)
     if thorough:

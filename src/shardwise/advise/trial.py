@@ -20,7 +20,7 @@ from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import RunFailed, ShardwiseError, Stopped
-from shardwise.probe.place import cores_busy_seconds
+from shardwise.probe.busy import OTHERS_SHARE, cores_busy_seconds, others_cores
 from shardwise.run.apart import call_in_child, fall_first, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.choose import usable_cores
@@ -36,10 +36,6 @@ WARM_STEPS = 2
 """Steps before the clock starts: first calls choose kernels, make optimizer states and fill caches."""
 
 LEAST_STEPS, MOST_STEPS = 3, 200
-
-OTHERS_SHARE = 0.1
-"""Part of the cores that other programs may take during a trial. The system itself takes 0.01 to 0.03 here, and the clock of
-/proc/stat, of hundredths of a second, is off by as much in a trial of a quarter of a second (2026-11-26)."""
 
 _TIMEOUT_SECONDS = 30.0
 
@@ -108,6 +104,8 @@ def try_plan(
     threads, workers = plan.threads or 1, plan.layout.workers
     silent: Callable[[str], None] = lambda text: None  # noqa: E731
     began = time.perf_counter()
+    signals: list[int] = []
+    failure = None
     try:
         if workers == 1 and (nodes is None or nodes.count == 1):
             figures = in_thread(lambda: call_in_child(work, threads=threads, device=device))
@@ -120,14 +118,18 @@ def try_plan(
                 nodes=nodes,
                 report=silent,
                 grace_seconds=1.0,
+                signals=signals,
             )
-    except Stopped:
-        raise Stopped("stopped while plans were tried; the training had not started") from None
     except (ShardwiseError, MemoryError) as error:
-        took = time.perf_counter() - began
-        failure = f"it was ended after {limit_seconds:g} s" if took >= limit_seconds else _reason(error)
-        return Tried(plan, seconds=took, failure=failure)
-    return replace(figures, plan=plan, seconds=time.perf_counter() - began)
+        failure = _reason(error)
+    took = time.perf_counter() - began
+    if signals:  # they are about the command, however the trial ended
+        raise Stopped("stopped while plans were tried; the training had not started")
+    if failure is not None:
+        return Tried(
+            plan, seconds=took, failure=f"it was ended after {limit_seconds:g} s" if took >= limit_seconds else failure
+        )
+    return replace(figures, plan=plan, seconds=took)
 
 
 def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budget: float, limit: float) -> Tried:
@@ -149,7 +151,7 @@ def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budge
         began, own, busy = time.perf_counter(), time.process_time(), cores_busy_seconds()
         times = [walk.step() for _ in range(steps)]
         own = sum(world.gather_objects(time.process_time() - own if rank.node == 0 else 0.0))
-        others = _others_cores(busy, own, time.perf_counter() - began)
+        others = others_cores(busy, own, time.perf_counter() - began)
         figures = (sorted(times)[len(times) // 4], min(times), float(peak_memory_bytes(place)))
         slowest, fastest, memory = (max(values) for values in zip(*world.gather_objects(figures), strict=True))
         mean = max(world.gather_objects(sum(times) / len(times)))
@@ -157,14 +159,6 @@ def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budge
         return Tried(
             Plan(), slowest, fastest, memory, steps, mean_seconds=mean, others_cores=world.gather_objects(others)[0]
         )
-
-
-def _others_cores(busy_before: float | None, own_seconds: float, wall_seconds: float) -> float:
-    """Cores of this machine that others kept busy; 0 where the system does not say."""
-    busy = cores_busy_seconds()
-    if busy is None or busy_before is None:
-        return 0.0
-    return max(0.0, busy - busy_before - own_seconds) / wall_seconds
 
 
 class _Walk:

@@ -88,6 +88,8 @@ class Measured:
         cores: cores this process may use.
         memory_bytes: memory of the machine, or of the container's limit.
         load: processes of others that wanted a core when the probe began.
+        others_cores: cores that others kept busy during the part of the probe that they disturbed most; other virtual machines
+            count too, where the system tells of them.
         kernels, messages: see there.
         call_seconds: shortest forward call of an operation from Python.
         graph_seconds: what one operation costs more when its gradient is computed: graph, engine, accumulation.
@@ -108,6 +110,7 @@ class Measured:
     startup_seconds: float
     worker_bytes: float
     load: float = 0.0
+    others_cores: float = 0.0
     method: int = 1
     nodes: int = 1
     kernels: tuple[KernelRate, ...] = field(default=())
