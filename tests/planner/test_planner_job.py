@@ -775,3 +775,37 @@ def test_compression_takes_memory() -> None:
 def test_large_losses_are_told_as_multiples() -> None:
     assert format_slower(0.31) == "it is 31 % slower than the winner"
     assert format_slower(14.2) == "it takes 15.2 times as long as the winner"
+
+
+def test_a_stream_that_every_rank_reads_is_read_no_faster_by_more() -> None:
+    """Measured: 64 samples of 1 ms each take a worker 75 ms, and two workers with half of them each 80 ms."""
+    lists = replace(facts(), data_seconds=0.05)
+    stream = replace(lists, data_whole=True)
+    assert [estimate_job(lists, machine(), plan(t)).seconds["data"] for t in ("serial", "data=2")] == [0.4, 0.2]
+    assert [estimate_job(stream, machine(), plan(t)).seconds["data"] for t in ("serial", "data=2")] == [0.4, 0.4]
+    helps = {}
+    for job in (lists, stream):
+        asked = replace(problem(exactly=True, axes=("data",)), facts=job)
+        found = search_job(asked, accept)
+        assert found.best is not None
+        helps[job.data_whole] = what_helps_job(asked, found)
+        told = [text for text in helps[job.data_whole] if text.startswith("a sharded stream")]
+        assert bool(told) == job.data_whole
+        if told:  # as many times as fast as told
+            then = estimate_job(lists, asked.machine, found.best.plan).step_seconds
+            assert f"{found.best.estimate.step_seconds / then:.2f} times as fast" in told[0]
+
+
+def test_a_loss_names_what_most_of_it_is() -> None:
+    asked = problem(machine=machine(message_seconds=0.05))
+    found = search_job(asked, accept)
+    assert found.best is not None
+    for reason in losers_of_job(asked, found):
+        if "as fast as the winner" in reason.sentence:
+            continue
+        item = next(one for one in found.plans if one.plan == reason.plan)
+        names = item.estimate.seconds
+        extra = {name: names[name] - found.best.estimate.seconds[name] for name in names}
+        most = max(extra.values()) > 0.5 * sum(extra.values())
+        assert ("; most of that" in reason.sentence) == most
+        assert ("; the largest part of that" in reason.sentence) != most

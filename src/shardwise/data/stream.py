@@ -81,6 +81,10 @@ class Stream(Source):
     def sharded(self) -> bool:
         return self._sharded
 
+    @property
+    def whole(self) -> bool:
+        return not self._sharded
+
     def open(self, epoch: int, part: int, parts: int) -> Iterator[Any]:
         """The samples of one part of the stream."""
         if isinstance(self._source, Iterable):

@@ -142,6 +142,10 @@ def what_helps_job(problem: JobProblem, found: JobFound, constants: Constants = 
     if best.estimate.share(("data",)) > 0.05:
         gain = now / (now - best.estimate.seconds["data"])
         gains.append((gain, f"data that is ready in memory: {gain:.2f} times as fast"))
+        if facts.data_whole and best.plan.layout.replicas > 1:
+            part = best.estimate.seconds["data"] / best.plan.layout.replicas
+            gain = now / (now - best.estimate.seconds["data"] + part)
+            gains.append((gain, f"a sharded stream, of which each worker reads its own part: {gain:.2f} times as fast"))
     return tuple(sentence for gain, sentence in sorted(gains, key=lambda one: -one[0]) if gain > 1.01)
 
 
@@ -172,7 +176,10 @@ def _loses(problem: JobProblem, item: JobCandidate, found: JobFound, constants: 
     extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
     worst = max(extra, key=lambda name: extra[name])
     share = mine.seconds[worst] / mine.step_seconds
-    sentence = f"{format_slower(slower)}; most of it is {PART_NAMES[worst]}, {100 * share:.0f} % of its step"
+    most = "most" if extra[worst] > 0.5 * (mine.step_seconds - theirs.step_seconds) else "the largest part"
+    sentence = (
+        f"{format_slower(slower)}; {most} of that is {PART_NAMES[worst]}, which takes {100 * share:.0f} % of its step"
+    )
     if worst in COMMUNICATION:
         rivals = [found.best, *(one for one in found.plans[1:] if one.family != item.family)]
         factor = break_even(problem, item, rivals, constants)

@@ -170,7 +170,7 @@ def estimate_job(
     seconds["bubble"] = timeline.seconds - timeline.busiest_seconds
     seconds["optimizer"] = work.optimizer
     crowd = 1 if machine.measured is None else turns(sharing, machine.measured.cores)
-    seconds["data"] = crowd * samples * facts.data_seconds
+    seconds["data"] = crowd * (facts.batch_size if facts.data_whole else samples) * facts.data_seconds
     seconds["loop"] = crowd * STEP_SECONDS if machine.measured is not None else constants.step_seconds
     last = rank_of(len(stages.parts) - 1, stages.ranks, stages.schedule)
     shared = links.wire(stages.shared_bytes, stages.shared_bytes, 0, last) if last and stages.shared_bytes else None
