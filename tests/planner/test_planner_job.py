@@ -809,3 +809,51 @@ def test_a_loss_names_what_most_of_it_is() -> None:
         most = max(extra.values()) > 0.5 * sum(extra.values())
         assert ("; most of that" in reason.sentence) == most
         assert ("; the largest part of that" in reason.sentence) != most
+
+
+def test_what_would_help_is_told_with_the_plan_that_would_win_then() -> None:
+    asked = problem(machine=machine(message_seconds=0.15))
+    found = search_job(asked, accept)
+    assert found.best is not None
+    changed = {
+        "links twice as fast": replace(asked, machine=faster_links(asked.machine, 2.0)),
+        "twice the global batch": replace(asked, facts=replace(asked.facts, batch_size=16)),
+    }
+    named = 0
+    for told in what_helps_job(asked, found):
+        what, _, gain = told.partition(": ")
+        if what not in changed:
+            continue
+        again = search_job(changed[what], accept).best
+        assert again is not None
+        samples = changed[what].facts.batch_size / asked.facts.batch_size
+        faster = samples * found.best.estimate.step_seconds / again.estimate.step_seconds
+        assert gain.startswith(f"{faster:.2f} times")
+        assert gain.endswith(f", with {again}") == (again.plan != found.best.plan)
+        named += again.plan != found.best.plan
+    assert named
+
+
+@pytest.mark.parametrize("place", ["h100", "measured"])
+def test_more_of_anything_is_never_worse_for_a_job(place: str) -> None:
+    made = machine(message_seconds=1e-3) if place == "measured" else catalogue.machine("h100", gpus_per_node=4)
+    asked = problem(machine=made)
+    found = search_job(asked, accept, wanted=100)
+    assert found.best is not None
+    for item in found.plans:
+        for factor in (1.5, 10.0):
+            faster = estimate_job(asked.facts, faster_links(made, factor), item.plan, nodes=item.nodes)
+            assert faster.step_seconds <= item.estimate.step_seconds * (1 + 1e-9), item
+        steps = [
+            estimate_job(replace(asked.facts, batch_size=size), made, item.plan, nodes=item.nodes).step_seconds
+            for size in (4, 5, 8, 9, 16, 33, 64)
+        ]
+        assert steps == sorted(steps), item
+    times = []
+    largest = max(item.estimate.memory_bytes for item in found.plans)
+    for room in (0.1, 0.3, 0.5, 0.7, 0.9, 1.1):
+        best = search_job(replace(asked, memory_bytes=room * largest), accept).best
+        times.append(best.estimate.step_seconds if best is not None else float("inf"))
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == found.best.estimate.step_seconds
+    assert "nothing speaks against it" in why_not_job(asked, found.best.plan.layout, found, accept)
