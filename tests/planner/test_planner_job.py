@@ -423,6 +423,14 @@ def test_statistics_over_ranks_are_computed_piece_by_piece() -> None:
     extra = two.seconds["compute"] - plain.seconds["compute"]
     assert extra == pytest.approx(4 * 2e7 * 12 / 2 / 9e9, rel=0.01)
     assert two.seconds["norms"] > 0.0
+    # Where a probe has timed what ranks compute instead, that counts.
+    rate = KernelRate(kind="divided_batch_norm", precision="fp32", size=8e7, workers=2, threads=1, per_second=2e9)
+    made = machine()
+    assert made.measured is not None
+    timed = replace(made, measured=replace(made.measured, kernels=(*made.measured.kernels, rate)))
+    extra = estimate_job(normed, timed, plan("data=2")).seconds["compute"] - plain.seconds["compute"]
+    assert extra == pytest.approx(4 * 2e7 / 2e9)
+    assert estimate_job(normed, timed, plan("serial")) == replace(alone)
 
 
 def test_savers_send_less() -> None:

@@ -26,7 +26,7 @@ from shardwise.probe.operations import by_flops, kind_of
 from shardwise.probe.place import cached_machine, cached_path, measuring, this_place, warnings_about
 from shardwise.run.launch import Nodes
 from shardwise.spec.machine import Machine
-from shardwise.spec.measured import COLLECTIVES, KernelRate, Measured, MessageTime
+from shardwise.spec.measured import COLLECTIVES, DIVIDED_NORMS, KernelRate, Measured, MessageTime
 
 
 @pytest.fixture(scope="module")
@@ -426,6 +426,18 @@ def test_messages_grow_with_their_size_and_keep_to_their_way() -> None:
     assert at("all_reduce", 10, ranks=3, way="gloo") == 5e-4
     assert at("all_reduce", 10, ranks=9, way="gloo") == 5e-4
     assert at("all_reduce", 10, ranks=2, way="gloo", nodes=2) is None
+
+
+def test_norms_over_ranks_are_timed_by_the_size_of_the_operation_they_replace() -> None:
+    made = {(sample.kind, sample.size): sample for sample in samples()}
+    for native, kind in DIVIDED_NORMS.items():
+        sizes = sorted(size for name, size in made if name == kind)
+        tensors = 2 if kind == "divided_batch_norm" else 3
+        assert sizes == [4.0 * tensors * count for count in (16 * 1024, 128 * 1024, 1024 * 1024)]
+        # Small tensors of one number a channel are all that differs from what is counted in a model.
+        assert min(abs(size / sizes[1] - 1) for name, size in made if name == native) < 0.02
+        with torch.no_grad():
+            made[kind, sizes[0]].call()
 
 
 def test_sizes_are_counted_and_not_guessed() -> None:

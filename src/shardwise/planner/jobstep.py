@@ -280,7 +280,7 @@ def _blocks(
         if key not in memo.blocks:
             every = [item for item in facts.operations if (item.phase == "optimizer") == optimizer]
             memo.blocks[key] = block_seconds(
-                divided_norms(every) if normed else every,
+                divided_norms(every, machine.measured) if normed and machine.measured is not None else every,
                 micro,
                 machine,
                 sharing,
