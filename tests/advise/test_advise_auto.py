@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardwise as package
-from shardwise.advise import auto, longer
+from shardwise.advise import advice, auto, longer
 from shardwise.advise.contest import Contender
 from shardwise.advise.kept import DOUBTFUL, code_of, plans_path, recall, remember, signature
 from shardwise.advise.trial import Tried, try_plan
@@ -177,11 +177,11 @@ def test_a_plan_from_doubtful_figures_says_so_and_is_not_kept(
 ) -> None:
     assert machine.measured is not None
     pretend_long(monkeypatch, replace(machine, measured=replace(machine.measured, others_cores=9.0)))
-    monkeypatch.setattr(longer, "is_busy", lambda: True)
+    monkeypatch.setattr(advice, "is_busy", lambda: True)
     assert DOUBTFUL in choose(job_of(), trial=False).reasons
     assert not plans_path().exists()
     # In quiet a long run measures again.
-    monkeypatch.setattr(longer, "is_busy", lambda: False)
+    monkeypatch.setattr(advice, "is_busy", lambda: False)
     monkeypatch.setattr(longer, "probe", lambda quick: machine)
     pretend = choose(job_of(), trial=False, workers=None)
     assert pretend.prediction is None or DOUBTFUL in pretend.reasons  # too short for that

@@ -146,6 +146,9 @@ def test_figures_that_others_disturbed_are_taken_anew_when_it_is_quiet(
     monkeypatch.setattr(advice, "is_busy", lambda: False)
     told: list[str] = []
     assert advice.this_machine(told.append) == disturbed
+    assert advice.this_machine(told.append) == disturbed  # not again and again
+    assert "measured again once they do not" in told.pop()
+    monkeypatch.setattr(advice, "AGAIN_AFTER_SECONDS", 0.0)
     assert "once" in told[0] and "may be off" in told[1]
     monkeypatch.setattr(advice, "is_busy", lambda: True)
     assert advice.this_machine(told.append) == disturbed  # nothing better is to be had now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from shardwise.spec.rank import Rank
 from shardwise.spec.work import JobFacts
 
 Tell = Callable[[str], None]
+
+AGAIN_AFTER_SECONDS = 600.0
+"""How old figures are at least before they are taken again because others disturbed them."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,10 @@ def this_machine(tell: Tell) -> Machine:
         return kept
     if kept is None:
         tell("measuring this machine, once (10 s or so; `shardwise probe` does the same)")
-    elif is_busy():
+    elif not worth_measuring_again(kept):
         tell(
-            "note: this machine was measured while other programs used its cores, and they still do; it is measured again once "
-            "they do not"
+            "note: this machine was measured while other programs used its cores: predictions may be off. It is measured again "
+            "once they do not (or by `shardwise probe --again`)"
         )
         return kept
     else:
@@ -124,6 +128,15 @@ def this_machine(tell: Tell) -> Machine:
     if doubtful(found):
         tell("note: other programs used the cores meanwhile: what follows may be off")
     return found
+
+
+def worth_measuring_again(machine: Machine) -> bool:
+    """Whether others disturbed these figures and would not now; nor a moment ago, or every command would measure anew."""
+    try:
+        age = time.time() - cached_path(this_place()).stat().st_mtime
+    except OSError:
+        age = AGAIN_AFTER_SECONDS
+    return doubtful(machine) and age >= AGAIN_AFTER_SECONDS and not is_busy()
 
 
 def doubtful(machine: Machine) -> bool:

@@ -6,14 +6,13 @@ import time
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from shardwise.advise.advice import doubtful, keep_machine, refusals
+from shardwise.advise.advice import doubtful, keep_machine, refusals, worth_measuring_again
 from shardwise.advise.contest import Contender, Outcome, Seen, hold
 from shardwise.advise.kept import DOUBTFUL
 from shardwise.advise.trial import LEAST_STEPS, WARM_STEPS, Tried, try_plan
 from shardwise.data.source import Splits
 from shardwise.planner.confidence import counted_width
 from shardwise.planner.jobsearch import JobCandidate, JobFound, JobProblem, search_job
-from shardwise.probe.busy import is_busy
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe
 from shardwise.probe.place import cached_machine
@@ -105,7 +104,7 @@ def affordable_machine(spending: Spending, expected_seconds: float, *, show: boo
     """
     machine = cached_machine()
     thorough = spending.left > PROBE_SECONDS + FACTS_SECONDS
-    if machine is not None and not (doubtful(machine) and thorough and not is_busy()):
+    if machine is not None and not (thorough and worth_measuring_again(machine)):
         return machine if spending.left >= 0.5 * FACTS_SECONDS else None
     if spending.left < QUICK_PROBE_SECONDS + FACTS_SECONDS:
         return None
