@@ -15,8 +15,11 @@ what 4 of 5 plans stay within: `shardwise plan` states ranges (planner/confidenc
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,17 +37,20 @@ from models import LeNet, resnet18
 from shardwise.advise.advice import refusals, this_machine
 from shardwise.advise.trial import try_plan
 from shardwise.data.source import as_splits
+from shardwise.errors import Stopped
 from shardwise.jobs.charlm import CharGPT
 from shardwise.nn.moe import MoE
 from shardwise.parallel.compose import READY_AXES
 from shardwise.planner.jobsearch import JobProblem, plans_of, price
+from shardwise.probe.busy import BUSY_LOAD, others_running
 from shardwise.probe.facts import facts_apart
-from shardwise.probe.place import BUSY_LOAD, others_running
 from shardwise.run.choose import usable_cores
 from shardwise.run.train import train
 from shardwise.spec.job import Job
 from shardwise.spec.machine import Machine
 from shardwise.spec.plan import Plan
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Residual(nn.Module):
@@ -272,9 +278,10 @@ def compare_memory(name: str, layout: str) -> dict[str, Any]:
 
 
 def memory_apart(name: str, layout: str) -> dict[str, Any]:
-    """`compare_memory` in a fresh process."""
+    """`compare_memory` in a fresh process, which ends with this one."""
     command = [sys.executable, __file__, "--memory-of", name, layout]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    ends_with_us = functools.partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=ends_with_us)
     if done.returncode:
         return {"model": name, "plan": layout, "failure": done.stderr.strip().splitlines()[-1]}
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -332,4 +339,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Stopped as stop:
+        sys.exit(f"regret.py: {stop}")

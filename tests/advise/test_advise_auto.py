@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardwise as package
-from shardwise.advise import auto, longer
+from shardwise.advise import advice, auto, longer
 from shardwise.advise.contest import Contender
-from shardwise.advise.kept import plans_path, recall, remember, signature
+from shardwise.advise.kept import DOUBTFUL, code_of, plans_path, recall, remember, signature
 from shardwise.advise.trial import Tried, try_plan
 from shardwise.cli.main import shardwise
 from shardwise.data.source import Splits, as_splits
+from shardwise.errors import Stopped
+from shardwise.probe.place import measuring
 from shardwise.run.choose import choose_plan
+from shardwise.run.jobfile import load_job
 from shardwise.run.options import TrainOptions, resolve_plan
 from shardwise.run.train import train
 from shardwise.spec.job import Job
@@ -113,7 +120,7 @@ def test_a_long_run_tries_its_best_plans(monkeypatch: pytest.MonkeyPatch, machin
     tried: list[Plan] = []
     others = 0.0
 
-    def attempt(job: Job, splits: Splits, plan: Plan, seconds: float) -> Tried:
+    def attempt(job: Job, splits: Splits, plan: Plan, seconds: float, limit: float) -> Tried:
         tried.append(plan)
         step = 0.5 if plan.layout.workers == 1 else 50.0
         return Tried(plan, step, step, 1e8, 5, 0.1, others_cores=others)
@@ -157,6 +164,32 @@ def test_a_busy_machine_takes_the_rule_and_keeps_nothing(monkeypatch: pytest.Mon
     assert not plans_path().exists()
 
 
+def test_two_commands_do_not_measure_each_other(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    pretend_long(monkeypatch, machine)
+    with measuring():
+        assert any("other programs" in reason for reason in choose(job_of(), trial=False).reasons)
+    assert not plans_path().exists()
+    assert choose(job_of(), trial=False).prediction is not None
+
+
+def test_a_plan_from_doubtful_figures_says_so_and_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    assert machine.measured is not None
+    pretend_long(monkeypatch, replace(machine, measured=replace(machine.measured, others_cores=9.0)))
+    monkeypatch.setattr(advice, "is_busy", lambda: True)
+    assert DOUBTFUL in choose(job_of(), trial=False).reasons
+    assert not plans_path().exists()
+    # In quiet a long run measures again.
+    monkeypatch.setattr(advice, "is_busy", lambda: False)
+    monkeypatch.setattr(longer, "probe", lambda quick: machine)
+    pretend = choose(job_of(), trial=False, workers=None)
+    assert pretend.prediction is None or DOUBTFUL in pretend.reasons  # too short for that
+    monkeypatch.setattr(auto, "first_step_apart", lambda job, splits: 1e6)
+    assert DOUBTFUL not in choose(job_of(), trial=False).reasons
+    assert plans_path().exists()
+
+
 def test_a_job_that_fails_fails_in_the_training_and_not_in_the_planning() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
@@ -183,6 +216,61 @@ def test_damaged_kept_plans_are_forgotten() -> None:
         plans_path().write_text(text)
         assert recall(key) is None
     assert recall(None) is None
+
+
+FILE = """
+import torch
+from torch import nn
+from shardwise import Job
+
+class Model(nn.Module):
+    def __init__(self, times):
+        super().__init__()
+        self.layer, self.times = nn.Linear(6, 6), times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+def work(times: int = 1, edge: int = 6):
+    loss = nn.functional.cross_entropy
+    data = (torch.randn(8, edge), torch.arange(8) % 3)
+    return Job(model=lambda: Model(times), data=data, loss=loss, optimizer=torch.optim.SGD, batch_size=4, steps=3)
+"""
+
+
+def test_what_was_decided_holds_for_the_code_and_the_data_it_was_decided_for(tmp_path: Path) -> None:
+    def of(text: str, **settings: str) -> str | None:
+        path = tmp_path / f"jobfile{len(list(tmp_path.glob('jobfile*')))}.py"
+        path.write_text(text)
+        job = load_job(f"{path}", settings).job
+        return signature(replace(job, name="work"), workers=2, threads=None, place={})
+
+    first = of(FILE)
+    assert first is not None
+    assert of(FILE) == first
+    others = [
+        of(FILE.replace("x = self.layer(x)", "x = self.layer(x) + torch.fft.fft2(x).real")),
+        of(FILE.replace("return x", "return x.sin()")),
+        of(FILE, times="3"),
+        of(FILE, edge="600"),
+    ]
+    assert None not in others
+    assert len({first, *others}) == 5
+
+
+def test_code_of_a_notebook_counts_by_itself() -> None:
+    def made(text: str) -> set[str]:
+        space: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(text, "<cell 3>", "exec"), space)  # as a notebook does
+        return code_of([space["loss"]])
+
+    assert made("def loss(a, b): return a - b") == made("def loss(a, b): return a - b  # the same")
+    assert made("def loss(a, b): return a - b") != made("def loss(a, b): return a * b")
+    assert made("def loss(a, b): return a - 1") != made("def loss(a, b): return a - 2")
+    assert code_of([functools.partial(max, 3)]) != code_of([functools.partial(max, 4)])
+    assert code_of([F.cross_entropy, torch.optim.SGD]) == set()
 
 
 # Trials
@@ -220,6 +308,79 @@ def test_a_trial_that_is_killed_is_an_answer(plan: Plan) -> None:
     seen = try_plan(job, as_splits(job.data), plan)
     assert seen.failure is not None
     assert "SIGKILL" in seen.failure
+
+
+class Hung(nn.Module):
+    """Waits for what never comes, and lets no Python run meanwhile: no thread of this process could end it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ctypes.PyDLL(None).pause()
+        out: Tensor = self.layer(x)
+        return out
+
+
+@pytest.mark.parametrize("plan", [Plan(threads=1), Plan(layout=Layout(data=2), threads=1)], ids=str)
+def test_a_trial_that_hangs_is_an_answer(plan: Plan) -> None:
+    job = job_of(Hung)
+    seen = try_plan(job, as_splits(job.data), plan, limit_seconds=1.0)
+    assert seen.failure == "it was ended after 1 s"
+
+
+class Interrupted(nn.Module):
+    """As if the user, or a scheduler, ended the command during a trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_a_signal_during_a_trial_stops_the_command_and_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    job = job_of(Interrupted)
+    with pytest.raises(Stopped, match="while plans were tried"):
+        try_plan(job, as_splits(job.data), Plan(layout=Layout(data=2), threads=1))
+
+    def stopped(*given: Any) -> Tried:
+        raise Stopped("stopped")
+
+    pretend_long(monkeypatch, machine, seconds=1e6)
+    monkeypatch.setattr(longer, "BUDGET_SECONDS", 1e4)  # however long counting takes on a busy machine
+    monkeypatch.setattr(longer, "contender", lambda item: Contender(1.0 / item.plan.layout.workers, 0.5, 1, 0.5))
+    monkeypatch.setattr(longer, "_try", stopped)
+    with pytest.raises(Stopped):
+        choose(job_of(), workers=None)
+    assert not plans_path().exists()
+
+
+class Victim(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError(f"adjusted by {Path('/proc/self/oom_score_adj').read_text()}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux")
+@pytest.mark.parametrize("plan", [Plan(threads=1), Plan(layout=Layout(data=2), threads=1)], ids=str)
+def test_where_memory_is_gone_the_trial_goes_first(plan: Plan) -> None:
+    before = Path("/proc/self/oom_score_adj").read_text()
+    job = job_of(Victim)
+    seen = try_plan(job, as_splits(job.data), plan)
+    assert seen.failure is not None
+    assert "adjusted by 1000" in seen.failure
+    assert Path("/proc/self/oom_score_adj").read_text() == before
 
 
 # The seam in `run`

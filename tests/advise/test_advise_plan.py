@@ -126,13 +126,39 @@ def test_figures_and_steps_taken_beside_other_programs_are_noted(
     try:
         replace(machine, measured=replace(machine.measured, load=50.0)).write(figures)
         told = run("linear").stderr
-        replace(machine, measured=replace(machine.measured, load=0.0)).write(figures)
+        replace(machine, measured=replace(machine.measured, load=0.0, others_cores=0.0)).write(figures)
         monkeypatch.setattr(advice, "is_busy", lambda: False)
         quiet = run("linear").stderr
     finally:
         machine.write(figures)
     assert "measured while other programs used its cores" in told and "come out too long" in told
     assert "note" not in quiet and "counting a step" in quiet
+
+
+def test_figures_that_others_disturbed_are_taken_anew_when_it_is_quiet(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.measured is not None
+    disturbed = replace(machine, measured=replace(machine.measured, others_cores=1.0 * machine.measured.cores))
+    probes = iter([disturbed, disturbed, machine])
+    monkeypatch.setattr(advice, "probe", lambda tell: next(probes))
+    monkeypatch.setattr(advice, "is_busy", lambda: False)
+    told: list[str] = []
+    assert advice.this_machine(told.append) == disturbed
+    assert advice.this_machine(told.append) == disturbed  # not again and again
+    assert "measured again once they do not" in told.pop()
+    monkeypatch.setattr(advice, "AGAIN_AFTER_SECONDS", 0.0)
+    assert "once" in told[0] and "may be off" in told[1]
+    monkeypatch.setattr(advice, "is_busy", lambda: True)
+    assert advice.this_machine(told.append) == disturbed  # nothing better is to be had now
+    assert "measured again once they do not" in told[2]
+    monkeypatch.setattr(advice, "is_busy", lambda: False)
+    assert advice.this_machine(told.append) == disturbed
+    assert advice.this_machine(told.append) == machine
+    assert len(told) == 6
+    assert advice.this_machine(told.append) == machine
+    assert len(told) == 6
 
 
 def raiser(*_: object, **__: object) -> None:

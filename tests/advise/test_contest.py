@@ -10,10 +10,10 @@ from statistics import mean
 
 import pytest
 
-from shardwise.advise import trial
 from shardwise.advise.contest import Belief, Contender, Outcome, Seen, hold
 from shardwise.advise.trial import Tried
-from shardwise.probe.place import cores_busy_seconds
+from shardwise.probe import busy
+from shardwise.probe.busy import cores_busy_seconds
 from shardwise.run.choose import usable_cores
 from shardwise.spec.plan import Plan
 
@@ -175,12 +175,12 @@ def test_a_plan_that_fails_is_out() -> None:
 
 
 def test_others_are_what_the_cores_did_and_the_trial_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "cores_busy_seconds", lambda: 107.0)
-    assert trial._others_cores(100.0, own_seconds=4.0, wall_seconds=2.0) == pytest.approx(1.5)
-    assert trial._others_cores(100.0, own_seconds=9.0, wall_seconds=2.0) == 0.0
-    assert trial._others_cores(None, own_seconds=1.0, wall_seconds=2.0) == 0.0
-    monkeypatch.setattr(trial, "cores_busy_seconds", lambda: None)
-    assert trial._others_cores(100.0, own_seconds=1.0, wall_seconds=2.0) == 0.0
+    monkeypatch.setattr(busy, "cores_busy_seconds", lambda: 107.0)
+    assert busy.others_cores(100.0, own_seconds=4.0, wall_seconds=2.0) == pytest.approx(1.5)
+    assert busy.others_cores(100.0, own_seconds=9.0, wall_seconds=2.0) == 0.0
+    assert busy.others_cores(None, own_seconds=1.0, wall_seconds=2.0) == 0.0
+    monkeypatch.setattr(busy, "cores_busy_seconds", lambda: None)
+    assert busy.others_cores(100.0, own_seconds=1.0, wall_seconds=2.0) == 0.0
     assert Tried(Plan(), others_cores=0.5 * usable_cores()).disturbed
     assert not Tried(Plan(), others_cores=0.05 * usable_cores()).disturbed
 

@@ -423,6 +423,14 @@ def test_statistics_over_ranks_are_computed_piece_by_piece() -> None:
     extra = two.seconds["compute"] - plain.seconds["compute"]
     assert extra == pytest.approx(4 * 2e7 * 12 / 2 / 9e9, rel=0.01)
     assert two.seconds["norms"] > 0.0
+    # Where a probe has timed what ranks compute instead, that counts.
+    rate = KernelRate(kind="divided_batch_norm", precision="fp32", size=8e7, workers=2, threads=1, per_second=2e9)
+    made = machine()
+    assert made.measured is not None
+    timed = replace(made, measured=replace(made.measured, kernels=(*made.measured.kernels, rate)))
+    extra = estimate_job(normed, timed, plan("data=2")).seconds["compute"] - plain.seconds["compute"]
+    assert extra == pytest.approx(4 * 2e7 / 2e9)
+    assert estimate_job(normed, timed, plan("serial")) == replace(alone)
 
 
 def test_savers_send_less() -> None:
@@ -775,3 +783,85 @@ def test_compression_takes_memory() -> None:
 def test_large_losses_are_told_as_multiples() -> None:
     assert format_slower(0.31) == "it is 31 % slower than the winner"
     assert format_slower(14.2) == "it takes 15.2 times as long as the winner"
+
+
+def test_a_stream_that_every_rank_reads_is_read_no_faster_by_more() -> None:
+    """Measured: 64 samples of 1 ms each take a worker 75 ms, and two workers with half of them each 80 ms."""
+    lists = replace(facts(), data_seconds=0.05)
+    stream = replace(lists, data_whole=True)
+    assert [estimate_job(lists, machine(), plan(t)).seconds["data"] for t in ("serial", "data=2")] == [0.4, 0.2]
+    assert [estimate_job(stream, machine(), plan(t)).seconds["data"] for t in ("serial", "data=2")] == [0.4, 0.4]
+    helps = {}
+    for job in (lists, stream):
+        asked = replace(problem(exactly=True, axes=("data",)), facts=job)
+        found = search_job(asked, accept)
+        assert found.best is not None
+        helps[job.data_whole] = what_helps_job(asked, found)
+        told = [text for text in helps[job.data_whole] if text.startswith("a sharded stream")]
+        assert bool(told) == job.data_whole
+        if told:  # as many times as fast as told
+            then = estimate_job(lists, asked.machine, found.best.plan).step_seconds
+            assert f"{found.best.estimate.step_seconds / then:.2f} times as fast" in told[0]
+
+
+def test_a_loss_names_what_most_of_it_is() -> None:
+    asked = problem(machine=machine(message_seconds=0.05))
+    found = search_job(asked, accept)
+    assert found.best is not None
+    for reason in losers_of_job(asked, found):
+        if "as fast as the winner" in reason.sentence:
+            continue
+        item = next(one for one in found.plans if one.plan == reason.plan)
+        names = item.estimate.seconds
+        extra = {name: names[name] - found.best.estimate.seconds[name] for name in names}
+        most = max(extra.values()) > 0.5 * sum(extra.values())
+        assert ("; most of that" in reason.sentence) == most
+        assert ("; the largest part of that" in reason.sentence) != most
+
+
+def test_what_would_help_is_told_with_the_plan_that_would_win_then() -> None:
+    asked = problem(machine=machine(message_seconds=0.15))
+    found = search_job(asked, accept)
+    assert found.best is not None
+    changed = {
+        "links twice as fast": replace(asked, machine=faster_links(asked.machine, 2.0)),
+        "twice the global batch": replace(asked, facts=replace(asked.facts, batch_size=16)),
+    }
+    named = 0
+    for told in what_helps_job(asked, found):
+        what, _, gain = told.partition(": ")
+        if what not in changed:
+            continue
+        again = search_job(changed[what], accept).best
+        assert again is not None
+        samples = changed[what].facts.batch_size / asked.facts.batch_size
+        faster = samples * found.best.estimate.step_seconds / again.estimate.step_seconds
+        assert gain.startswith(f"{faster:.2f} times")
+        assert gain.endswith(f", with {again}") == (again.plan != found.best.plan)
+        named += again.plan != found.best.plan
+    assert named
+
+
+@pytest.mark.parametrize("place", ["h100", "measured"])
+def test_more_of_anything_is_never_worse_for_a_job(place: str) -> None:
+    made = machine(message_seconds=1e-3) if place == "measured" else catalogue.machine("h100", gpus_per_node=4)
+    asked = problem(machine=made)
+    found = search_job(asked, accept, wanted=100)
+    assert found.best is not None
+    for item in found.plans:
+        for factor in (1.5, 10.0):
+            faster = estimate_job(asked.facts, faster_links(made, factor), item.plan, nodes=item.nodes)
+            assert faster.step_seconds <= item.estimate.step_seconds * (1 + 1e-9), item
+        steps = [
+            estimate_job(replace(asked.facts, batch_size=size), made, item.plan, nodes=item.nodes).step_seconds
+            for size in (4, 5, 8, 9, 16, 33, 64)
+        ]
+        assert steps == sorted(steps), item
+    times = []
+    largest = max(item.estimate.memory_bytes for item in found.plans)
+    for room in (0.1, 0.3, 0.5, 0.7, 0.9, 1.1):
+        best = search_job(replace(asked, memory_bytes=room * largest), accept).best
+        times.append(best.estimate.step_seconds if best is not None else float("inf"))
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == found.best.estimate.step_seconds
+    assert "nothing speaks against it" in why_not_job(asked, found.best.plan.layout, found, accept)

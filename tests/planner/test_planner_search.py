@@ -124,6 +124,18 @@ def test_published_winners_at_scale() -> None:
     assert ratios[1] > 1.5 and ratios[1] > 1.2 * ratios[0]
 
 
+def test_a_trillion_parameters_on_3072_devices() -> None:
+    # Narayanan et al. 2021, table 1: tensor=8 inside the node, a pipeline of 64 stages across nodes
+    asked = problem(
+        "gpt:layers=128,hidden=25600,heads=160,seq=2048,vocab=51200", 3072, 3072, precision="fp16", attention="math"
+    )
+    best = search(asked).best
+    assert best is not None
+    assert best.case.tensor == 8 and best.case.pipeline >= 16
+    told = why_not(asked, Layout(shard=3072), search(asked))
+    assert "gathering and reducing shards" in told and "times as long as the winner" in told
+
+
 def test_a_slow_network_changes_the_answer() -> None:
     fast = problem(SMALL, 32, 64)
     slow = replace(fast, machine=fast.machine.with_network(1, "test"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwise.data.source import as_splits
+from shardwise.data.source import Stream, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import ShardwiseError
 from shardwise.nn.moe import MoE
 from shardwise.parallel.compress import LowRankSum
 from shardwise.planner.jobmessages import low_rank_bytes
 from shardwise.planner.jobstages import stages_of
+from shardwise.probe import facts as counting
 from shardwise.probe.facts import facts_apart
 from shardwise.run.build import build_model
 from shardwise.run.tryout import find_cut
@@ -297,3 +300,33 @@ def test_a_plan_is_priced_with_the_cuts_that_training_makes(model: Callable[[], 
         # every block is done once, in one stage or in parts
         done = [sum(parts.get(block, 0.0) for parts in priced.parts) for block in range(len(counted.model.blocks))]
         assert done == pytest.approx([1.0] * len(done))
+
+
+def test_a_stream_is_read_whole_by_every_rank_unless_it_is_sharded() -> None:
+    samples = [(torch.randn(6), index % 3) for index in range(16)]
+    kinds = {
+        "list": (torch.randn(16, 6), classes(16, 3)),
+        "whole": Stream(samples),
+        "parts": Stream(lambda rank, ranks: samples[rank::ranks], sharded=True),
+    }
+    plain = job_of(lambda: nn.Linear(6, 3), torch.randn(2, 6), classes(2, 3), batch_size=4)
+    found = {}
+    for name, data in kinds.items():
+        job = replace(plain, data=data, epochs=None, steps=2)
+        found[name] = facts_apart(job, as_splits(data), thorough=False).data_whole
+    assert found == {"list": False, "whole": True, "parts": False}
+
+
+def test_steps_that_others_disturbed_are_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [SimpleNamespace(count=count) for count in (8, 16)]
+    times = iter([0.10, 0.40, 0.10, 0.18])
+
+    def seconds(assembly: object, batch: object) -> float:
+        return next(times)
+
+    monkeypatch.setattr(counting, "_seconds", seconds)
+    seen = counting._steps_seen(None, batches)  # type: ignore[arg-type]
+    assert [(one.samples, one.seconds) for one in seen] == [(8, 0.10), (16, 0.18)]
+    times = iter([0.10, 0.40] + 6 * [0.1, 0.40])  # a larger step may not fit into the cache
+    assert [one.seconds for one in counting._steps_seen(None, batches)] == [0.1, 0.4]  # type: ignore[arg-type]
+    assert len(list(times)) == 6

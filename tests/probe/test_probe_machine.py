@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -16,14 +19,14 @@ from click.testing import CliRunner
 
 from shardwise.cli.main import shardwise
 from shardwise.errors import UserError
+from shardwise.probe import busy, messages
 from shardwise.probe import machine as probing
-from shardwise.probe import messages
 from shardwise.probe.kernels import samples
 from shardwise.probe.operations import by_flops, kind_of
-from shardwise.probe.place import cached_machine, cached_path, this_place, warnings_about
+from shardwise.probe.place import cached_machine, cached_path, measuring, this_place, warnings_about
 from shardwise.run.launch import Nodes
 from shardwise.spec.machine import Machine
-from shardwise.spec.measured import COLLECTIVES, KernelRate, Measured, MessageTime
+from shardwise.spec.measured import COLLECTIVES, DIVIDED_NORMS, KernelRate, Measured, MessageTime
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_a_damaged_machine_file_is_refused(machine: Machine, tmp_path: Path) -> 
 
 
 def test_foreign_old_and_future_figures_are_noticed(machine: Machine) -> None:
-    measured = replace(measured_of(machine), load=0.0)
+    measured = replace(measured_of(machine), load=0.0, others_cores=0.0)
     place = this_place()
     assert warnings_about(measured, place) == []
     foreign = replace(measured, place={**place, "processor": "abacus", "torch": "1.0"})
@@ -89,7 +92,107 @@ def test_foreign_old_and_future_figures_are_noticed(machine: Machine) -> None:
     assert "days ago" in warnings_about(replace(measured, date="2020-01-01"), place)[0]
     assert "yet to come" in warnings_about(replace(measured, date="2990-01-01"), place)[0]
     assert "other programs" in warnings_about(replace(measured, load=9.0 * measured.cores), place)[0]
+    disturbed = warnings_about(replace(measured, others_cores=0.5 * measured.cores), place)[0]
+    assert f"kept {0.5 * measured.cores:.1f} of {measured.cores} cores busy" in disturbed
     assert "no date" in warnings_about(replace(measured, date="soon"), place)[0]
+
+
+def test_what_others_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([0.0, 4.0, 4.0, 4.2, 9.0])  # cores' seconds before and after each attempt
+    monkeypatch.setattr(busy, "cores_busy_seconds", lambda: next(used))
+    monkeypatch.setattr(busy, "_own_seconds", lambda: 0.0)
+    monkeypatch.setattr(busy, "is_busy", lambda: False)
+    monkeypatch.setattr(busy, "usable_cores", lambda: 2)
+    clock = iter([0.0, 2.0, 2.0, 4.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    results = iter(["beside others", "alone"])
+    told: list[str] = []
+    found, others = busy.undisturbed(lambda: next(results), told.append)
+    assert found == ["alone", "beside others"]
+    assert others == pytest.approx(0.1)
+    assert told == ["others kept 2.0 cores busy meanwhile: measuring again"]
+
+
+def test_a_machine_that_stays_busy_is_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "others_cores", lambda *given: 5.0)
+    monkeypatch.setattr(busy, "is_busy", lambda: False)
+    results = iter(range(10))
+    assert busy.undisturbed(lambda: next(results)) == ([0, 1, 2], 5.0)
+    assert busy.undisturbed(lambda: next(results), attempts=1) == ([3], 5.0)
+    assert busy.undisturbed(lambda: next(results), may_go_on=lambda: False) == ([4], 5.0)
+
+
+def test_a_process_beside_ours_is_seen_and_our_own_is_not() -> None:
+    if busy.cores_busy_seconds() is None:
+        pytest.skip("the system does not say what its cores do")
+
+    def burn() -> None:
+        ends = time.monotonic() + 0.6
+        while time.monotonic() < ends:
+            pass
+
+    def beside() -> None:
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            time.sleep(0.6)
+        finally:
+            other.kill()
+            seen.append(busy.others_cores(before, 0.0, time.perf_counter() - began))
+            other.wait()
+
+    seen: list[float] = []
+    before, began = busy.cores_busy_seconds(), time.perf_counter()
+    beside()
+    assert seen[0] > 0.3
+    # What was started and waited for is our own.
+    child = "import time; e = time.monotonic() + 0.6\nwhile time.monotonic() < e: pass"
+    own = busy._own_seconds()
+    subprocess.run([sys.executable, "-c", child], check=True)
+    burn()
+    assert busy._own_seconds() - own > 0.3
+
+
+def rates_of(*per_second: float) -> list[KernelRate]:
+    kinds = [("matmul", "fp32"), ("matmul", "bf16"), ("copy", "fp32")]
+    return [
+        KernelRate(kind=kind, precision=precision, size=1e6, workers=1, threads=1, per_second=value)
+        for (kind, precision), value in zip(kinds, per_second, strict=True)
+    ]
+
+
+def test_a_probe_keeps_the_best_rates_and_says_how_busy_the_cores_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = iter([(3e9, 1e9, 1e9, 2e-6), (2e9, 2e9, 1e9, 1e-6)])
+    others = iter([1.5, 0.9, 0.0, 0.1])
+
+    def launch(work: object, *, workers: int, **options: object) -> object:
+        if workers > 1:
+            message = MessageTime(
+                collective="send", way="gloo", ranks=workers, placement="all", message_bytes=1024, seconds=1e-4
+            )
+            return probing._Together(time.time(), [], [message], 1.0, 1e8)
+        *rates, call_seconds = next(alone)
+        return probing._Alone(rates_of(*rates), call_seconds, 1e-6)
+
+    monkeypatch.setattr(probing, "launch", launch)
+    monkeypatch.setattr(probing, "usable_cores", lambda: 1)
+    monkeypatch.setattr(busy, "others_cores", lambda *given: next(others))
+    monkeypatch.setattr(busy, "is_busy", lambda: False)
+    monkeypatch.setattr(probing, "MOST_ATTEMPTS", 2)
+    measured = measured_of(probing.probe())
+    assert [rate.per_second for rate in measured.kernels] == [3e9, 2e9, 1e9]
+    assert (measured.others_cores, measured.call_seconds) == (0.9, 1e-6)  # of the least disturbed one
+    assert busy.was_busy(measured)
+
+
+def test_only_one_command_measures_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with measuring() as first, measuring(wait_seconds=0.2) as second:
+        assert (first, second) == (True, False)
+    with measuring() as again:
+        assert again
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nowhere to meet
+    with measuring() as anyway:
+        assert anyway
 
 
 def test_the_command_keeps_its_figures_and_answers_from_them(
@@ -128,7 +231,8 @@ def test_the_command_keeps_its_figures_and_answers_from_them(
     assert cached_machine() is None
     assert CliRunner().invoke(shardwise, ["probe"]).exit_code == 0
     assert len(calls) == 3 and cached_machine() == machine
-    assert [path.name for path in cached_path(this_place()).parent.iterdir()] == [cached_path(this_place()).name]
+    names = {path.name for path in cached_path(this_place()).parent.iterdir()}
+    assert names == {cached_path(this_place()).name, "measuring.lock"}
     foreign.write(out)
     checked = CliRunner().invoke(shardwise, ["probe", "--check", str(out)])
     assert checked.exit_code == 1
@@ -322,6 +426,18 @@ def test_messages_grow_with_their_size_and_keep_to_their_way() -> None:
     assert at("all_reduce", 10, ranks=3, way="gloo") == 5e-4
     assert at("all_reduce", 10, ranks=9, way="gloo") == 5e-4
     assert at("all_reduce", 10, ranks=2, way="gloo", nodes=2) is None
+
+
+def test_norms_over_ranks_are_timed_by_the_size_of_the_operation_they_replace() -> None:
+    made = {(sample.kind, sample.size): sample for sample in samples()}
+    for native, kind in DIVIDED_NORMS.items():
+        sizes = sorted(size for name, size in made if name == kind)
+        tensors = 2 if kind == "divided_batch_norm" else 3
+        assert sizes == [4.0 * tensors * count for count in (16 * 1024, 128 * 1024, 1024 * 1024)]
+        # Small tensors of one number a channel are all that differs from what is counted in a model.
+        assert min(abs(size / sizes[1] - 1) for name, size in made if name == native) < 0.02
+        with torch.no_grad():
+            made[kind, sizes[0]].call()
 
 
 def test_sizes_are_counted_and_not_guessed() -> None:

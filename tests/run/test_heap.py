@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.run.available import available_memory
+from shardwise.probe import place
+from shardwise.run import cores
+from shardwise.run.available import available_memory, memory_limit
+from shardwise.run.cores import quota_cores
 from shardwise.run.heap import HEAP_SHARE, _library, room_bytes, use_one_heap
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -206,3 +209,42 @@ def test_memory_left_in_control_groups(tmp_path: Path) -> None:
     assert available_memory(proc, groups) == 400_000
     (groups / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
     assert available_memory(proc, groups) == 8000 * 1024
+
+
+def test_limits_of_control_groups_of_both_versions(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    lines = proc / "self" / "cgroup"
+    assert quota_cores(proc, groups) is None  # no Linux
+    assert memory_limit(proc, groups) is None
+    lines.parent.mkdir(parents=True)
+    # Version 1, its two processor controllers mounted as one; the container sees its own group at the root.
+    lines.write_text("5:cpu,cpuacct:/docker/1234\n4:memory:/docker/1234\n0::/\n")
+    cpu, memory = groups / "cpu,cpuacct", groups / "memory"
+    cpu.mkdir(parents=True)
+    memory.mkdir()
+    (cpu / "cpu.cfs_period_us").write_text("100000\n")
+    (cpu / "cpu.cfs_quota_us").write_text("-1\n")
+    (memory / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # what the kernel writes for none
+    assert quota_cores(proc, groups) is None
+    assert memory_limit(proc, groups) == 9223372036854771712
+    (cpu / "cpu.cfs_quota_us").write_text("150000\n")
+    (memory / "memory.limit_in_bytes").write_text("2147483648\n")
+    assert quota_cores(proc, groups) == 1.5
+    assert memory_limit(proc, groups) == 2**31
+    # Version 2: the group around limits the processor, the own one memory.
+    lines.write_text("0::/user/job\n")
+    (groups / "user" / "job").mkdir(parents=True)
+    assert quota_cores(proc, groups) is None
+    (groups / "user" / "cpu.max").write_text("50000 100000\n")
+    (groups / "user" / "job" / "cpu.max").write_text("max 100000\n")
+    (groups / "user" / "memory.max").write_text("max\n")
+    (groups / "user" / "job" / "memory.max").write_text("1048576\n")
+    assert quota_cores(proc, groups) == 0.5
+    assert memory_limit(proc, groups) == 2**20
+
+
+def test_a_container_of_version_1_limits_what_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "memory_limit", lambda: 2**30)
+    monkeypatch.setattr(cores, "quota_cores", lambda: 0.5)
+    assert place.memory_bytes() == 2**30
+    assert cores.usable_cores() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,10 @@ from shardwise.data.source import as_splits
 from shardwise.errors import JobError, RunFailed, ShardwiseError
 from shardwise.parallel.compose import READY_AXES
 from shardwise.planner.jobsearch import Check, JobFound, JobProblem, search_job
+from shardwise.probe.busy import is_busy, was_busy
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.machine import probe
-from shardwise.probe.place import cached_machine, cached_path, is_busy, this_place, was_busy
+from shardwise.probe.place import WAIT_SECONDS, cached_machine, cached_path, measuring, this_place
 from shardwise.run.apart import call_in_child, in_thread
 from shardwise.run.assemble import check_job, settle_plan
 from shardwise.spec.job import Job
@@ -23,6 +25,9 @@ from shardwise.spec.rank import Rank
 from shardwise.spec.work import JobFacts
 
 Tell = Callable[[str], None]
+
+AGAIN_AFTER_SECONDS = 600.0
+"""How old figures are at least before they are taken again because others disturbed them."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +106,42 @@ def most_workers(machine: Machine) -> int:
 
 
 def this_machine(tell: Tell) -> Machine:
-    """The figures kept for this machine, or new ones."""
+    """The figures kept for this machine, or new ones; those that others disturbed are taken anew where it is quiet."""
     kept = cached_machine()
-    if kept is not None:
-        if kept.measured is not None and was_busy(kept.measured):
-            tell(
-                "note: this machine was measured while other programs used its cores: `shardwise probe --again` when it is quiet"
-            )
+    if kept is not None and not doubtful(kept):
         return kept
-    tell("measuring this machine, once (10 s or so; `shardwise probe` does the same)")
-    found = probe(tell=lambda text: None)
-    keep_machine(found)
+    if kept is None:
+        tell("measuring this machine, once (10 s or so; `shardwise probe` does the same)")
+    elif not worth_measuring_again(kept):
+        tell(
+            "note: this machine was measured while other programs used its cores: predictions may be off. It is measured again "
+            "once they do not (or by `shardwise probe --again`)"
+        )
+        return kept
+    else:
+        tell("measuring this machine again: other programs used its cores the last time")
+    with measuring(wait_seconds=WAIT_SECONDS):
+        found = cached_machine() if kept is None else None  # another command may just have measured it
+        if found is None:
+            found = probe(tell=lambda text: None)
+            keep_machine(found)
+    if doubtful(found):
+        tell("note: other programs used the cores meanwhile: what follows may be off")
     return found
+
+
+def worth_measuring_again(machine: Machine) -> bool:
+    """Whether others disturbed these figures and would not now; nor a moment ago, or every command would measure anew."""
+    try:
+        age = time.time() - cached_path(this_place()).stat().st_mtime
+    except OSError:
+        age = AGAIN_AFTER_SECONDS
+    return doubtful(machine) and age >= AGAIN_AFTER_SECONDS and not is_busy()
+
+
+def doubtful(machine: Machine) -> bool:
+    """Whether others used the cores while this machine was measured."""
+    return machine.measured is not None and was_busy(machine.measured)
 
 
 def keep_machine(machine: Machine) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardwise.advise.kept import recall, remember, signature
+from shardwise.advise.kept import DOUBTFUL, recall, remember, signature
 from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits, as_splits
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, Stopped
+from shardwise.probe.busy import is_busy
 from shardwise.probe.length import first_step_apart, told_if_slow
-from shardwise.probe.place import is_busy, this_place
+from shardwise.probe.place import measuring, this_place
 from shardwise.run.choose import choose_plan, usable_cores
 from shardwise.run.loop import total_steps
 from shardwise.spec.job import Job
@@ -78,9 +79,12 @@ def automatic(
         return replace(
             rule, reasons=(*rule.reasons, "other programs use the cores: measuring plans would measure them")
         )
+    except Stopped:
+        raise
     except ShardwiseError:
         return rule  # what is wrong with the job shows in a moment, in its own words
-    remember(key, plan)
+    if DOUBTFUL not in plan.reasons:
+        remember(key, plan)
     return plan
 
 
@@ -109,10 +113,11 @@ def _planned(
         if workers is None and rule.layout.workers > 1:
             return _short(job, splits, rule, once, steps, threads)
         return replace(rule, reasons=(*rule.reasons, SHORT))
-    if is_busy():
-        raise Busy
-    from shardwise.advise.longer import plan_longer
+    with measuring() as alone:
+        if not alone or is_busy():
+            raise Busy
+        from shardwise.advise.longer import plan_longer
 
-    return plan_longer(
-        job, splits, rule, expected_seconds=expected, workers=workers, threads=threads, trial=trial, show=show
-    )
+        return plan_longer(
+            job, splits, rule, expected_seconds=expected, workers=workers, threads=threads, trial=trial, show=show
+        )

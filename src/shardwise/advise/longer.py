@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from shardwise.advise.advice import keep_machine, refusals
+from shardwise.advise.advice import doubtful, keep_machine, refusals, worth_measuring_again
 from shardwise.advise.contest import Contender, Outcome, Seen, hold
+from shardwise.advise.kept import DOUBTFUL
 from shardwise.advise.trial import LEAST_STEPS, WARM_STEPS, Tried, try_plan
 from shardwise.data.source import Splits
 from shardwise.planner.confidence import counted_width
@@ -31,6 +32,9 @@ QUICK_PROBE_SECONDS, PROBE_SECONDS, FACTS_SECONDS, TRIAL_SECONDS = 4.5, 15.0, 1.
 
 TRIED_SECONDS, START_SECONDS = 0.25, 0.5
 """Timed steps of one trial, and what starting and ending its processes takes here (2026-11-26)."""
+
+LEAST_LIMIT_SECONDS = 5.0
+"""A trial may take what is left of the budget, and so long at least: a busy machine starts processes slowly."""
 
 MOST_TRIED = 4
 
@@ -89,7 +93,8 @@ def plan_longer(
         base=replace(rule, layout=Plan().layout, threads=None, reasons=()),
     )
     found = search_job(problem, lambda plans: [None for _ in plans], wanted=50)
-    return _settled(job, splits, rule, found, spending, expected_seconds, trial=trial, show=show)
+    plan = _settled(job, splits, rule, found, spending, expected_seconds, trial=trial, show=show)
+    return replace(plan, reasons=(*plan.reasons, DOUBTFUL)) if doubtful(machine) else plan
 
 
 def affordable_machine(spending: Spending, expected_seconds: float, *, show: bool) -> Machine | None:
@@ -98,11 +103,11 @@ def affordable_machine(spending: Spending, expected_seconds: float, *, show: boo
     None where the budget has no room.
     """
     machine = cached_machine()
-    if machine is not None:
+    thorough = spending.left > PROBE_SECONDS + FACTS_SECONDS
+    if machine is not None and not (thorough and worth_measuring_again(machine)):
         return machine if spending.left >= 0.5 * FACTS_SECONDS else None
     if spending.left < QUICK_PROBE_SECONDS + FACTS_SECONDS:
         return None
-    thorough = spending.left > PROBE_SECONDS + FACTS_SECONDS
     _tell(show, f"planning a run of about {format_seconds(expected_seconds)}: measuring this machine")
     machine = probe(quick=not thorough)
     if thorough:
@@ -138,7 +143,7 @@ def _settled(
     seen: list[list[Tried]] = [[] for _ in able]
 
     def attempt(index: int) -> Seen:
-        tried = _try(job, splits, able[index].plan, TRIED_SECONDS)
+        tried = _try(job, splits, able[index].plan, TRIED_SECONDS, max(LEAST_LIMIT_SECONDS, spending.left))
         seen[index].append(tried)
         return Seen(tried.step_seconds, tried.seconds, tried.disturbed, tried.failure is not None)
 
@@ -193,8 +198,8 @@ def _sentence(able: list[JobCandidate], seen: list[list[Tried]], outcome: Outcom
     return text
 
 
-def _try(job: Job, splits: Splits, plan: Plan, seconds: float) -> Tried:
-    return try_plan(job, splits, plan, step_budget_seconds=seconds)
+def _try(job: Job, splits: Splits, plan: Plan, seconds: float, limit: float) -> Tried:
+    return try_plan(job, splits, plan, step_budget_seconds=seconds, limit_seconds=limit)
 
 
 def _seen(prediction: Prediction, loop_seconds: float, trials: list[Tried]) -> Prediction:

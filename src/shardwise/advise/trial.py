@@ -7,6 +7,7 @@ the run: not its weights, its random numbers or its memory. A trial that fails, 
 from __future__ import annotations
 
 import functools
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from shardwise.data.batch import Batch
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
-from shardwise.errors import RunFailed, ShardwiseError
-from shardwise.probe.place import cores_busy_seconds
+from shardwise.errors import RunFailed, ShardwiseError, Stopped
+from shardwise.probe.busy import OTHERS_SHARE, cores_busy_seconds, others_cores
 from shardwise.run.alike import next_batch
-from shardwise.run.apart import call_in_child, in_thread
+from shardwise.run.apart import call_in_child, fall_first, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.choose import usable_cores
 from shardwise.run.gauge import peak_memory_bytes
@@ -37,11 +38,10 @@ WARM_STEPS = 2
 
 LEAST_STEPS, MOST_STEPS = 3, 200
 
-OTHERS_SHARE = 0.1
-"""Part of the cores that other programs may take during a trial. The system itself takes 0.01 to 0.03 here, and the clock of
-/proc/stat, of hundredths of a second, is off by as much in a trial of a quarter of a second (2026-11-26)."""
-
 _TIMEOUT_SECONDS = 30.0
+
+LONGEST_SECONDS = 60.0
+"""A trial that takes longer is ended: it hangs, or is so far off its prediction that no more of it needs to be seen."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def try_plan(
     *,
     device: str = "cpu",
     step_budget_seconds: float = 0.5,
+    limit_seconds: float = LONGEST_SECONDS,
     nodes: Nodes | None = None,
 ) -> Tried:
     """Run `plan` for as many steps as fit in about `step_budget_seconds`, at least three, and throw the result away.
@@ -92,14 +93,22 @@ def try_plan(
         plan: a plan that `check_job` accepts, with its threads settled.
         device: type of device.
         step_budget_seconds: for the timed steps; start-up and two steps to warm up come on top.
+        limit_seconds: the trial is ended where it takes longer in all, which is an answer.
         nodes: machines to spread it over; each of them calls this with the same arguments.
+
+    Raises:
+        Stopped: a signal asked the command to stop.
     """
-    work = functools.partial(_try, job=job, splits=splits, plan=plan, device=device, budget=step_budget_seconds)
+    work = functools.partial(
+        _try, job=job, splits=splits, plan=plan, device=device, budget=step_budget_seconds, limit=limit_seconds
+    )
     threads, workers = plan.threads or 1, plan.layout.workers
     silent: Callable[[str], None] = lambda text: None  # noqa: E731
     began = time.perf_counter()
+    signals: list[int] = []
+    failure = None
     try:
-        if workers == 1 and nodes is None:
+        if workers == 1 and (nodes is None or nodes.count == 1):
             figures = in_thread(lambda: call_in_child(work, threads=threads, device=device))
         else:
             figures = launch(
@@ -110,13 +119,25 @@ def try_plan(
                 nodes=nodes,
                 report=silent,
                 grace_seconds=1.0,
+                signals=signals,
             )
     except (ShardwiseError, MemoryError) as error:
-        return Tried(plan, seconds=time.perf_counter() - began, failure=_reason(error))
-    return replace(figures, plan=plan, seconds=time.perf_counter() - began)
+        failure = _reason(error)
+    took = time.perf_counter() - began
+    if signals:  # they are about the command, however the trial ended
+        raise Stopped("stopped while plans were tried; the training had not started")
+    if failure is not None:
+        return Tried(
+            plan, seconds=took, failure=f"it was ended after {limit_seconds:g} s" if took >= limit_seconds else failure
+        )
+    return replace(figures, plan=plan, seconds=took)
 
 
-def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budget: float) -> Tried:
+def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budget: float, limit: float) -> Tried:
+    # The system ends this process, whatever it waits for.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    fall_first()
     place = torch.device(device, rank.local_rank) if device != "cpu" else torch.device("cpu")
     with process_group(rank, device, _TIMEOUT_SECONDS):
         world = Group.world()
@@ -131,7 +152,7 @@ def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budge
         began, own, busy = time.perf_counter(), time.process_time(), cores_busy_seconds()
         times = [walk.step() for _ in range(steps)]
         own = sum(world.gather_objects(time.process_time() - own if rank.node == 0 else 0.0))
-        others = _others_cores(busy, own, time.perf_counter() - began)
+        others = others_cores(busy, own, time.perf_counter() - began)
         figures = (sorted(times)[len(times) // 4], min(times), float(peak_memory_bytes(place)))
         slowest, fastest, memory = (max(values) for values in zip(*world.gather_objects(figures), strict=True))
         mean = max(world.gather_objects(sum(times) / len(times)))
@@ -139,14 +160,6 @@ def _try(rank: Rank, *, job: Job, splits: Splits, plan: Plan, device: str, budge
         return Tried(
             Plan(), slowest, fastest, memory, steps, mean_seconds=mean, others_cores=world.gather_objects(others)[0]
         )
-
-
-def _others_cores(busy_before: float | None, own_seconds: float, wall_seconds: float) -> float:
-    """Cores of this machine that others kept busy; 0 where the system does not say."""
-    busy = cores_busy_seconds()
-    if busy is None or busy_before is None:
-        return 0.0
-    return max(0.0, busy - busy_before - own_seconds) / wall_seconds
 
 
 class _Walk:

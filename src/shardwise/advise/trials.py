@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shardwise.advise.advice import refusals
+from shardwise.advise.advice import doubtful, refusals
 from shardwise.advise.auto import SHORT_SECONDS
 from shardwise.advise.kept import recall, remember, signature
 from shardwise.advise.longer import BUDGET_SECONDS, BUDGET_SHARE, Spending, affordable_machine
 from shardwise.data.source import as_splits
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, Stopped
 from shardwise.planner.jobsearch import JobCandidate
 from shardwise.planner.jobstep import estimate_job
+from shardwise.probe.busy import is_busy
 from shardwise.probe.facts import facts_apart
 from shardwise.probe.length import first_step_apart, told_if_slow
-from shardwise.probe.place import cached_machine, is_busy, this_place
+from shardwise.probe.place import cached_machine, this_place
 from shardwise.run.choose import Priced
 from shardwise.run.loop import total_steps
 from shardwise.spec.job import Job
@@ -56,6 +57,8 @@ def price_trials(
         return _prices(plans, cached_machine())
     try:
         found = _priced(job, widths, cores=cores, trainings=trainings, show=show)
+    except Stopped:
+        raise
     except ShardwiseError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"its first step could not be counted ({lines[-1].strip()})"
@@ -63,7 +66,7 @@ def price_trials(
         return found
     plans, machine = found
     for plan in plans:
-        if key is not None:
+        if key is not None and not doubtful(machine):
             remember(keys[plan.layout.workers], plan)
     return _prices(plans, machine)
 

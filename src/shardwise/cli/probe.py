@@ -45,7 +45,7 @@ def probe(
     from shardwise.cli.main import print_json
     from shardwise.probe.machine import probe as measure
     from shardwise.probe.machine import probe_nodes
-    from shardwise.probe.place import cached_machine, cached_path, this_place, warnings_about
+    from shardwise.probe.place import WAIT_SECONDS, cached_machine, cached_path, measuring, this_place, warnings_about
     from shardwise.run.launch import Nodes
     from shardwise.spec.machine import Machine
 
@@ -60,7 +60,10 @@ def probe(
     machine = None if again else cached_machine()
     fresh = machine is None
     if machine is None:
-        machine = measure(tell=lambda text: print(text, file=sys.stderr))
+        with measuring(wait_seconds=WAIT_SECONDS):
+            machine = None if again else cached_machine()  # another command may just have measured it
+            fresh = machine is None
+            machine = machine or measure(tell=lambda text: print(text, file=sys.stderr))
         kept = cached_path(this_place())
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,11 @@ class Source(ABC):
         return None
 
     @property
+    def whole(self) -> bool:
+        """Whether each rank reads all samples of a global batch and keeps its own, so that more ranks read no faster."""
+        return False
+
+    @property
     def threaded(self) -> bool:
         """Whether a background thread may read ahead: only where no code of the user's with hidden state runs."""
         return False

@@ -88,6 +88,10 @@ class Stream(Source):
     def parts(self, ranks: int) -> int | None:
         return max(1, self.loader_workers) * (ranks if self._sharded else 1)
 
+    @property
+    def whole(self) -> bool:
+        return not self._sharded
+
     def open(self, epoch: int, part: int, parts: int) -> Iterator[Any]:
         """The samples of one part of the stream."""
         if isinstance(self._source, Iterable):

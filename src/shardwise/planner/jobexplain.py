@@ -15,7 +15,7 @@ from shardwise.planner.jobsearch import (
     price,
     too_large,
 )
-from shardwise.planner.jobstep import COMMUNICATION, PART_NAMES, JobEstimate, estimate_job
+from shardwise.planner.jobstep import COMMUNICATION, PART_NAMES, JobEstimate, JobMemo, estimate_job
 from shardwise.spec.layout import Layout
 from shardwise.spec.machine import Figure, Machine
 from shardwise.spec.plan import Plan
@@ -122,17 +122,20 @@ def why_not_job(
 
 
 def what_helps_job(problem: JobProblem, found: JobFound, constants: Constants = DEFAULT) -> tuple[str, ...]:
-    """What would shorten the winner's step most: faster links, a larger batch, more memory."""
+    """What would shorten the winner's step most: faster links, a larger batch, more memory.
+
+    Where another plan would win then, it is named.
+    """
     if found.best is None:
         return ()
     best, facts = found.best, problem.facts
     now = best.estimate.step_seconds
     gains: list[tuple[float, str]] = []
-    then = estimate_job(facts, faster_links(problem.machine, 2.0), best.plan, constants, nodes=best.nodes).step_seconds
-    gains.append((now / then, f"links twice as fast: {now / then:.2f} times as fast"))
-    double = replace(facts, batch_size=2 * facts.batch_size)
-    gain = 2 * now / estimate_job(double, problem.machine, best.plan, constants, nodes=best.nodes).step_seconds
-    gains.append((gain, f"twice the global batch: {gain:.2f} times the samples per second"))
+    then, by = _first(replace(problem, machine=faster_links(problem.machine, 2.0)), found, constants)
+    gains.append((now / then, f"links twice as fast: {now / then:.2f} times as fast{by}"))
+    then, by = _first(replace(problem, facts=replace(facts, batch_size=2 * facts.batch_size)), found, constants)
+    gain = 2 * now / then
+    gains.append((gain, f"twice the global batch: {gain:.2f} times the samples per second{by}"))
     for item in found.refused:
         if item.estimate is not None and item.estimate.step_seconds < now:
             gain = now / item.estimate.step_seconds
@@ -142,7 +145,23 @@ def what_helps_job(problem: JobProblem, found: JobFound, constants: Constants = 
     if best.estimate.share(("data",)) > 0.05:
         gain = now / (now - best.estimate.seconds["data"])
         gains.append((gain, f"data that is ready in memory: {gain:.2f} times as fast"))
+        if facts.data_whole and best.plan.layout.replicas > 1:
+            part = best.estimate.seconds["data"] / best.plan.layout.replicas
+            gain = now / (now - best.estimate.seconds["data"] + part)
+            gains.append((gain, f"a sharded stream, of which each worker reads its own part: {gain:.2f} times as fast"))
     return tuple(sentence for gain, sentence in sorted(gains, key=lambda one: -one[0]) if gain > 1.01)
+
+
+def _first(changed: JobProblem, found: JobFound, constants: Constants) -> tuple[float, str]:
+    """Seconds of the plan that would win in a changed problem, of those that were found; and its name where it is another."""
+    assert found.best is not None
+    memo = JobMemo()
+    priced = [price(changed, one.plan, constants, one.nodes, memo) for one in found.plans]
+    first = min(
+        (one for one in priced if one.estimate.fits), key=lambda one: one.estimate.step_seconds, default=priced[0]
+    )
+    same = (first.plan, first.nodes) == (found.best.plan, found.best.nodes)
+    return first.estimate.step_seconds, "" if same else f", with {first}"
 
 
 def faster_links(machine: Machine, factor: float) -> Machine:
@@ -172,7 +191,10 @@ def _loses(problem: JobProblem, item: JobCandidate, found: JobFound, constants: 
     extra = {name: mine.seconds.get(name, 0.0) - theirs.seconds.get(name, 0.0) for name in mine.seconds}
     worst = max(extra, key=lambda name: extra[name])
     share = mine.seconds[worst] / mine.step_seconds
-    sentence = f"{format_slower(slower)}; most of it is {PART_NAMES[worst]}, {100 * share:.0f} % of its step"
+    most = "most" if extra[worst] > 0.5 * (mine.step_seconds - theirs.step_seconds) else "the largest part"
+    sentence = (
+        f"{format_slower(slower)}; {most} of that is {PART_NAMES[worst]}, which takes {100 * share:.0f} % of its step"
+    )
     if worst in COMMUNICATION:
         rivals = [found.best, *(one for one in found.plans[1:] if one.family != item.family)]
         factor = break_even(problem, item, rivals, constants)

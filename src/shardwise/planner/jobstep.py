@@ -170,7 +170,7 @@ def estimate_job(
     seconds["bubble"] = timeline.seconds - timeline.busiest_seconds
     seconds["optimizer"] = work.optimizer
     crowd = 1 if machine.measured is None else turns(sharing, machine.measured.cores)
-    seconds["data"] = crowd * samples * facts.data_seconds
+    seconds["data"] = crowd * (facts.batch_size if facts.data_whole else samples) * facts.data_seconds
     seconds["loop"] = crowd * STEP_SECONDS if machine.measured is not None else constants.step_seconds
     last = rank_of(len(stages.parts) - 1, stages.ranks, stages.schedule)
     shared = links.wire(stages.shared_bytes, stages.shared_bytes, 0, last) if last and stages.shared_bytes else None
@@ -280,7 +280,7 @@ def _blocks(
         if key not in memo.blocks:
             every = [item for item in facts.operations if (item.phase == "optimizer") == optimizer]
             memo.blocks[key] = block_seconds(
-                divided_norms(every) if normed else every,
+                divided_norms(every, machine.measured) if normed and machine.measured is not None else every,
                 micro,
                 machine,
                 sharing,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from shardwise.planner.compute import Device, device_rates
 from shardwise.planner.constants import DEFAULT, Constants
 from shardwise.spec.machine import Machine
-from shardwise.spec.measured import Measured
+from shardwise.spec.measured import DIVIDED_NORMS, Measured
 from shardwise.spec.plan import Plan
 from shardwise.spec.work import JobFacts, OperationFacts, StepSeen
 
@@ -195,14 +195,19 @@ def gradient_sums(facts: JobFacts) -> list[OperationFacts]:
     ]
 
 
-def divided_norms(operations: Iterable[OperationFacts]) -> list[OperationFacts]:
+def divided_norms(operations: Iterable[OperationFacts], measured: Measured) -> list[OperationFacts]:
     """The operations of a step whose BatchNorm layers take their statistics over several ranks.
 
-    These compute with element-wise operations what torch's own kernel does in one (parallel/norm.py): `_NORM_PASSES` give
-    tensors read or written, and calls that do so, for each of its calls.
+    These compute with element-wise operations what torch's own kernel does in one (parallel/norm.py). A probe times them; for
+    figures without, `_NORM_PASSES` give tensors read or written, and calls that do so, for each of its calls.
     """
+    timed = {item.kind for item in measured.kernels}
     found = []
     for item in operations:
+        kind = DIVIDED_NORMS.get(item.kind)
+        if kind in timed:
+            found.append(replace(item, kind=kind))
+            continue
         passes = _NORM_PASSES.get(item.kind)
         if passes is None:
             found.append(item)

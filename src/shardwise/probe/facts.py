@@ -28,7 +28,7 @@ from shardwise.probe.count import Counted, counting
 from shardwise.probe.length import first_samples, serial_plan
 from shardwise.probe.operations import size_bytes, tensors_in
 from shardwise.probe.place import this_place
-from shardwise.run.apart import call_in_child, in_thread
+from shardwise.run.apart import call_in_child, fall_first, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.build import build_model
 from shardwise.run.cores import usable_cores
@@ -47,6 +47,12 @@ THREADS_SECONDS = 0.4
 
 SLOW_SECONDS = 1.5
 """A step that takes longer is not repeated, and larger ones are not tried."""
+
+RISING = 1.05
+"""From so many times as long a sample of the next larger step on, all sizes are timed again (eleven models: at most 1.04,
+2026-11-26)."""
+
+MOST_AGAIN = 3
 
 _CPU = torch.device("cpu")
 
@@ -97,6 +103,7 @@ def facts_apart(
 
 
 def _count(rank: Rank, *, job: Job, splits: Splits, how: Counting) -> JobFacts:
+    fall_first()
     if how.fake:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -123,7 +130,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
     if how.fake:
         take_step(assembly, sizes[-1])  # the optimizer makes its states in the first step
     else:
-        seen = [StepSeen(samples=b.count, seconds=_seconds(assembly, b), threads=1) for b in _timed(sizes)]
+        seen = _steps_seen(assembly, _timed(sizes))
         resident = _peak_resident()  # before counting, which loads more of torch
     low, high = (_counted(assembly, batch) for batch in (sizes[0], sizes[-1]))
     states = sum(size_bytes(tensor) for tensor in tensors_in(list(assembly.optimizer.state.values())))
@@ -169,6 +176,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
         norm_layers=len(batch_norms(model)) if job.batch_norm == "global" else 0,
         attention_bytes=high.attention_bytes / high.samples,
         data_seconds=0.0 if how.fake else _data_seconds(splits, job),
+        data_whole=splits.train.whole,
         base_bytes=base,
         seen=tuple(seen),
         place={} if how.fake else this_place(),
@@ -186,13 +194,32 @@ def _counted(assembly: Assembly, batch: Batch) -> Counted:
     return mode.counted
 
 
+def _steps_seen(assembly: Assembly, sizes: list[Batch]) -> list[StepSeen]:
+    """What steps of these sizes take.
+
+    A sample of a larger step takes no longer, as a rule. Where it seems to, others may have used the core meanwhile, and all
+    sizes are timed again; the fastest counts.
+    """
+    best = [_seconds(assembly, batch) for batch in sizes]
+    for _ in range(MOST_AGAIN):
+        each = [seconds / batch.count for seconds, batch in zip(best, sizes, strict=True)]
+        if max(best) > SLOW_SECONDS or all(more < RISING * less for less, more in itertools.pairwise(each)):
+            break
+        best = [min(seconds, _seconds(assembly, batch)) for seconds, batch in zip(best, sizes, strict=True)]
+    return [StepSeen(samples=batch.count, seconds=s, threads=1) for batch, s in zip(sizes, best, strict=True)]
+
+
 def _seconds(assembly: Assembly, batch: Batch, *, enough: float = ENOUGH_SECONDS, most: int = 10) -> float:
     """Seconds of one step: the fastest of a few after the first; `most` at most, for about `enough` seconds."""
     began = time.perf_counter()
     take_step(assembly, batch)
     took = time.perf_counter() - began
     if took > SLOW_SECONDS:
-        return took
+        if took > 4 * SLOW_SECONDS:
+            return took
+        began = time.perf_counter()  # the first one may have been slow for what it found new: pages of large parameters
+        take_step(assembly, batch)
+        return min(took, time.perf_counter() - began)
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 2 or (time.perf_counter() - began < enough and len(times) < most):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from shardwise.dist.collectives import Group
 from shardwise.kernels.install import use_all_kernels
-from shardwise.probe.operations import by_flops, flops_of, moved_bytes, name_of, table_bytes, tensors_in
-from shardwise.spec.measured import THIN_ROWS, KernelRate
+from shardwise.parallel.norm import BatchState, globalize_batch_norm
+from shardwise.probe.operations import by_flops, flops_of, moved_bytes, name_of, size_bytes, table_bytes, tensors_in
+from shardwise.spec.measured import DIVIDED_NORMS, THIN_ROWS, KernelRate
 
 aten = torch.ops.aten
 
@@ -39,6 +43,7 @@ def samples(sizes: int = 3) -> Iterator[Sample]:
     yield from _attention()
     for kind, call in _moving(sizes):
         yield _sample(kind, "fp32", *call)
+    yield from _divided_norms(sizes)
     # last, so that the others are timed in a process that has done what it had before these were added (docs/notes.md)
     yield from _thin(sizes)
 
@@ -136,6 +141,23 @@ def _convolutions(sizes: int) -> Iterator[Sample]:
         out = F.conv2d(x, weight, padding=padding)
         masks = ([outside], *setting, [True, True, True])
         yield _sample("convolution_backward", "fp32", aten.convolution_backward.default, out, x, weight, *masks)
+
+
+def _divided_norms(sizes: int) -> Iterator[Sample]:
+    """BatchNorm as ranks compute it that take its statistics together, without their messages; forward and backward."""
+    for shape in ((4, 64, 8, 8), (8, 16, 32, 32), (16, 64, 32, 32))[:sizes]:
+        layer = nn.BatchNorm2d(shape[1])
+        globalize_batch_norm(layer, Group(), BatchState())
+        x, slope = torch.rand(shape, requires_grad=True), torch.rand(shape)
+        with torch.enable_grad():
+            out = layer(x)
+        given = [x, *layer.parameters()]
+        backward = functools.partial(torch.autograd.grad, out, given, slope, retain_graph=True)
+        for kind, tensors, call in (
+            ("native_batch_norm", 2, functools.partial(layer, x)),
+            ("native_batch_norm_backward", 3, backward),
+        ):
+            yield Sample(DIVIDED_NORMS[kind], "fp32", float(tensors * size_bytes(x)), call)
 
 
 def _attention() -> Iterator[Sample]:

@@ -14,7 +14,7 @@ from shardwise.data.batch import Batch
 from shardwise.data.loader import eval_batches
 from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
-from shardwise.run.apart import call_in_child, in_thread
+from shardwise.run.apart import call_in_child, fall_first, in_thread
 from shardwise.run.assemble import assemble
 from shardwise.run.progress import tell
 from shardwise.run.step import take_step
@@ -60,6 +60,7 @@ def told_if_slow(show: bool, seconds: float = 5.0) -> Iterator[None]:
 
 
 def _first_step(rank: Rank, *, job: Job, splits: Splits) -> float:
+    fall_first()
     assembly = assemble(job, serial_plan(job), Group(), _CPU, total_steps=None)
 
     def fastest(samples: int) -> float:

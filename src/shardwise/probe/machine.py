@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
+from shardwise.probe.busy import MOST_ATTEMPTS, others_running, undisturbed
 from shardwise.probe.kernels import call_overheads, kernel_rates
 from shardwise.probe.messages import SIZES, message_times, node_message_times, overlap_slowdown
-from shardwise.probe.place import memory_bytes, others_running, this_place
+from shardwise.probe.place import memory_bytes, this_place
 from shardwise.run.choose import usable_cores
 from shardwise.run.heap import keep_freed_memory
 from shardwise.run.launch import Nodes, launch
@@ -30,6 +32,11 @@ LEAST_GROUP = 4
 """Groups are timed up to this size even on fewer cores: people do start more workers than cores."""
 
 _TIMEOUT_SECONDS = 60.0
+
+LONGEST_SECONDS = 40.0
+"""After this time nothing that others disturbed is measured again."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,9 @@ class _Together:
 
 
 def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: None) -> Machine:
-    """Measure this machine. Starts processes and ends them; takes 10 to 40 seconds on two cores.
+    """Measure this machine. Starts processes and ends them; takes 10 to 40 seconds on two cores, a minute where others use them.
+
+    What others disturbed is measured again, and the figures say how busy the cores were at best.
 
     Args:
         quick: fewer sizes, for a training that is about to start: a few seconds.
@@ -62,32 +71,50 @@ def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: Non
     Raises:
         RunFailed: a process died.
     """
-    cores, load = usable_cores(), others_running()
-    tell(f"one process, 1 and {cores} threads: operations by kind and size")
+    cores, load, disturbed = usable_cores(), others_running(), [0.0]
+    ends = time.monotonic() + LONGEST_SECONDS
     silent: Callable[[str], None] = lambda text: None  # noqa: E731
-    alone = launch(lambda rank: _alone(rank, quick), workers=1, threads=1, max_restarts=1, report=silent)
-    kernels = list(alone.kernels)
+
+    def quietly(what: str, measure: Callable[[], T], figures: Callable[[T], Iterable[KernelRate]]) -> T:
+        """The least disturbed of a few attempts, with the best rates of all: others only ever make an operation slower."""
+        tell(what)
+        attempts = 1 if quick else MOST_ATTEMPTS
+        found, others = undisturbed(measure, tell, attempts=attempts, may_go_on=lambda: time.monotonic() < ends)
+        disturbed.append(others)
+        kernels.extend(best_rates([rate for one in found for rate in figures(one)]))
+        return found[0]
+
+    kernels: list[KernelRate] = []
+    alone = quietly(
+        "one process with one thread: operations by kind and size",
+        lambda: launch(lambda rank: _alone(rank, quick), workers=1, threads=1, max_restarts=1, report=silent),
+        lambda found: found.kernels,
+    )
     if cores > 1:
         wide = lambda rank: kernel_rates(1, cores, lambda: None, 2 if quick else 3)  # noqa: E731
-        kernels += launch(wide, workers=1, threads=cores, max_restarts=1, report=silent)
+        quietly(
+            f"one process with {cores} threads: the same",
+            lambda: launch(wide, workers=1, threads=cores, max_restarts=1, report=silent),
+            lambda found: found,
+        )
     messages: list[MessageTime] = []
     ready, overlap, resident = [], 1.0, []
     sizes = sorted({min(cores, MOST_WORKERS)} if quick else {2, LEAST_GROUP, min(cores, MOST_WORKERS)})
     for workers in (size for size in sizes if size > 1):
-        tell(f"{workers} processes at once: operations and messages")
-        busy = workers <= cores
-        began = time.time()
-        found = launch(
-            lambda rank, busy=busy: _together(rank, quick, busy),  # type: ignore[misc]
-            workers=workers,
-            threads=1,
-            report=silent,
+
+        def together(workers: int = workers) -> tuple[_Together, float]:
+            began = time.time()
+            work = lambda rank: _together(rank, quick, workers <= cores)  # noqa: E731
+            found = launch(work, workers=workers, threads=1, report=silent)
+            return found, found.ready - began
+
+        found, began = quietly(
+            f"{workers} processes at once: operations and messages", together, lambda one: one[0].kernels
         )
-        kernels += found.kernels
         messages += found.messages
         resident.append(found.resident)
         if workers <= max(2, cores):
-            ready.append(found.ready - began)
+            ready.append(began)
             overlap = found.overlap
     measured = Measured(
         date=date.today().isoformat(),
@@ -100,11 +127,21 @@ def probe(*, quick: bool = False, tell: Callable[[str], None] = lambda text: Non
         startup_seconds=ready[0] if ready else 1e-3,
         worker_bytes=max(resident) if resident else _resident_bytes(),
         load=round(load, 2),
+        others_cores=round(max(disturbed), 2),
         method=METHOD,
         kernels=tuple(kernels),
         messages=tuple(no_faster_with_more(messages)),
     )
     return as_machine(measured)
+
+
+def best_rates(rates: Iterable[KernelRate]) -> list[KernelRate]:
+    """The highest of the rates of each kind and size, in the order in which these come first."""
+    best: dict[tuple[object, ...], KernelRate] = {}
+    for rate in rates:
+        key = (rate.kind, rate.precision, rate.size, rate.workers, rate.threads)
+        best[key] = max(rate, best.get(key, rate), key=lambda one: one.per_second)
+    return list(best.values())
 
 
 def probe_nodes(machine: Machine, nodes: Nodes, tell: Callable[[str], None] = lambda text: None) -> Machine:

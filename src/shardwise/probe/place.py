@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
 import torch
 
 from shardwise.errors import UserError
+from shardwise.probe.busy import others_words, was_busy
+from shardwise.run.available import memory_limit
 from shardwise.run.choose import accelerators, usable_cores
 from shardwise.spec.machine import Machine
 from shardwise.spec.measured import METHOD, Measured
 
 FRESH_DAYS = 90
 """Older figures are still used, with a word about their age: kernels and drivers change more often than machines."""
-
-BUSY_LOAD = 0.5
-"""Processes that want a core, over the cores, from which on others' work is in the figures."""
+WAIT_SECONDS = 60.0
+"""How long to wait for another command that measures this machine."""
 
 
 def this_place() -> dict[str, str]:
@@ -49,11 +52,8 @@ def device_name(kind: str) -> str:
 def memory_bytes() -> float:
     """Memory of the machine, or of the container's limit where that is less."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        return total if limit == "max" else min(total, float(limit))
-    except (OSError, ValueError):
-        return total
+    limit = memory_limit()
+    return total if limit is None else min(total, float(limit))
 
 
 def cache_folder() -> Path:
@@ -80,10 +80,7 @@ def warnings_about(measured: Measured, place: Mapping[str, str], today: date | N
     if age > FRESH_DAYS:
         found.append(f"it was measured {age} days ago")
     if was_busy(measured):
-        found.append(
-            f"other programs were running ({measured.load:g} processes wanted one of {measured.cores} cores): measure again "
-            "when it is quiet"
-        )
+        found.append(f"other programs were running ({others_words(measured)}): measure again when it is quiet")
     if age < 0:
         found.append(f"it was measured on {measured.date}, which is yet to come")
     return found
@@ -105,44 +102,34 @@ def cached_machine() -> Machine | None:
     return machine
 
 
-def was_busy(measured: Measured) -> bool:
-    """Whether other programs used the cores while the figures were taken."""
-    return measured.load > BUSY_LOAD * measured.cores
+@contextmanager
+def measuring(wait_seconds: float = 0.0) -> Iterator[bool]:
+    """Whether no other command of shardwise measures on this machine while the block runs, as this one does: both would measure
+    each other.
 
-
-def others_running(samples: int = 8) -> float:
-    """Processes of others that want a core right now, on average over a tenth of a second; 0 where the system does not say."""
-    found = []
-    for number in range(samples):
-        if number:
-            time.sleep(0.1 / samples)
-        try:
-            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
-        except (OSError, IndexError):
-            return 0.0
-        found.append(max(0, int(running) - 1))  # this process is one of them
-    return sum(found) / len(found)
-
-
-def cores_busy_seconds() -> float | None:
-    """Seconds that the usable cores were not idle since the system started, together; with what other virtual machines took of
-    them. None where the system does not say.
-
-    /proc/stat of Linux, in hundredths of a second: a difference over less than half a second is rough.
+    Args:
+        wait_seconds: how long to wait for the other one.
     """
+    path = cache_folder() / "measuring.lock"
     try:
-        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
-        usable = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-        fields = [[int(value) for value in words[1:9]] for words in lines if words and words[0] in usable]
-        # user, nice, system, idle, iowait, irq, softirq, steal
-        return sum(sum(found[:3]) + sum(found[5:]) for found in fields) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def is_busy() -> bool:
-    """Whether others use so much of this machine that whatever is measured would measure them."""
-    return others_running() > BUSY_LOAD * usable_cores()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w", encoding="ascii")
+    except OSError:  # no place to meet
+        yield True
+        return
+    with file:
+        ends = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() >= ends:
+                    yield False
+                    return
+                time.sleep(0.1)
+            else:
+                break
+        yield True
 
 
 def _processor() -> str:

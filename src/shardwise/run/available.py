@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+from shardwise.run.groups import GROUPS, PROC, control_groups
 
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _V2 = ("memory.max", "memory.current", "")
@@ -34,24 +34,23 @@ def memory_figures(proc: Path = PROC) -> dict[str, int]:
     return {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
 
 
+def memory_limit(proc: Path = PROC, groups: Path = GROUPS) -> int | None:
+    """Bytes that the control groups around this process leave it at most; None where they set no limit."""
+    found = []
+    for group, second in control_groups("memory", proc, groups):
+        try:
+            found.append(int((group / (_V2 if second else _V1)[0]).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such group, or `max`
+            continue
+    return min(found, default=None)
+
+
 def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
     """Of this process's group and of each around it; pages of files are given up where memory is short, and count as left."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for number, controllers, path in (line.split(":", 2) for line in lines):
-        if number != "0" and "memory" not in controllers.split(","):
-            continue
-        root, names = (groups, _V2) if number == "0" else (groups / "memory", _V1)
-        # A container may see its own group at the root, under whatever path the host has it.
-        place = root / path.lstrip("/")
-        for group in (place, *place.parents):
-            left = _left(group, *names)
-            if left is not None:
-                yield left
-            if group == root:
-                break
+    for group, second in control_groups("memory", proc, groups):
+        left = _left(group, *(_V2 if second else _V1))
+        if left is not None:
+            yield left
 
 
 def _left(group: Path, limit_name: str, used_name: str, prefix: str) -> int | None:

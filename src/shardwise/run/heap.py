@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from shardwise.run.available import PROC, available_memory
+from shardwise.run.available import available_memory
+from shardwise.run.groups import PROC
 
 # malloc.h of glibc; a threshold of -1 is the largest there is: nothing is handed back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8

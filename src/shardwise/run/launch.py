@@ -94,6 +94,7 @@ def launch(
     report: Callable[[str], None] = print_report,
     grace_seconds: float = 60.0,
     start_method: StartMethod | None = None,
+    signals: list[int] | None = None,
 ) -> T:
     """Runs worker(rank) on every rank and returns the result of rank 0 (on other nodes: of their first rank).
 
@@ -107,6 +108,8 @@ def launch(
         max_restarts: how often all workers are started again, with Rank.restarts counting, after one of them fails.
         report: receives the launcher's messages; a failed rank's traceback is one of them, and comes first.
         grace_seconds: how long workers may take to save after SIGINT or SIGTERM; a second signal ends them at once.
+        signals: receives the numbers of the stop signals that came meanwhile, for a caller to whom these matter more than how
+            the workers ended.
         start_method: "fork" or "spawn"; None picks fork for CPU workers on Linux.
 
     Raises:
@@ -131,7 +134,7 @@ def launch(
         grace_seconds=grace_seconds,
         lost_after_seconds=nodes.lost_after_seconds,
         report=report,
-        signals=[],
+        signals=signals if signals is not None else [],
     )
     agent = _agent(crew, nodes, max_restarts)
     _run_agent(agent, crew.signals)

@@ -16,10 +16,17 @@ EXCHANGE_BYTES = 32 * 1024
 
 PLACEMENTS = ("all", "consecutive", "strided")
 
-METHOD = 4
+METHOD = 5
 """How figures are taken now; those taken otherwise are not comparable. 1: messages in a row. 2: messages between products, as
 in a step, and operations with the compiled kernels that a training uses. 3: thin products, too. 4: memory
-that is freed is kept, as in a training."""
+that is freed is kept, as in a training. 5: BatchNorm over several ranks, too."""
+
+DIVIDED_NORMS = {
+    "native_batch_norm": "divided_batch_norm",
+    "native_batch_norm_backward": "divided_batch_norm_backward",
+}
+"""Operation of one rank -> kind of what takes its place where statistics are taken over several ranks, without the messages; its
+size is that of the operation."""
 
 THIN_ROWS = 8
 """Rows of the products of kind `thin`: of that many by n with n by n."""
@@ -88,6 +95,8 @@ class Measured:
         cores: cores this process may use.
         memory_bytes: memory of the machine, or of the container's limit.
         load: processes of others that wanted a core when the probe began.
+        others_cores: cores that others kept busy during the part of the probe that they disturbed most; other virtual machines
+            count too, where the system tells of them.
         kernels, messages: see there.
         call_seconds: shortest forward call of an operation from Python.
         graph_seconds: what one operation costs more when its gradient is computed: graph, engine, accumulation.
@@ -108,6 +117,7 @@ class Measured:
     startup_seconds: float
     worker_bytes: float
     load: float = 0.0
+    others_cores: float = 0.0
     method: int = 1
     nodes: int = 1
     kernels: tuple[KernelRate, ...] = field(default=())

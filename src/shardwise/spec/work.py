@@ -125,6 +125,7 @@ class JobFacts:
         norm_layers: layers that need statistics of the whole batch, a message in each direction each.
         attention_bytes: keys and values of one sample over all attention layers, which the context axis passes around.
         data_seconds: reading one sample, on one core.
+        data_whole: every rank reads all samples of a global batch, and keeps its own.
         data_bytes: resident data set, shared by forked workers.
         base_bytes: resident memory of a process beside all tensors of the training; 0 where nothing ran.
         seen: real steps on this machine, one thread; empty where nothing ran.
@@ -151,6 +152,7 @@ class JobFacts:
     norm_layers: int = 0
     attention_bytes: float = 0.0
     data_seconds: float = 0.0
+    data_whole: bool = False
     data_bytes: float = 0.0
     base_bytes: float = 0.0
     seen: tuple[StepSeen, ...] = field(default=())
