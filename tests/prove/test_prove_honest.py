@@ -178,6 +178,32 @@ def test_float32_casts_in_the_model_do_not_spoil_the_reference(job: Jobs) -> Non
     assert distances and all(0 < distance < 1e-5 for distance in distances)
 
 
+class _Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves = nn.Parameter(torch.randn(5, 7, dtype=torch.complex64))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head((x.to(self.waves.dtype) @ self.waves.T).abs()))
+
+
+def _doubled_waves(a: Any) -> None:
+    finish = a.composed.gradients.finish
+
+    def finished(**options: Any) -> None:
+        finish(**options)
+        a.model.waves.grad.mul_(2)
+
+    a.composed.gradients.finish = finished
+
+
+def test_complex_weights(job: Jobs) -> None:
+    assert prove(job("mlp", model=_Complex), "data=2").proved
+    verdict = prove(job("mlp", model=_Complex), "data=2", fault=_doubled_waves)
+    assert "gradients x2" in verdict.findings[0].message, verdict
+
+
 def test_a_failing_worker_is_reported_with_its_traceback(job: Jobs) -> None:
     def fail(_: Any) -> None:
         raise RuntimeError("this worker has had enough")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shardwise.prove.compare import global_norm
+from shardwise.prove.compare import global_norm, wide
 from shardwise.prove.evidence import ALIKE, Evidence, alike, described, factors, grouped, listed, shown_number
 from shardwise.prove.gradients import GRADIENT_PATTERNS
 from shardwise.spec.verdict import Finding
@@ -70,7 +70,7 @@ def _untied(e: Evidence) -> list[Finding]:
         if own is None or other is None or exact is None or own.shape != exact.shape or alike(own, exact):
             continue
         text = f"{alias} and {first} are one weight in the serial run, but have a gradient each here"
-        if alike(own.double() + other.double(), exact):
+        if alike(wide(own) + wide(other), exact):
             text += ", which add up to the right one: the weight was untied"
         found.append(Finding(pattern="tied weight untied", message=text, parameters=(first, alias)))
     return found

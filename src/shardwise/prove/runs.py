@@ -236,9 +236,10 @@ def _doubled(model: nn.Module) -> nn.Module:
     """The module in float64, with the tensors that it keeps as plain attributes."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.double())
-    return model.double()
+            if isinstance(value, Tensor):
+                setattr(module, name, in_double(value))
+    model._apply(in_double)  # not model.double(), which leaves complex weights as they are
+    return model
 
 
 def _number(value: Tensor) -> float:
