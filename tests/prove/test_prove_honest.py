@@ -68,6 +68,22 @@ def test_split_parameters_are_proved(job: Jobs, plan: str) -> None:
     assert "parameters split" in [guard.name for guard in verdict.guards]
 
 
+class _Tempered(nn.Module):
+    """FSDP2 takes no parameter that is a single number, such as a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.logarithm = nn.Linear(7, 3), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.layer(x) * self.logarithm.exp())
+
+
+def test_a_parameter_of_one_number_beside_split_ones(job: Jobs) -> None:
+    verdict = prove(job("mlp", model=_Tempered, clip_norm=0.3), "shard=2")
+    assert verdict.proved, verdict
+
+
 class _FirstAgain(nn.Module):
     """The first stage of two uses all parameters; the second what is tied to the first layer."""
 
