@@ -9,6 +9,7 @@ import torch
 from shardwise.prove.compare import global_norm, wide
 from shardwise.prove.evidence import ALIKE, Evidence, alike, described, factors, grouped, listed, shown_number
 from shardwise.prove.gradients import GRADIENT_PATTERNS
+from shardwise.prove.record import Record
 from shardwise.spec.verdict import Finding
 
 
@@ -102,8 +103,7 @@ def _buffers(e: Evidence) -> list[Finding]:
     stale: list[str] = []
     wrong: list[str] = []
     for name in e.names("buffer"):
-        start, end = (e.candidate.first(f"{moment}/model/{name}") for moment in ("initial", "final"))
-        is_stale = start is not None and end is not None and torch.equal(start, end)
+        is_stale = not _changed(e.candidate, name) and _changed(e.yardstick.exact, name)
         (stale if is_stale else wrong).append(name)
     found = []
     if stale:
@@ -113,6 +113,13 @@ def _buffers(e: Evidence) -> list[Finding]:
         text = f"{listed(wrong)} differs, though the gradients are right: it was computed from other values than in a serial run"
         found.append(Finding(pattern="wrong buffer", message=text, parameters=tuple(wrong)))
     return found
+
+
+def _changed(run: Record, name: str) -> bool:
+    """Whether a buffer had another value at the end, on any rank."""
+    start = run.first(f"initial/model/{name}")
+    ends = run.tensors.get(f"final/model/{name}", {}).values()
+    return start is None or any(not torch.equal(start, end) for end in ends)
 
 
 def _update(e: Evidence) -> list[Finding]:
