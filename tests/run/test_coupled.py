@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ class _Follower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.slow = nn.Linear(7, 4), nn.Linear(7, 4).requires_grad_(False)
+        self.layer = nn.Linear(7, 4)
+        self.slow = copy.deepcopy(self.layer).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:

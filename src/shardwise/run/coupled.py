@@ -103,10 +103,11 @@ def check_writing(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
     if batch.phantom or not (parts or (layout.replicas > 1 and batch.count >= 4)):
         return  # a part of two samples, because BatchNorm takes no fewer
     part = rows_of(batch, 0, batch.count // 2) if batch.count >= 4 else batch
-    before = _weights(model)
     try:
-        with modes_kept(model), torch.no_grad():
+        with modes_kept(model), state_kept(model), torch.no_grad():
             model.train()
+            _set_apart(model)
+            before = _weights(model)
             whole, again = _written(job, model, batch), _written(job, model, batch)
             fewer = _written(job, model, part)
     except Exception:  # noqa: BLE001  # as above
@@ -128,6 +129,12 @@ def check_writing(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
                 "torch's BatchNorm is computed over all workers; for a layer of your own use --plan serial, or tensor= or "
                 "pipeline=, or keep what is counted outside the model"
             )
+
+
+def _set_apart(model: nn.Module) -> None:
+    """Change what is trained a little, each in another way: an average that starts as a copy would show no writing."""
+    for index, parameter in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):
+        parameter.mul_(1 + 0.01 / (1 + index))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
