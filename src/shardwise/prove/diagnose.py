@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shardwise.prove.compare import global_norm, wide
+from shardwise.prove.evaluation import KIND as METRIC
 from shardwise.prove.evidence import ALIKE, Evidence, alike, described, factors, grouped, listed, shown_number
 from shardwise.prove.gradients import GRADIENT_PATTERNS
 from shardwise.prove.record import Record
@@ -24,7 +25,8 @@ def diagnose(evidence: Evidence) -> list[Finding]:
         found = _first(evidence, GRADIENT_PATTERNS)
         return [*(found or [_unexplained(evidence, "gradient")]), *_buffers(evidence)]
     found = _first(evidence, GRADIENT_PATTERNS) if evidence.names("last gradient") else []
-    return [*found, *_buffers(evidence), *([] if found else _update(evidence))]
+    found = [*found, *_buffers(evidence), *([] if found else _update(evidence))]
+    return found or _evaluation(evidence)
 
 
 def _first(evidence: Evidence, looks: Sequence[Callable[[Evidence], list[Finding]]]) -> list[Finding]:
@@ -135,6 +137,15 @@ def _update(e: Evidence) -> list[Finding]:
             Finding(pattern="wrong report", message="weights are right, but the reported loss or gradient norm is not")
         ]
     return []
+
+
+def _evaluation(e: Evidence) -> list[Finding]:
+    """Only what is reported of the test split is wrong."""
+    names = e.names(METRIC)
+    if not names:
+        return []
+    text = f"the training is right, but the evaluation is not: {listed(names)} of the test split is another number"
+    return [Finding(pattern="wrong evaluation", message=text)]
 
 
 def _unexplained(e: Evidence, kind: str) -> Finding:

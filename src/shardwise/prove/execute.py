@@ -157,7 +157,7 @@ def _drawn(setting: Setting, task: Task, first: Record) -> frozenset[str]:
     if not names:
         return frozenset()
     for greatest in (False, True):
-        other = replace(setting.task("extreme", task.plan), greatest=greatest)
+        other = replace(setting.task("extreme", task.plan), greatest=greatest, evaluates=False)
         try:
             record = read_record(Path(other.folder), _serial(other))
         except RunFailed:  # such as a sample of nothing: that it can be drawn does not mean that it ever is
@@ -199,13 +199,15 @@ def same_run(record: Record, first: Record) -> bool:
     return square <= SAME**2 * total
 
 
-def run_candidate(setting: Setting, plan: Plan, name: str = "candidate", *, double: bool = False) -> Record:
+def run_candidate(
+    setting: Setting, plan: Plan, name: str = "candidate", *, double: bool = False, evaluates: bool = True
+) -> Record:
     """Run the plan on its workers; with `double` in float64.
 
     Raises:
         RunFailed: a worker failed.
     """
-    task = setting.task(name, plan, fault=setting.fault, double=double)
+    task = setting.task(name, plan, fault=setting.fault, double=double, evaluates=evaluates)
     worker = functools.partial(run_rank, task=task)
     workers, threads = plan.layout.workers, plan.threads or 1
     if workers == 1:

@@ -17,6 +17,7 @@ from shardwise.errors import RunFailed, ShardwiseError, UserError
 from shardwise.prove.compare import MULTIPLE, Yardstick, norm, wide, worst_of_each_kind
 from shardwise.prove.diagnose import diagnose
 from shardwise.prove.distance import measured_distance
+from shardwise.prove.evaluation import not_compared
 from shardwise.prove.evidence import Evidence, listed
 from shardwise.prove.execute import Setting, measure, refuse
 from shardwise.prove.pieces import Pieces, read_pieces, write_pieces
@@ -312,6 +313,7 @@ def _not_covered(plan: Plan, setting: Setting, candidate: Record, yardstick: Yar
         found.append(f"random layers, which were switched off ({listed(silenced)})")
     if report.random:
         found.append(f"random numbers that a step draws ({listed(sorted(report.random))})")
+    found += not_compared(yardstick)
     if plan.precision == "bf16":
         found.append("bf16: the plan was run in float32")
     if plan.compile:
