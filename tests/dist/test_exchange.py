@@ -15,6 +15,7 @@ import torch
 from shardwise.dist import collectives
 from shardwise.dist.collectives import Group
 from shardwise.dist.exchange import PIECE_BYTES, RING_BYTES, Exchange, create_memory, has_ended
+from shardwise.errors import RunFailed
 
 
 def _group(timeout_seconds: float = 30.0) -> Group:
@@ -50,6 +51,27 @@ def test_sums(size: int, dtype: torch.dtype, ranks: Callable[..., list[Any]]) ->
             expected = expected + _own(rank, length, dtype, index)
         for answer in answers:
             assert torch.equal(answer[index], expected)
+
+
+def _another(same: int, size: int, what: str) -> str:
+    """Rank 1 leaves out a message, as if it called no layer there."""
+    group = _group()
+    for _ in range(same):
+        group.sum_(torch.ones(5), "before")
+    try:
+        if group.rank == 0:
+            group.gather(torch.ones(8), "BatchNorm first")
+        group.gather(torch.ones(size), what)
+    except RunFailed as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("same, size, what", [(0, 8, "BatchNorm second"), (3, 15, "BatchNorm first")])
+def test_different_messages_end_both_ranks(ranks: Callable[..., list[Any]], same: int, size: int, what: str) -> None:
+    first, second = ranks(2, _another, same, size, what)
+    assert "number 0 came to BatchNorm first, and number 1 to another" in first
+    assert f"number 1 came to {what}, and number 0 to another" in second
 
 
 def test_messages_that_do_not_fit_the_ring_together(ranks: Callable[..., list[Any]]) -> None:

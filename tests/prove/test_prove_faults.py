@@ -307,6 +307,34 @@ def test_stale_buffer(job: Jobs) -> None:
     assert set(found.parameters) == {f"norm{number}.{kind}" for number in (1, 2) for kind in kinds}
 
 
+class _Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+        self.shift: Tensor
+        self.register_buffer("shift", torch.ones(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.layer(x + self.shift))
+
+
+def move_buffer(a: Assembly) -> None:
+    """After the last step rank 1 has another buffer, which no training changes."""
+    average = a.average
+    model: Any = a.model
+
+    def averaged() -> None:
+        average()
+        model.shift.add_(a.world.rank)
+
+    vars(a)["average"] = averaged
+
+
+def test_a_constant_buffer_that_changes(job: Jobs) -> None:
+    finding = _refuted(prove(job("mlp", model=_Shifted), "data=2", fault=move_buffer), "wrong buffer")
+    assert finding.message.startswith("shift differs")
+
+
 def test_other_start_on_one_rank(job: Jobs) -> None:
     found = _refuted(prove(job("mlp"), "data=2", fault=other_start), "other start")
     assert "on rank 1" in found.message

@@ -68,6 +68,22 @@ def test_split_parameters_are_proved(job: Jobs, plan: str) -> None:
     assert "parameters split" in [guard.name for guard in verdict.guards]
 
 
+class _Tempered(nn.Module):
+    """FSDP2 takes no parameter that is a single number, such as a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.logarithm = nn.Linear(7, 3), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.layer(x) * self.logarithm.exp())
+
+
+def test_a_parameter_of_one_number_beside_split_ones(job: Jobs) -> None:
+    verdict = prove(job("mlp", model=_Tempered, clip_norm=0.3), "shard=2")
+    assert verdict.proved, verdict
+
+
 class _FirstAgain(nn.Module):
     """The first stage of two uses all parameters; the second what is tied to the first layer."""
 
@@ -176,6 +192,32 @@ def test_float32_casts_in_the_model_do_not_spoil_the_reference(job: Jobs) -> Non
     verdict = prove(job("gpt"), "data=2")
     distances = [item.serial_distance / item.size for item in verdict.worst if item.kind == "gradient"]
     assert distances and all(0 < distance < 1e-5 for distance in distances)
+
+
+class _Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves = nn.Parameter(torch.randn(5, 7, dtype=torch.complex64))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head((x.to(self.waves.dtype) @ self.waves.T).abs()))
+
+
+def _doubled_waves(a: Any) -> None:
+    finish = a.composed.gradients.finish
+
+    def finished(**options: Any) -> None:
+        finish(**options)
+        a.model.waves.grad.mul_(2)
+
+    a.composed.gradients.finish = finished
+
+
+def test_complex_weights(job: Jobs) -> None:
+    assert prove(job("mlp", model=_Complex), "data=2").proved
+    verdict = prove(job("mlp", model=_Complex), "data=2", fault=_doubled_waves)
+    assert "gradients x2" in verdict.findings[0].message, verdict
 
 
 def test_a_failing_worker_is_reported_with_its_traceback(job: Jobs) -> None:

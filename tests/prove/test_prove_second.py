@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from shardwise.prove.proof import prove
 from shardwise.spec.job import Job
@@ -59,6 +60,44 @@ class SignSGD(torch.optim.SGD):
             for parameter in group["params"]:
                 parameter.grad.sign_()
         return super().step(closure)
+
+
+class Spectral(nn.Module):
+    """A step of power iteration in each forward pass: micro-batches take more of them than whole batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = spectral_norm(nn.Linear(7, 15))
+        self.head = nn.Linear(15, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(torch.relu(self.inner(x))))
+
+
+class Averaging(nn.Module):
+    """Keeps an average of its weights, a step of it in each forward pass, which no gradient shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+        self.average = nn.Linear(7, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.average.weight.lerp_(self.layer.weight, 0.1)
+        return torch.as_tensor(self.layer(x))
+
+
+def _average_off(a: Any) -> None:
+    update = a.update
+
+    def updated() -> None:
+        update()
+        with torch.no_grad():
+            a.model.average.weight.mul_(1.002)
+
+    a.update = updated
 
 
 def _five_percent(a: Any) -> None:
@@ -128,3 +167,13 @@ def test_steps_by_the_sign_of_rounding_are_no_disagreement(job: Jobs) -> None:
     verdict = prove(job("conv", optimizer=lambda parameters: SignSGD(parameters, lr=0.01)), "data=2")
     assert verdict.proved, verdict
     assert any("buffer norm1.running_mean" in note for note in verdict.notes)
+
+
+def test_micro_batches_that_are_another_computation_are_no_yardstick(job: Jobs) -> None:
+    """They differ by little, from layers that keep something in each forward pass, and no sum of the plan is to blame."""
+    verdict = prove(job("mlp", model=Spectral), "data=2")
+    assert verdict.proved, verdict
+    assert any("micro-batches is another computation" in note for note in verdict.notes)
+    assert prove(job("mlp", model=Averaging), "data=2").proved
+    verdict = prove(job("mlp", model=Averaging), "data=2", fault=_average_off)
+    assert verdict.outcome == "refuted" and verdict.failed[0].name == "average.weight", verdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,45 @@ def test_a_buffer_that_is_filled_from_samples_is_refused() -> None:
         check_job(_job(model=lambda: _Counts(rows=True)), Plan(layout=Layout(data=2)))
     check_job(_job(model=lambda: _Counts(rows=True)), Plan())
     check_job(_job(model=lambda: _Counts(rows=False)), Plan(layout=Layout(data=2)))
+
+
+class _Follower(nn.Module):
+    """Keeps a slow copy of a layer, which it updates in its forward pass, past what counts versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 4)
+        self.slow = copy.deepcopy(self.layer).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.slow.weight.data.lerp_(self.layer.weight.data, 0.1)
+        output: Tensor = self.layer(x) - self.slow(x)
+        return output
+
+
+def test_weights_that_the_forward_pass_writes_into() -> None:
+    """FSDP2 drops what is written into gathered weights: such a model trained something else, without a word."""
+    for layout in (Layout(shard=2), Layout(tensor=2)):
+        with pytest.raises(PlanError, match=r"writes into its weight 'slow.weight' in the forward pass"):
+            check_job(_job(model=_Follower), Plan(layout=layout))
+    check_job(_job(model=_Follower), Plan(layout=Layout(data=2)))
+    model = _Follower()
+    start = model.slow.weight.clone()
+    check_job(_job(model=lambda: model), Plan(layout=Layout(data=2)), rehearsal=True)
+    assert torch.equal(model.slow.weight, start)
+
+
+def test_weights_that_are_written_by_the_samples_are_refused() -> None:
+    """Only the rows that are looked up are made shorter."""
+    data = (torch.arange(80).reshape(20, 4) % 31, CLASSES)
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Embedding(31, 5, max_norm=1.0), nn.Flatten(), nn.Linear(20, 3))
+
+    with pytest.raises(PlanError, match=r"writes into its weight '0.weight' by its samples: after 4 samples"):
+        check_job(_job(model=model, data=data), Plan(layout=Layout(data=2)))
+    check_job(_job(model=model, data=data), Plan())
 
 
 def test_a_model_of_the_users_own_stays_in_training_mode() -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from shardwise import errors, metrics
 from shardwise.data import Stream
-from shardwise.run import live
+from shardwise.run import ledger, live
 from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.live import LiveRun, start
 from shardwise.run.options import TrainOptions
@@ -87,6 +87,26 @@ def test_a_loop_goes_on_where_its_last_checkpoint_stands_bit_for_bit(tmp_path: P
         assert run.epoch == EPOCHS
         assert all(torch.equal(one, other) for one, other in zip(weights(run), final, strict=True))
     assert first[:broken_off] + rest == expected
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_checkpoint_holds_what_the_loop_noted_of_its_step(
+    tmp_path: Path, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "SETTLE_SECONDS", 0.0)  # a signal is seen at once
+    out, every = tmp_path / "run", "never" if stopped else "3"
+    ending = errors.Stopped if stopped else ZeroDivisionError
+    with pytest.raises(ending), start(make_job(), device="cpu", out=out, checkpoint_every=every) as run:
+        for batch in run.batches():
+            run.step(batch)
+            run.state["seen"] = run.state.get("seen", 0) + 1
+            if run.steps_taken == 3 and stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if run.steps_taken == 5:
+                raise ZeroDivisionError
+    with start(make_job(), device="cpu", out=out, resume=True) as run:
+        assert run.steps_taken >= 3
+        assert run.state == {"seen": run.steps_taken}
 
 
 def test_an_epoch_loop_takes_up_the_epoch_that_was_under_way(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class Group:
         if self.memory is not None and self.memory.takes(tensor):
             if self.meter is not None:
                 self.meter.inside = call  # it may wait for room, where other ranks are behind
-            messages = self.memory.put(tensor)
+            messages = self.memory.put(tensor, what)
             if self.meter is not None:
                 self.meter.inside = None
             return Work(None, messages, self.meter, call)
@@ -74,7 +74,7 @@ class Group:
             return tensor.unsqueeze(0)
         with self._blocking("all_gather", tensor, what):
             if self.memory is not None and self.memory.takes(tensor):
-                return self.memory.gather(tensor)
+                return self.memory.gather(tensor, what)
             gathered = tensor.new_empty((self.size, *tensor.shape))
             c10d.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.handle)
             return gathered

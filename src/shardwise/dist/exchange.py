@@ -5,6 +5,9 @@ sum of LeNet's 248 KB of gradients costs milliseconds inside a busy step. Here e
 stretch of shared memory, raises a counter, and adds up what the others have put there, in rank order, so that all ranks
 get the same bits.
 
+Memory takes anything from anybody. So each message begins with its number and a checksum of what it is, and ranks that
+come to different ones (a layer that is left out on one of them) end instead of adding up what does not belong together.
+
 The memory is a ring per rank. A message takes the next stretch of it; a stretch is used again once every rank has said
 that it is done with the message that was there. Counters are aligned 64-bit words, one cache line each, written by one
 rank only. A reader must not see a counter before the data it announces: x86 processors keep the order of stores, others
@@ -17,6 +20,7 @@ import mmap
 import os
 import platform
 import time
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +30,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from shardwise.errors import RunFailed
 
 LINE = 64
 """Bytes of a cache line."""
@@ -49,16 +55,16 @@ _LOOK_SECONDS = 0.5
 class Message:
     """A piece of a tensor that this rank has put into shared memory; every rank puts the same pieces in one order."""
 
-    def __init__(self, exchange: Exchange, number: int, start: int, flat: Tensor) -> None:
-        self.number, self.start, self.stop = number, start, start + flat.numel() * flat.element_size()
-        self._exchange, self._flat = exchange, flat
+    def __init__(self, exchange: Exchange, number: int, start: int, flat: Tensor, what: str) -> None:
+        self.number, self.start, self.stop = number, start, start + LINE + flat.numel() * flat.element_size()
+        self._exchange, self._flat, self._what = exchange, flat, what
         self._complete = False
 
     def sum_(self) -> None:
         """Wait for all ranks and replace the piece by the sum of theirs; nothing if that was done already."""
         if self._complete:
             return
-        first, *others = self._exchange.read(self.number, self.start, self._flat)
+        first, *others = self._exchange.read(self.number, self.start, self._flat, self._what)
         torch.add(first, others[0], out=self._flat)
         for other in others[1:]:
             self._flat.add_(other)
@@ -67,7 +73,8 @@ class Message:
 
     def gather_into(self, parts: list[Tensor]) -> None:
         """Wait for all ranks and copy their pieces."""
-        for part, theirs in zip(parts, self._exchange.read(self.number, self.start, self._flat), strict=True):
+        read = self._exchange.read(self.number, self.start, self._flat, self._what)
+        for part, theirs in zip(parts, read, strict=True):
             part.copy_(theirs)
         self._complete = True
         self._exchange.done(self.number)
@@ -94,6 +101,7 @@ class Exchange:
         self._finished = words[ranks * LINE // 8 :: LINE // 8]
         data = np.frombuffer(memory, dtype=np.uint8, offset=2 * ranks * LINE)
         self._rings = [torch.from_numpy(data[r * RING_BYTES : (r + 1) * RING_BYTES]) for r in range(ranks)]
+        self._heads: NDArray[np.int64] = data.view(np.int64).reshape(ranks, -1)
         self._number = 0
         self._next = 0
         self._in_ring: deque[Message] = deque()
@@ -104,22 +112,35 @@ class Exchange:
         """Whether a tensor can be sent here."""
         return tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_complex()
 
-    def put(self, tensor: Tensor) -> list[Message]:
+    def put(self, tensor: Tensor, what: str = "") -> list[Message]:
         """Publish a tensor in pieces. Waits only for room in the ring, and then for ranks that are behind."""
         pieces = tensor.view(-1).split(PIECE_BYTES // tensor.element_size())
-        return [self._put(piece) for piece in pieces]
+        return [self._put(piece, what) for piece in pieces]
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor, what: str = "") -> Tensor:
         """Every rank's tensor, stacked along a new first dim."""
         gathered = tensor.new_empty((self._ranks, tensor.numel()))
         size = PIECE_BYTES // tensor.element_size()
         for piece, columns in zip(tensor.view(-1).split(size), gathered.split(size, dim=1), strict=True):
-            self._put(piece).gather_into(list(columns.unbind(0)))
+            self._put(piece, what).gather_into(list(columns.unbind(0)))
         return gathered.view(self._ranks, *tensor.shape)
 
-    def read(self, number: int, start: int, like: Tensor) -> list[Tensor]:
-        """Wait until every rank has put its message of that number, and return them, in rank order."""
+    def read(self, number: int, start: int, like: Tensor, what: str) -> list[Tensor]:
+        """Wait until every rank has put its message of that number, and return them, in rank order.
+
+        Raises:
+            RunFailed: a rank has put another one.
+        """
         self._wait(self._arrived, number)
+        own = (number, _checksum(like, what))
+        for rank, (theirs, checksum) in enumerate(self._heads[:, start // 8 : start // 8 + 2].tolist()):
+            if (theirs, checksum) != own:
+                raise RunFailed(
+                    f"the workers did not come to the same message: of {self._ranks} that share it, number {self._rank} came to "
+                    f"{what or f'one of {like.numel()} numbers'}, and number {rank} to another. They took different branches: a "
+                    "layer that needs all workers (BatchNorm, experts) is left out at random, or by the values of samples. Call "
+                    "it on all workers in every step, and multiply what it returns by 0 or 1"
+                )
         return [self._view(rank, start, like) for rank in range(self._ranks)]
 
     def done(self, number: int) -> None:
@@ -130,16 +151,18 @@ class Exchange:
             self._done.remove(self._done_up_to)
         self._finished[self._rank] = self._done_up_to
 
-    def _put(self, flat: Tensor) -> Message:
-        start = self._take(-(-flat.numel() * flat.element_size() // LINE) * LINE)
+    def _put(self, flat: Tensor, what: str) -> Message:
+        start = self._take(LINE - (-flat.numel() * flat.element_size() // LINE) * LINE)
         self._number += 1
+        self._heads[self._rank, start // 8 : start // 8 + 2] = self._number, _checksum(flat, what)
         self._view(self._rank, start, flat).copy_(flat)
-        message = Message(self, self._number, start, flat)
+        message = Message(self, self._number, start, flat, what)
         self._in_ring.append(message)
         self._arrived[self._rank] = self._number
         return message
 
     def _view(self, rank: int, start: int, like: Tensor) -> Tensor:
+        start += LINE
         return self._rings[rank][start : start + like.numel() * like.element_size()].view(like.dtype)
 
     def _take(self, size: int) -> int:
@@ -190,6 +213,10 @@ class Exchange:
             raise RuntimeError(
                 f"connection closed by peer: the process of rank {late[0]} has ended, and this rank waits for it in shared memory"
             )
+
+
+def _checksum(tensor: Tensor, what: str) -> int:
+    return zlib.crc32(f"{what} {tensor.dtype} {tensor.numel()}".encode())
 
 
 def has_ended(process: int) -> bool:

@@ -47,7 +47,8 @@ def check_shard(model: nn.Module, *, whole: bool = True) -> None:
     """
     seen: set[nn.Parameter] = set()
     for name in [*unit_names(model), *([""] if whole else [])]:
-        trained = [p for p in model.get_submodule(name).parameters() if p.requires_grad and p not in seen]
+        here = model.get_submodule(name).parameters()
+        trained = [p for p in here if p.requires_grad and p.dim() and p not in seen]
         seen.update(trained)
         types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
         if len(types) > 1:
@@ -169,7 +170,8 @@ def shard_model(
     """
     whole_numbers()
     device_mesh = _mesh(mesh)
-    ignored = ignored or set()
+    # A single number cannot be split, and FSDP2 takes none: it stays on every rank and is summed with what is not sharded.
+    ignored = (ignored or set()) | {parameter for parameter in model.parameters() if parameter.dim() == 0}
     modules = dict(model.named_modules())
     names = unit_names(model, no_units) if stage is None else _stage_units(model, stage)
 

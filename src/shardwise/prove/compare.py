@@ -46,12 +46,16 @@ class Yardstick:
     Attributes:
         serial: in float32; in float64 with `double`, where the candidate is run in float64 as well.
         drawn: random functions whose numbers change the result.
+        in_pieces: a run in micro-batches is among the serial ones.
+        finer: the same in float64, where that was measured already.
     """
 
     exact: Record
     serial: Sequence[Record]
     double: bool = False
     drawn: frozenset[str] = frozenset()
+    in_pieces: bool = False
+    finer: Yardstick | None = None
 
     @property
     def floor(self) -> float:
@@ -257,7 +261,7 @@ def initial_differences(candidate: Record, serial: Record, aliases: Mapping[str,
 
 def norm(tensor: Tensor) -> float:
     """2-norm in float64."""
-    return float(torch.linalg.vector_norm(_wide(tensor)))
+    return float(torch.linalg.vector_norm(wide(tensor)))
 
 
 def _distance(value: Tensor | None, exact: Tensor) -> float:
@@ -266,13 +270,13 @@ def _distance(value: Tensor | None, exact: Tensor) -> float:
         return norm(exact)
     if value.shape != exact.shape:
         return inf
-    a, b = _wide(value), _wide(exact)
+    a, b = wide(value), wide(exact)
     both = torch.isnan(a) & torch.isnan(b) | (a == b)
     distance = float(torch.linalg.vector_norm(torch.where(both, torch.zeros_like(a), a - b)))
     return distance if distance == distance else inf
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shardwise.prove.compare import global_norm
+from shardwise.prove.compare import global_norm, wide
+from shardwise.prove.evaluation import KIND as METRIC
 from shardwise.prove.evidence import ALIKE, Evidence, alike, described, factors, grouped, listed, shown_number
 from shardwise.prove.gradients import GRADIENT_PATTERNS
+from shardwise.prove.record import Record
 from shardwise.spec.verdict import Finding
 
 
@@ -23,7 +25,8 @@ def diagnose(evidence: Evidence) -> list[Finding]:
         found = _first(evidence, GRADIENT_PATTERNS)
         return [*(found or [_unexplained(evidence, "gradient")]), *_buffers(evidence)]
     found = _first(evidence, GRADIENT_PATTERNS) if evidence.names("last gradient") else []
-    return [*found, *_buffers(evidence), *([] if found else _update(evidence))]
+    found = [*found, *_buffers(evidence), *([] if found else _update(evidence))]
+    return found or _evaluation(evidence)
 
 
 def _first(evidence: Evidence, looks: Sequence[Callable[[Evidence], list[Finding]]]) -> list[Finding]:
@@ -70,7 +73,7 @@ def _untied(e: Evidence) -> list[Finding]:
         if own is None or other is None or exact is None or own.shape != exact.shape or alike(own, exact):
             continue
         text = f"{alias} and {first} are one weight in the serial run, but have a gradient each here"
-        if alike(own.double() + other.double(), exact):
+        if alike(wide(own) + wide(other), exact):
             text += ", which add up to the right one: the weight was untied"
         found.append(Finding(pattern="tied weight untied", message=text, parameters=(first, alias)))
     return found
@@ -102,8 +105,7 @@ def _buffers(e: Evidence) -> list[Finding]:
     stale: list[str] = []
     wrong: list[str] = []
     for name in e.names("buffer"):
-        start, end = (e.candidate.first(f"{moment}/model/{name}") for moment in ("initial", "final"))
-        is_stale = start is not None and end is not None and torch.equal(start, end)
+        is_stale = not _changed(e.candidate, name) and _changed(e.yardstick.exact, name)
         (stale if is_stale else wrong).append(name)
     found = []
     if stale:
@@ -113,6 +115,13 @@ def _buffers(e: Evidence) -> list[Finding]:
         text = f"{listed(wrong)} differs, though the gradients are right: it was computed from other values than in a serial run"
         found.append(Finding(pattern="wrong buffer", message=text, parameters=tuple(wrong)))
     return found
+
+
+def _changed(run: Record, name: str) -> bool:
+    """Whether a buffer had another value at the end, on any rank."""
+    start = run.first(f"initial/model/{name}")
+    ends = run.tensors.get(f"final/model/{name}", {}).values()
+    return start is None or any(not torch.equal(start, end) for end in ends)
 
 
 def _update(e: Evidence) -> list[Finding]:
@@ -128,6 +137,15 @@ def _update(e: Evidence) -> list[Finding]:
             Finding(pattern="wrong report", message="weights are right, but the reported loss or gradient norm is not")
         ]
     return []
+
+
+def _evaluation(e: Evidence) -> list[Finding]:
+    """Only what is reported of the test split is wrong."""
+    names = e.names(METRIC)
+    if not names:
+        return []
+    text = f"the training is right, but the evaluation is not: {listed(names)} of the test split is another number"
+    return [Finding(pattern="wrong evaluation", message=text)]
 
 
 def _unexplained(e: Evidence, kind: str) -> Finding:

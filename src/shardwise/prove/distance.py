@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shardwise.prove.compare import Yardstick, norm, worst_of_each_kind
+from shardwise.prove.compare import Yardstick, norm, wide, worst_of_each_kind
 from shardwise.prove.record import Record
 from shardwise.spec.plan import Plan
 from shardwise.spec.verdict import Comparison, Finding, Verdict
@@ -71,8 +71,8 @@ def _square_off(candidate: Record, yardstick: Yardstick, prefix: str) -> float:
     for name, values in yardstick.exact.starting_with(prefix):
         if name in yardstick.exact.buffers:
             continue
-        exact, other = next(iter(values.values())).double(), candidate.first(f"{prefix}{name}")
-        total += norm(exact if other is None else other.double() - exact) ** 2
+        exact, other = wide(next(iter(values.values()))), candidate.first(f"{prefix}{name}")
+        total += norm(exact if other is None else wide(other) - exact) ** 2
     return total
 
 
@@ -81,5 +81,5 @@ def _movement(record: Record) -> float:
     for name, values in record.starting_with("final/model/"):
         start = record.first(f"initial/model/{name}")
         if name not in record.buffers and start is not None:
-            total += norm(next(iter(values.values())).double() - start.double()) ** 2
+            total += norm(wide(next(iter(values.values()))) - wide(start)) ** 2
     return total

@@ -8,7 +8,7 @@ from typing import final
 
 from torch import Tensor
 
-from shardwise.prove.compare import Yardstick, norm, reference_key
+from shardwise.prove.compare import Yardstick, norm, reference_key, wide
 from shardwise.prove.pieces import Pieces
 from shardwise.prove.record import Record
 from shardwise.spec.layout import Layout
@@ -49,7 +49,7 @@ class Evidence:
             exact = self.yardstick.exact.first(reference_key(prefix + name, self.aliases))
             value = values[min(values)]
             if exact is not None and exact.shape == value.shape and name not in self.yardstick.noise_only:
-                found[name] = (value.double(), exact.double())
+                found[name] = (wide(value), wide(exact))
         return found
 
 
@@ -58,10 +58,10 @@ def factors(e: Evidence, kind: str, prefix: str, *, partial: bool = False) -> di
     failed = set(e.names(kind))
     found = {}
     for name, (value, exact) in e.gradient_pairs(prefix).items():
-        square = float((exact * exact).sum())
+        square = norm(exact) ** 2
         if name not in failed or not square:
             continue
-        factor = float((value * exact).sum()) / square
+        factor = float((value * exact.conj()).sum().real) / square
         if alike(value, factor * exact) and factor:
             found[name] = factor
         elif not partial:
@@ -97,7 +97,7 @@ def shown_number(factor: float) -> str:
 
 def alike(a: Tensor, b: Tensor) -> bool:
     """Equal up to more than rounding and less than any mistake."""
-    return norm(a.double() - b.double()) <= ALIKE * norm(b)
+    return norm(wide(a) - wide(b)) <= ALIKE * norm(b)
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

@@ -6,6 +6,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -13,8 +14,8 @@ from typing import Any, final
 import torch
 
 from shardwise.data.source import Splits, as_splits
-from shardwise.errors import JobError, PlanError, RunFailed
-from shardwise.prove.compare import Yardstick, norm
+from shardwise.errors import JobError, PlanError, RunFailed, ShardwiseError
+from shardwise.prove.compare import Yardstick, compare, norm
 from shardwise.prove.record import RankReport, Record, read_record
 from shardwise.prove.runs import Fault, Task, run_rank
 from shardwise.run.apart import call_in_child
@@ -116,21 +117,38 @@ def measure(setting: Setting, plan: Plan) -> tuple[Yardstick, list[str]]:
         futures = [pool.submit(_serial, task) for task in tasks]
         reports = [_in_double(futures[0]), *(future.result() for future in futures[1:])]
     exact, first, *rest = (read_record(Path(task.folder), own) for task, own in zip(tasks, reports, strict=True))
-    others = [(Path(task.folder).name, record) for task, record in zip(tasks[2:], rest, strict=True)]
-    kept, left_out = [first], []
-    for name, record in others:
-        if same_run(record, first):
-            kept.append(record)
-        else:
-            left_out.append(name)
+    others = list(zip(tasks[2:], rest, strict=True))
+    orders = [record for task, record in others if _whole_batches(task)]
+    pieces = [record for task, record in others if not _whole_batches(task)]
+    kept = [first, *(record for record in orders if same_run(record, first))]
+    yardstick, finer = Yardstick(exact, kept), None
     notes = []
-    if any(name.startswith("order") for name in left_out):
+    if len(kept) < 1 + len(orders):
         notes.append(
             "the job's result depends on the order of the samples within a batch: rounding was measured in one order"
         )
-    elif left_out:
-        notes.append("the job in micro-batches is another computation (the loss or a layer couples samples)")
-    return Yardstick(exact, kept, drawn=_drawn(setting, tasks[1], first)), notes
+    in_pieces = bool(pieces) and same_run(pieces[0], first)
+    if in_pieces and not _is_rounding(pieces[0], yardstick):
+        # Sums of fewer samples round otherwise; a layer that keeps something in each forward pass keeps something else.
+        with suppress(ShardwiseError):
+            finer = measure_double(setting, plan, yardstick)
+            in_pieces = finer.in_pieces
+    if in_pieces:
+        yardstick = replace(yardstick, serial=[*kept, *pieces])
+    elif pieces and not notes:
+        notes.append(
+            "the job in micro-batches is another computation (the loss or a layer couples samples or counts passes)"
+        )
+    return replace(yardstick, drawn=_drawn(setting, tasks[1], first), finer=finer), notes
+
+
+def _whole_batches(task: Task) -> bool:
+    return task.plan.micro_batch is None
+
+
+def _is_rounding(record: Record, yardstick: Yardstick) -> bool:
+    """Whether a run would be proved."""
+    return all(item.passed for item in compare(record, yardstick))
 
 
 def _drawn(setting: Setting, task: Task, first: Record) -> frozenset[str]:
@@ -139,7 +157,7 @@ def _drawn(setting: Setting, task: Task, first: Record) -> frozenset[str]:
     if not names:
         return frozenset()
     for greatest in (False, True):
-        other = replace(setting.task("extreme", task.plan), greatest=greatest)
+        other = replace(setting.task("extreme", task.plan), greatest=greatest, evaluates=False)
         try:
             record = read_record(Path(other.folder), _serial(other))
         except RunFailed:  # such as a sample of nothing: that it can be drawn does not mean that it ever is
@@ -155,13 +173,18 @@ def measure_double(setting: Setting, plan: Plan, yardstick: Yardstick) -> Yardst
     Raises:
         RunFailed: the job does not run so.
     """
+    if yardstick.finer is not None:
+        return yardstick.finer
     tasks = [replace(task, double=True) for task in serial_tasks(setting, plan)[2:]]
     with ThreadPoolExecutor(max_workers=max(1, setting.cores)) as pool:
         reports = list(pool.map(_serial, tasks))
-    records = [read_record(Path(task.folder), own) for task, own in zip(tasks, reports, strict=True)]
-    kept = [record for record in records if same_run(record, yardstick.exact)]
+    records = [(task, read_record(Path(task.folder), own)) for task, own in zip(tasks, reports, strict=True)]
+    same = [(task, record) for task, record in records if same_run(record, yardstick.exact)]
     # Where no other order is the same computation, the floor alone is the measure.
-    return Yardstick(yardstick.exact, kept or [yardstick.exact], double=True)
+    kept = [record for task, record in same if _whole_batches(task)] or [yardstick.exact]
+    finer = Yardstick(yardstick.exact, kept, double=True, drawn=yardstick.drawn)
+    pieces = [record for task, record in same if not _whole_batches(task) and _is_rounding(record, finer)]
+    return replace(finer, serial=[*kept, *pieces], in_pieces=bool(pieces))
 
 
 def same_run(record: Record, first: Record) -> bool:
@@ -176,13 +199,15 @@ def same_run(record: Record, first: Record) -> bool:
     return square <= SAME**2 * total
 
 
-def run_candidate(setting: Setting, plan: Plan, name: str = "candidate", *, double: bool = False) -> Record:
+def run_candidate(
+    setting: Setting, plan: Plan, name: str = "candidate", *, double: bool = False, evaluates: bool = True
+) -> Record:
     """Run the plan on its workers; with `double` in float64.
 
     Raises:
         RunFailed: a worker failed.
     """
-    task = setting.task(name, plan, fault=setting.fault, double=double)
+    task = setting.task(name, plan, fault=setting.fault, double=double, evaluates=evaluates)
     worker = functools.partial(run_rank, task=task)
     workers, threads = plan.layout.workers, plan.threads or 1
     if workers == 1:

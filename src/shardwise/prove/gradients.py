@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwise.dist.mesh import SAMPLE_AXES
-from shardwise.prove.compare import norm, reference_key
+from shardwise.prove.compare import norm, reference_key, wide
 from shardwise.prove.evidence import ALIKE, Evidence, alike, described, factors, grouped, listed, shown_number
 from shardwise.prove.pieces import Piece
 from shardwise.spec.layout import AXES
@@ -68,7 +68,7 @@ def _adds_up(e: Evidence, name: str, axes: Sequence[str]) -> bool:
         return False
     if all(torch.equal(value, values[0]) for value in values):
         return False
-    return alike(sum((value.double() for value in values), torch.zeros_like(exact)), exact)
+    return alike(sum((wide(value) for value in values), torch.zeros_like(exact)), exact)
 
 
 def _one_factor(e: Evidence) -> list[Finding]:

@@ -14,9 +14,10 @@ from typing import Any
 
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import RunFailed, ShardwiseError, UserError
-from shardwise.prove.compare import MULTIPLE, Yardstick, norm, worst_of_each_kind
+from shardwise.prove.compare import MULTIPLE, Yardstick, norm, wide, worst_of_each_kind
 from shardwise.prove.diagnose import diagnose
 from shardwise.prove.distance import measured_distance
+from shardwise.prove.evaluation import not_compared
 from shardwise.prove.evidence import Evidence, listed
 from shardwise.prove.execute import Setting, measure, refuse
 from shardwise.prove.pieces import Pieces, read_pieces, write_pieces
@@ -288,7 +289,7 @@ def _not_comparable(job: Job, plan: Plan, trial: Trial, yardstick: Yardstick) ->
     square = total = 0.0
     for name, values in exact.starting_with("gradient/"):
         other = serial.first(f"gradient/{name}")
-        square += norm(values[0] if other is None else values[0] - other.double()) ** 2
+        square += norm(values[0] if other is None else wide(values[0]) - wide(other)) ** 2
         total += norm(values[0]) ** 2
     if square > 1e-4 * total:
         return (
@@ -312,6 +313,7 @@ def _not_covered(plan: Plan, setting: Setting, candidate: Record, yardstick: Yar
         found.append(f"random layers, which were switched off ({listed(silenced)})")
     if report.random:
         found.append(f"random numbers that a step draws ({listed(sorted(report.random))})")
+    found += not_compared(yardstick)
     if plan.precision == "bf16":
         found.append("bf16: the plan was run in float32")
     if plan.compile:

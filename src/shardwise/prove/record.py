@@ -48,6 +48,9 @@ class RankReport:
         modules: modules whose randomness was switched off.
         random: random functions that were called all the same.
         has_batch_norm: the model has a BatchNorm layer.
+        metrics: results of the evaluation, by name.
+        evaluation: why its results cannot be compared; "" where they can.
+        coupled: names of metrics that are no means over samples.
     """
 
     rank: int
@@ -67,6 +70,9 @@ class RankReport:
     modules: list[str] = field(default_factory=list)
     random: set[str] = field(default_factory=set)
     has_batch_norm: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluation: str = ""
+    coupled: set[str] = field(default_factory=set)
 
 
 @final

@@ -22,6 +22,7 @@ from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import DataError, PlanError
 from shardwise.parallel.norm import batch_norms
+from shardwise.prove.evaluation import take_evaluation
 from shardwise.prove.quiet import Quiet, in_double, noted_draws, silence
 from shardwise.prove.record import RankReport, Recorder
 from shardwise.run.alike import next_batch
@@ -46,6 +47,7 @@ class Task:
         double: compute in float64 from the float32 initial weights.
         order: the samples of each batch change places, by this seed; None leaves them. Serial runs only.
         seed: in place of the job's own; None keeps it.
+        evaluates: look at the test split at the end.
         greatest: torch's random functions give the greatest number that they can, or the least; None lets them draw.
         fault: changes the assembled run, for tests of the proof itself.
     """
@@ -60,6 +62,7 @@ class Task:
     double: bool = False
     order: int | None = None
     seed: int | None = None
+    evaluates: bool = True
     greatest: bool | None = None
     timeout_seconds: float = 600.0
     fault: Fault | None = None
@@ -99,6 +102,9 @@ def take_record(task: Task, device: torch.device) -> list[RankReport]:
     _walk(a, task, splits, recorder)
     a.average()
     recorder.take_state("final", a)
+    if task.evaluates and splits.test is not None and splits.test.length:
+        test = _Wide(splits.test) if task.double else splits.test
+        take_evaluation(a, test, task.steps, report, double=task.double)
     return recorder.write(Path(task.folder), a.world)
 
 
@@ -148,12 +154,9 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
         recorder.take_samples(batch)
         moment = "gradient" if taken == 0 else "last" if taken == task.steps - 1 else None
         noted = functools.partial(recorder.take_gradients, moment, a.model) if moment else None
+        batch = altered(batch, task)  # outside of what notes random functions: it draws an order
         with quiet, noted_draws(quiet.random):
-            result = take_step(
-                a,
-                altered(batch, task),
-                on_gradients=noted,
-            )
+            result = take_step(a, batch, on_gradients=noted)
         a.update = update
         mean = a.reports.sum_(result.loss_sum.detach().double() / result.weight)
         report.losses.append(float(mean))
@@ -237,9 +240,10 @@ def _doubled(model: nn.Module) -> nn.Module:
     """The module in float64, with the tensors that it keeps as plain attributes."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.double())
-    return model.double()
+            if isinstance(value, Tensor):
+                setattr(module, name, in_double(value))
+    model._apply(in_double)  # not model.double(), which leaves complex weights as they are
+    return model
 
 
 def _number(value: Tensor) -> float:

@@ -23,7 +23,7 @@ from shardwise.parallel.steps import check_apart, check_step
 from shardwise.run.blame import readable_failure
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
-from shardwise.run.coupled import check_buffers, check_loss, divides_batches, is_cheap
+from shardwise.run.coupled import check_loss, check_writing, divides_batches, is_cheap
 from shardwise.run.heap import keep_freed_memory
 from shardwise.run.optimize import OptimizerStep, building_optimizers
 from shardwise.run.record import Recorder
@@ -246,6 +246,9 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
     if layout.context * layout.tensor * layout.pipeline > 1 or loss_in_parts:
         with torch.random.fork_rng(devices=[]):
             model = build_model(job, CPU)
+            samples = training_samples(job) if cheap else None
+            if samples is not None:
+                check_writing(job, plan, model, samples)
             check_sequences(job, plan, model)
             split = find_tensor_split(job, plan, model, CPU)
             if split is not None:
@@ -253,10 +256,8 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
             find_cut(job, plan, model, CPU)
             if cheap and layout.pipeline > 1:
                 check_apart(lambda: build_optimizer(job, model), list(model.parameters()))
-            if loss_in_parts:
-                samples = training_samples(job)
+            if loss_in_parts and samples is not None:
                 check_loss(job, plan, model, samples)
-                check_buffers(job, plan, model, samples)
 
 
 def assemble(

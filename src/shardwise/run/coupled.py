@@ -85,42 +85,64 @@ def check_loss(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
     )
 
 
-def check_buffers(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
-    """Refuse a plan that divides batches among workers for a model that fills a buffer from its samples.
+def check_writing(job: Job, plan: Plan, model: nn.Module, batch: Batch) -> None:
+    """Refuse a plan for a model whose forward pass writes into its buffers or weights in a way that the plan does not keep.
 
     Statistics that differ between workers would end the run at the first comparison of copies; counts of samples would not,
-    where all workers have as many.
+    where all workers have as many. What is written into weights that are gathered for a pass, or split, is lost.
 
     Args:
         model: whole, on the CPU; as it was afterwards.
         batch: a few samples. A model that fails on them, or draws what it keeps, says so itself.
 
     Raises:
-        PlanError: a buffer is another after half of the samples than after all of them.
+        PlanError: a weight is written that workers hold a part of, or something is another after half of the samples.
     """
-    if plan.layout.replicas == 1 or batch.count < 4 or batch.phantom:
+    layout = plan.layout
+    parts = layout.shard * layout.tensor > 1
+    if batch.phantom or not (parts or (layout.replicas > 1 and batch.count >= 4)):
         return  # a part of two samples, because BatchNorm takes no fewer
-    part = rows_of(batch, 0, batch.count // 2)
+    part = rows_of(batch, 0, batch.count // 2) if batch.count >= 4 else batch
     try:
-        with modes_kept(model), torch.no_grad():
+        with modes_kept(model), state_kept(model), torch.no_grad():
             model.train()
-            whole, again = _filled(job, model, batch), _filled(job, model, batch)
-            fewer = _filled(job, model, part)
+            _set_apart(model)
+            before = _weights(model)
+            whole, again = _written(job, model, batch), _written(job, model, batch)
+            fewer = _written(job, model, part)
     except Exception:  # noqa: BLE001  # as above
         return
-    steady = [name for name, value in whole.items() if name in again and torch.equal(value, again[name])]
-    for name in steady:
-        if name not in fewer or not torch.equal(whole[name], fewer[name]):
+    for name, value in before.items() if parts else ():
+        if not torch.equal(value, whole[name]):
             raise PlanError(
-                f"plan {plan.layout} divides samples between workers, but the model fills the buffer {name!r} from its samples: "
-                f"after {batch.count} samples it is another than after {part.count} of them, and each worker would fill its own. "
+                f"plan {layout} leaves each worker a part of the weights, but the model writes into its weight {name!r} in the "
+                "forward pass, where it is put together for a moment: that would be lost. Use data= or pipeline=, or with "
+                "shard= keep it as a buffer (register_buffer)"
+            )
+    steady = [name for name, value in whole.items() if name in again and torch.equal(value, again[name])]
+    for name in steady if layout.replicas > 1 else ():
+        if name not in fewer or not torch.equal(whole[name], fewer[name]):
+            what = f"writes into its weight {name!r} by" if name in before else f"fills the buffer {name!r} from"
+            raise PlanError(
+                f"plan {layout} divides samples between workers, but the model {what} its samples: "
+                f"after {batch.count} samples it is another than after {part.count} of them, and each worker would have its own. "
                 "torch's BatchNorm is computed over all workers; for a layer of your own use --plan serial, or tensor= or "
                 "pipeline=, or keep what is counted outside the model"
             )
 
 
-def _filled(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Copies of the buffers after a forward pass in training mode, without those of BatchNorm; they are reset."""
+def _set_apart(model: nn.Module) -> None:
+    """Change what is trained a little, each in another way: an average that starts as a copy would show no writing."""
+    for index, parameter in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):
+        parameter.mul_(1 + 0.01 / (1 + index))
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _written(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Copies of weights and buffers after a forward pass in training mode, without those of BatchNorm; they are reset."""
     known = {id(buffer) for module in model.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()}
     torch.manual_seed(job.seed)
     with state_kept(model):
@@ -128,7 +150,8 @@ def _filled(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             call_model(model, batch.inputs)
         else:
             job.objective(model, (batch.inputs, batch.targets))
-        return {name: buffer.clone() for name, buffer in model.named_buffers() if id(buffer) not in known}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if id(buffer) not in known}
+        return {**_weights(model), **buffers}
 
 
 class Coupling(NamedTuple):
@@ -235,11 +258,14 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers are after the block what they were before it."""
+    """Weights and buffers have after the block the values that they had before it: some forward passes write into them."""
     before = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
+    weights = _weights(model)
     try:
         yield
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])

@@ -74,6 +74,7 @@ class Course:
     Attributes:
         evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
         state: the user's own plain values that go into checkpoints.
+        saves_later: checkpoints that fall due are noted in `save_due`, for a loop that has something to add to a step first.
     """
 
     splits: Splits
@@ -89,6 +90,8 @@ class Course:
     state: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     train_seconds: float = 0.0
+    saves_later: bool = False
+    save_due: bool = False
     stopped: bool = False
     paused: bool = False
     saved_step: int = -1
@@ -171,6 +174,8 @@ def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, s
         )
     if settled.stop:
         course.stopped = True
+    elif (settled.save or save_now) and course.saves_later:
+        course.save_due = True
     elif settled.save or save_now:
         make_equal(a)
         save_checkpoint(a, course)
@@ -261,7 +266,7 @@ def save_checkpoint(a: Assembly, course: Course) -> None:
         raise RunFailed(
             f"{error}. The training ended after step {a.step}; --resume goes on from the last complete checkpoint"
         ) from None  # it says all there is to know; what torch gathered from all ranks fills pages
-    course.saved_step = a.step
+    course.saved_step, course.save_due = a.step, False
     course.last_save = perf_counter()
     course.tell(
         CheckpointEvent(step=a.step, path=str(path.relative_to(course.folder.path)), seconds=perf_counter() - began)

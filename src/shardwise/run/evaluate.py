@@ -26,7 +26,6 @@ LOSS = "loss"
 """Name under which the mean loss over the split is reported beside the job's metrics."""
 
 
-@torch.no_grad()
 def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]:
     """Loss and metrics over a whole split. Collective: every rank takes its part, one sum brings them together.
 
@@ -36,19 +35,43 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
     Raises:
         JobError: a metric returns something else than a scalar or a (sum, count) pair.
     """
+    totals = evaluation_sums(assembly, source)
+    values = {
+        name: (float(row[0] / row[1]) if row[1] else float("nan"))
+        for name, row in zip([LOSS, *assembly.job.metrics], totals.cpu(), strict=False)
+    }
+    return values, int(totals[-1, 0].item())
+
+
+@torch.no_grad()
+def evaluation_sums(
+    assembly: Assembly,
+    source: Source,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    part: tuple[int, int] | None = None,
+) -> Tensor:
+    """What `evaluate` divides: one (sum, count) row for the loss and each metric, and the number of samples in a last row.
+
+    Args:
+        start, stop: batches to look at; None for all to the end.
+        part: (index, number of parts) of each batch; None for this rank's.
+    """
     a = assembly
     a.average()
     # Restored one by one: a module that the user keeps in evaluation mode (frozen statistics) stays there.
     modes = [(module, module.training) for module in a.model.modules()]
     a.model.eval()
-    names = [LOSS, *a.job.metrics]
-    # One (sum, count) row a name, and the number of samples in a last row.
-    totals = torch.zeros((len(names) + 1, 2), dtype=torch.float64, device=a.device)
+    totals = torch.zeros((len(a.job.metrics) + 2, 2), dtype=torch.float64, device=a.device)
+    rank, ranks = part or (a.samples.rank, a.samples.size)
     stream = eval_batches(
         source,
         batch_size=a.job.eval_batch_size or a.job.batch_size,
-        rank=a.samples.rank,
-        ranks=a.samples.size,
+        rank=rank,
+        ranks=ranks,
+        start=start,
+        stop=stop,
         prefetch=0 if a.device.type == "cpu" else 2,
     )
     stream = alike(stream, source, a.world, a.samples, a.device)
@@ -64,11 +87,7 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
         from shardwise.parallel.shard import split_again  # FSDP2 takes most of a second to load
 
         split_again(a.model)
-    values = {
-        name: (float(row[0] / row[1]) if row[1] else float("nan"))
-        for name, row in zip(names, totals.cpu(), strict=False)
-    }
-    return values, int(totals[-1, 0].item())
+    return totals
 
 
 def _on_whole_model(a: Assembly, batches: Iterator[Batch], totals: Tensor) -> None:

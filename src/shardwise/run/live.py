@@ -96,7 +96,7 @@ class LiveRun:
     def state(self) -> dict[str, Any]:
         """Your own values, plain ones and small tensors, that go into checkpoints and come back with `resume`.
 
-        Rank 0's are kept, as they are when `step` or `save` is called.
+        Rank 0's are kept, as they are when the loop asks for its next batch or step, ends, or calls `save`.
         """
         return self._state
 
@@ -114,6 +114,10 @@ class LiveRun:
         Args:
             epochs: passes over the training split, of which one that is under way counts as one; None for what the job
                 says: in all where the run has a folder, so that a resumed run does the rest, else from here on.
+
+        Raises:
+            Stopped: the run has a folder, and a rank was sent SIGINT or SIGTERM: it is saved and ended. Raised where the next
+                batch is asked for.
         """
         first_epoch = 0 if epochs is None and self._keeper is not None else self.epoch
         limit = epochs if epochs is not None else self.job.epochs
@@ -127,12 +131,14 @@ class LiveRun:
         return Batches(self._batches(epochs, first_epoch, limit), total)
 
     def _batches(self, epochs: int | None, first_epoch: int, limit: int | None) -> Generator[Batch, None, None]:
+        self._returned()
         while limit is None or self.epoch - first_epoch < limit:
             if epochs is None and self._steps_done():
                 return
             before = self._position.batch
             for batch in self._epoch():
                 yield batch
+                self._returned()
                 if epochs is None and self._steps_done():
                     return
             if before == self._position.batch == 0:
@@ -145,14 +151,17 @@ class LiveRun:
     def step(self, batch: Batch) -> float:
         """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective.
 
+        Where the run has a folder, a checkpoint that falls due is written when the loop asks for its next batch or step.
+
         Raises:
-            Stopped: the run has a folder, and a rank was sent SIGINT or SIGTERM: it is saved and ended.
+            Stopped: as `batches`.
         """
         if not isinstance(batch, Batch):
             raise JobError(
                 f"step() was given a {type(batch).__name__}: give it what batches() gives; data of your own, also the data set "
                 "of a DataLoader, goes to start(data=...)"
             )
+        self._returned()
         result = take_step(self.assembly, batch)
         total = self.assembly.reports.sum_(result.loss_sum.detach().clone())
         if batch is self._under_way:
@@ -208,6 +217,10 @@ class LiveRun:
         if self._keeper is not None:
             self._keeper.failed(error)
         self._stack.__exit__(kind, error, trace)
+
+    def _returned(self) -> None:
+        if self._keeper is not None:
+            self._keeper.returned()
 
     def _steps_done(self) -> bool:
         return self.job.steps is not None and self.assembly.step >= self.job.steps

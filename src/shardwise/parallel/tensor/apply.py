@@ -104,14 +104,20 @@ def piece_of(parameter: DTensor, ring: Ring) -> Tensor:
     """A parameter as the rules see it: split, or plain where it is whole."""
     placement = parameter.placements[0]
     if placement.is_replicate():
-        return parameter.to_local()
+        return _own(parameter)
     if isinstance(placement, _StridedShard):
         dim, outer = placement.dim, int(placement.split_factor)
     else:
         assert isinstance(placement, Shard)
         dim, outer = placement.dim, 1
     cut = Cut(dim, outer, parameter.shape[dim] // outer, ring.size)
-    return SplitTensor((parameter.to_local(),), cut, ring, parameter=True)
+    return SplitTensor((_own(parameter),), cut, ring, parameter=True)
+
+
+def _own(parameter: DTensor) -> Tensor:
+    """What this rank holds, also where no gradient is asked for: a parameter, which nobody takes for a kind of input."""
+    own: Tensor = parameter.to_local()
+    return own if own.requires_grad else nn.Parameter(own, requires_grad=False)
 
 
 @final

@@ -86,8 +86,8 @@ def _closed_book(book: Book, names: dict[int, str]) -> Book:
 
 
 def _run(model: nn.Module, program: Program, rehearsal: Rehearsal) -> tuple[Any, bool]:
-    """The program's result, and whether it drew random numbers. Buffers and the random generator are put back."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """The program's result, and whether it drew random numbers. What it writes into, and the random generator, are put back."""
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         state = torch.get_rng_state()
         hooks = [
@@ -101,8 +101,8 @@ def _run(model: nn.Module, program: Program, rehearsal: Rehearsal) -> tuple[Any,
             for hook in hooks:
                 hook.remove()
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for tensor, value in tensors:
+                    tensor.copy_(value)
         drew = not torch.equal(state, torch.get_rng_state())
     return pytree.tree_map_only(Tensor, torch.Tensor.detach, result), drew
 
