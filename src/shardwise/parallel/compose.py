@@ -76,6 +76,7 @@ class Composed:
         apart: groups of ranks with different parameters, for clipping.
         counted: whether this rank is the one that counts a parameter in a norm over `apart`.
         attached: what users attached to parameters: their hooks are called when the gradients are summed.
+        sharded: FSDP2 holds parameters.
         frozen: parameters that were not trained when the model was composed, where that cannot change any more.
     """
 
@@ -92,6 +93,7 @@ class Composed:
     recomputed: Recomputed | None = None
     attached: Attached = field(default_factory=Attached)
     frozen: tuple[tuple[str, nn.Parameter], ...] = ()
+    sharded: bool = False
 
     def check_frozen(self) -> None:
         """Refuse what would not be trained without a word.
@@ -106,6 +108,19 @@ class Composed:
                     "local_steps are planned for those trained at the start; stop and go on (resume) with a model that is built "
                     "with it trained, or use data=, shard= or tensor="
                 )
+
+    def keep_plans(self, count: int) -> None:
+        """Steps train so many sets of parameters in turn: keep the buckets of each."""
+        if isinstance(self.gradients, GradientSum | GradientSums):
+            self.gradients.keep_plans(count)
+
+    def settle_parameters(self) -> None:
+        """After the passes of a step: what a forward pass gathered that no backward pass followed (a teacher, a generator that
+        rests) is split again, or later writes to it would be lost."""
+        if self.sharded:
+            from shardwise.parallel.shard import split_again
+
+            split_again(self.model)
 
     @property
     def compressed(self) -> LowRankSum | None:
@@ -270,7 +285,7 @@ def compose(
     elif plan.compile:
         model.compile()
     frozen = _still_frozen(named) if cut is not None or not isinstance(summed, GradientSum | GradientSums) else ()
-    done = context, stages, apart, counted, split, recomputed, attached, frozen
+    done = context, stages, apart, counted, split, recomputed, attached, frozen, sharded is not None
     return Composed(model, gradients, state, communicates, remarks, *done)
 
 

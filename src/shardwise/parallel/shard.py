@@ -43,10 +43,13 @@ def check_shard(model: nn.Module, *, whole: bool = True) -> None:
         whole: what lies around the units is split too, as it is without a pipeline.
 
     Raises:
-        PlanError: the model has embeddings with sparse gradients, or a unit has trained parameters of several types.
+        PlanError: the model has embeddings with sparse gradients, a unit has trained parameters of several types, or a model
+            without a forward pass has parameters outside of its parts, or in two of them.
     """
     seen: set[nn.Parameter] = set()
-    for name in [*unit_names(model), *([""] if whole else [])]:
+    if whole:
+        _check_parts(model)
+    for name in [*unit_names(model), *(part_names(model) if whole else [])]:
         trained = [p for p in model.get_submodule(name).parameters() if p.requires_grad and p not in seen]
         seen.update(trained)
         types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
@@ -192,9 +195,11 @@ def shard_model(
         if deferred is not None:
             deferred.fill(model)
         if stage is None:
-            # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
-            split(model, again=False)
-            names = [*names, ""]
+            # What a root itself holds is needed at the start of the backward pass again: do not send it twice.
+            roots = part_names(model)
+            for name in roots:
+                split(modules[name], again=False)
+            names = [*names, *roots]
         collect()
     order = Order()
     for module in model.modules():
@@ -262,13 +267,55 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def part_names(model: nn.Module) -> list[str]:
+    """Names of the modules that are called from outside: the model itself, or the parts of one without a forward pass.
+
+    Such a model (a `ModuleDict` of a generator and a discriminator, say) is never called: its objectives call the parts.
+    """
+    found, waiting = [], [("", model)]
+    while waiting:
+        name, module = waiting.pop(0)
+        if _has_forward(module):
+            found.append(name)
+        else:
+            waiting = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()] + waiting
+    return [name for name in found if any(True for _ in model.get_submodule(name).parameters())]
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _check_parts(model: nn.Module) -> None:
+    parts = part_names(model)
+    seen: dict[nn.Parameter, str] = {}
+    for part in parts:
+        for name, parameter in model.get_submodule(part).named_parameters():
+            if seen.setdefault(parameter, part) != part:
+                raise PlanError(
+                    f"parameter {part}.{name} is also one of {seen[parameter]}, and the model has no forward pass of its own, so "
+                    "that FSDP2 would not know when to gather it: put the parts into a module with a forward pass, or use data="
+                )
+    for name, parameter in model.named_parameters():
+        if parameter not in seen:
+            raise PlanError(
+                f"parameter {name} lies in no module with a forward pass, so that FSDP2 would not know when to gather it: put it "
+                "into the module that uses it, or use data="
+            )
+
+
 def unit_names(model: nn.Module, no_units: Collection[str] = ()) -> list[str]:
-    """Names of the modules that become units: repeated blocks, else the children of a sequential model, else none.
+    """Names of the modules that become units: repeated blocks, else the children of a sequential model, else none; of a model
+    without a forward pass, those of its parts.
 
     A unit is gathered by all ranks when it is called, so it must be one that every rank calls in every pass. A module that
     shares a parameter with the rest of the model is no unit, because a shared parameter must be gathered with all its users:
     it stays with the root.
     """
+    parts = part_names(model)
+    if parts != [""]:
+        named = [(part, unit) for part in parts for unit in unit_names(model.get_submodule(part))]
+        return [name for part, unit in named if (name := f"{part}.{unit}") not in no_units]
     holders = _holders(model)
     chosen = repeated_blocks(model)
     if not chosen and isinstance(model, nn.Sequential):

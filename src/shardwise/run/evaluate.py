@@ -40,7 +40,8 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
     # Restored one by one: a module that the user keeps in evaluation mode (frozen statistics) stays there.
     modes = [(module, module.training) for module in a.model.modules()]
     a.model.eval()
-    names = [LOSS, *a.job.metrics]
+    losses = a.job.turns or (LOSS,)
+    names = [*losses, *a.job.metrics]
     # One (sum, count) row a name, and the number of samples in a last row.
     totals = torch.zeros((len(names) + 1, 2), dtype=torch.float64, device=a.device)
     batches = eval_batches(
@@ -70,31 +71,35 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
 
 def _on_whole_model(a: Assembly, batches: Iterator[Batch], totals: Tensor) -> None:
     """Add up over all batches."""
+    objectives = [turn.objective for turn in a.turns.values() if turn.objective is not None]
     once = a.mesh.coordinate("context") == 0  # whole outputs are the same on all ranks of the context axis
     for batch in batches:
         a.composed.state.phantom = batch.phantom
         if batch.count == 0:
             if a.composed.forward_communicates:
                 # As often as the ranks with samples do: each pass holds collectives.
-                inputs = own_tokens(a, batch).to(a.device).inputs
-                for _ in range((a.job.objective is not None) + (a.job.objective is None or bool(a.job.metrics))):
-                    call_model(a.model, inputs)
+                mine = own_tokens(a, batch).to(a.device)
+                for objective in objectives:  # which parts of the model it calls, it alone knows
+                    seeing_whole(a, objective, a.model, (mine.inputs, mine.targets))
+                if not objectives or a.job.metrics:
+                    call_model(a.model, mine.inputs)
             continue
         batch = batch.to(a.device)
         mine = own_tokens(a, batch)
         with autocast(a):
-            if a.job.objective is not None:
-                value = seeing_whole(a, a.job.objective, a.model, (mine.inputs, mine.targets))
-                totals[0] += as_pair(value, batch.count * a.token_share, LOSS).to(a.device)
+            for row, objective in enumerate(objectives):
+                value = seeing_whole(a, objective, a.model, (mine.inputs, mine.targets))
+                totals[row] += as_pair(value, batch.count * a.token_share, LOSS).to(a.device)
+            if objectives:
                 output = call_model(a.model, mine.inputs) if a.job.metrics else None
             else:
                 output = whole_output(a, call_model(a.model, mine.inputs))
                 if once:
                     _add_loss(a, totals, output, batch)
-        if a.job.objective is not None and a.job.metrics:
+        if objectives and a.job.metrics:
             output = whole_output(a, output)
         if once:
-            _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
+            _add_metrics(totals[max(1, len(objectives)) :], a.job.metrics, output, batch.targets, batch.count)
             totals[-1, 0] += batch.count
 
 
@@ -124,7 +129,7 @@ def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor)
         if not stages.own_loss:
             with autocast(a):
                 _add_loss(a, totals, output, batch)
-        _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
+        _add_metrics(totals[1:], a.job.metrics, output, batch.targets, batch.count)
 
     if stages.own_loss:
         pairs = [(batch.inputs, batch.targets) for batch in mine]
@@ -155,5 +160,5 @@ def whole_output(a: Assembly, output: Any) -> Any:
 def _add_metrics(
     totals: Tensor, metrics: Mapping[str, Callable[[Any, Any], Any]], output: Any, targets: Any, count: int
 ) -> None:
-    for row, (name, metric) in enumerate(metrics.items(), start=1):
+    for row, (name, metric) in enumerate(metrics.items()):
         totals[row] += as_pair(metric(output, targets), count, name).to(totals.device)

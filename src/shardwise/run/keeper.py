@@ -28,6 +28,7 @@ class Keeper:
         self.session = session
         self._assembly, self._course = session.assembly, session.course
         self._ledger, self._observer = open_books(self._assembly, self._course)
+        self._course.saves_between = True
         self._epoch_began = perf_counter()
         self._ended = False
         self._saved: tuple[int, int, str] | None = None
@@ -38,16 +39,19 @@ class Keeper:
         self._epoch_began = perf_counter()
 
     def stepped(self, batch: Batch, result: StepResult) -> None:
-        """A step was taken.
+        """A step was taken. Whether more are taken on this batch, the loop knows: what is due comes `between` batches."""
+        note_step(self._assembly, self._course, self._ledger, self._observer, batch, result, last=False)
+        self._assembly.clock.current = BETWEEN_STEPS
+
+    def between(self) -> None:
+        """No batch is under way: a checkpoint that is due is written.
 
         Raises:
             Stopped: a rank was asked to stop; the run is saved and ended.
         """
-        note_step(self._assembly, self._course, self._ledger, self._observer, batch, result, last=False)
-        self._assembly.clock.current = BETWEEN_STEPS
-        if self._course.saved_step == self._assembly.step:
-            self._saved = self._stands_at()
-        if self._course.stopped:
+        if self._course.save_due and not self._course.stopped:
+            self.save()
+        if self._course.stopped and not self._ended:
             self._end(weights=False)
             raise Stopped(
                 f"stopped; everything up to step {self._assembly.step} is saved in {self.session.folder.path}: "

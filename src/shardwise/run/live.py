@@ -60,6 +60,8 @@ class LiveRun:
     _state: dict[str, Any] = field(default_factory=dict)
     _position: Position = field(default_factory=Position)
     _under_way: Batch | None = None
+    _given: Batch | None = None
+    _losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -68,8 +70,13 @@ class LiveRun:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that is being stepped."""
+        """The optimizer that is being stepped; where there are several, one over all, with them in `each` and `named`."""
         return self.assembly.optimizer
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Of a job with several objectives, the mean loss that each last had; empty for others."""
+        return dict(self._losses)
 
     @property
     def steps_taken(self) -> int:
@@ -95,7 +102,7 @@ class LiveRun:
     def state(self) -> dict[str, Any]:
         """Your own values, plain ones and small tensors, that go into checkpoints and come back with `resume`.
 
-        Rank 0's are kept, as they are when `step` or `save` is called.
+        Rank 0's are kept, as they are when the loop asks for the next batch, or when `save` is called.
         """
         return self._state
 
@@ -141,24 +148,36 @@ class LiveRun:
             else:
                 self._position.epoch, self._position.batch = self.epoch + 1, 0
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch, objective: str | None = None) -> float:
         """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective.
 
+        Args:
+            batch: from `batches`.
+            objective: of a job with several, the one to take; its optimizers step. None takes all in their order, a step of
+                their optimizers each, and returns the sum of the losses. `losses` has each of them.
+
         Raises:
-            Stopped: the run has a folder, and a rank was sent SIGINT or SIGTERM: it is saved and ended.
+            Stopped: the run has a folder, and a rank was sent SIGINT or SIGTERM: it is saved and ended. While a batch of
+                `batches` is under way, that waits for the end of it.
         """
         if not isinstance(batch, Batch):
             raise JobError(
                 f"step() was given a {type(batch).__name__}: give it what batches() gives; data of your own, also the data set "
                 "of a DataLoader, goes to start(data=...)"
             )
-        result = take_step(self.assembly, batch)
-        total = self.assembly.reports.sum_(result.loss_sum.detach().clone())
+        if self._keeper is not None and batch is not self._given:
+            self._keeper.between()
+        result = take_step(self.assembly, batch, objective)
+        parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()])
+        total, *each = self.assembly.reports.sum_(parts).tolist()
+        self._losses.update(zip(result.losses, each, strict=True))
         if batch is self._under_way:
             self._done()
         if self._keeper is not None:
             self._keeper.stepped(batch, result)
-        return float(total / result.weight)
+            if batch is not self._given:
+                self._keeper.between()
+        return float(total)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss and metrics over the test split, or over other data, each sample counted once. Collective.
@@ -228,9 +247,14 @@ class LiveRun:
                 clock.mark("data")
                 if batch is None:
                     return
-                self._under_way = batch
+                self._under_way = self._given = batch
                 weights = _changes(a) if a.world.size > 1 else 0
-                yield batch
+                try:
+                    yield batch
+                finally:
+                    self._given = None
+                if self._keeper is not None:
+                    self._keeper.between()
                 if self._under_way is batch and a.world.size > 1 and _changes(a) != weights:
                     raise JobError(
                         "the weights changed, but the batch was not given to run.step(): with an optimizer.step() of its own, "

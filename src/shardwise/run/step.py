@@ -8,16 +8,16 @@ reduction.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from shardwise.data.batch import Batch
-from shardwise.errors import JobError
+from shardwise.errors import JobError, PlanError
 from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.run.assemble import CPU, Assembly
 from shardwise.run.coupled import divides_batches
@@ -27,6 +27,7 @@ from shardwise.run.weigh import check_mean, is_looked_at, weight_function
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Stages
+    from shardwise.run.turns import Turn
 
 
 @final
@@ -39,65 +40,96 @@ class StepResult:
         weight: items in the whole global batch: the loss of the step is the sum of all ranks' `loss_sum` over this.
         samples: samples in the whole global batch.
         gradient_norm: norm before clipping, where the job clips.
+        losses: name of an objective -> this rank's part of its mean; `loss_sum` is their sum. Empty where the job has
+            one only.
     """
 
     loss_sum: Tensor
     weight: float | Tensor
     samples: int
     gradient_norm: Tensor | None = None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], None] | None = None) -> StepResult:
+def take_step(
+    assembly: Assembly, batch: Batch, name: str | None = None, *, on_gradients: Callable[[], None] | None = None
+) -> StepResult:
     """Forward, backward, reduce, clip, update: one optimizer step over the global batch of which `batch` is our part.
 
+    A job with several objectives takes one such step with each, in their order; or with the one that is named.
     Collective: all ranks call it with their parts of one global batch.
 
     Args:
         assembly: what to step.
         batch: this rank's part.
+        name: of an objective.
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
-    a, clock = assembly, assembly.clock
+    a = assembly
     a.composed.check_frozen()
-    seed_step(a.job.seed, a.step, a.reports.rank, a.device)
+    turns = list(a.turns.values()) if name is None else [a.turn(name)]
+    results = [_take_turn(a, turn, batch, index, on_gradients) for index, turn in enumerate(turns)]
+    a.step += 1
+    if a.composed.local is not None:
+        a.composed.local.after_step(a.optimizer, a.step)
+    a.clock.mark("optimizer")
+    if not turns[0].name:
+        return results[0]
+    losses = {turn.name: one.loss_sum / one.weight for turn, one in zip(turns, results, strict=True)}
+    norms = [one.gradient_norm for one in results if one.gradient_norm is not None]
+    norm = torch.stack(norms).norm() if norms else None
+    return StepResult(torch.stack(list(losses.values())).sum(), 1.0, batch.global_count, norm, losses)
+
+
+def _take_turn(
+    a: Assembly, turn: Turn, batch: Batch, index: int, on_gradients: Callable[[], None] | None
+) -> StepResult:
+    clock = a.clock
+    seed_step(a.job.seed, a.step, a.reports.rank, a.device, turn=index)
     for parameter in a.parameters:
         parameter.grad = None
     parts = _micro_batches(a, batch)
     try:
-        if a.composed.stages is not None:
-            result = _stage_passes(a, batch, parts, a.composed.stages)
-        elif a.job.objective is None:
-            result = _loss_passes(a, batch, parts)
-        else:
-            result = _objective_passes(a, batch, parts)
+        with turn.alone():
+            loss_sum, weight = _passes(a, turn, batch, parts)
     except Exception as error:
         note_batch(error, batch, a.step)
+        if "once_differentiable" in str(error) and a.world.size > 1:
+            raise PlanError(
+                f"plan {a.plan.layout}: the {turn.name or 'objective'} differentiates a gradient again (create_graph=True, as "
+                "a gradient penalty does), which FSDP2 (shard), the tensor axis and BatchNorm over several workers cannot. Use "
+                "data=, and GroupNorm or LayerNorm in what the penalty looks at"
+            ) from error
         raise
+    a.composed.settle_parameters()
     a.composed.attached.call_hooks()
     clock.mark("synchronisation")
     if on_gradients is not None:
         on_gradients()
     norm = None
-    if a.job.clip_norm is not None:
-        apart, counted = a.composed.apart, a.composed.counted
-        norm = clip_by_global_norm(a.parameters, a.job.clip_norm, apart=apart, counted=counted)
-    a.update()
-    if a.scheduler is not None:
-        a.scheduler.step()
-    a.step += 1
-    if a.composed.local is not None:
-        a.composed.local.after_step(a.optimizer, a.step)
-    clock.mark("optimizer")
-    loss_sum, weight = result
+    if turn.clip_norm is not None:
+        clipped = a.parameters if turn.trained is None else turn.trained
+        norm = clip_by_global_norm(clipped, turn.clip_norm, apart=a.composed.apart, counted=a.composed.counted)
+    turn.update()
+    for scheduler in turn.schedules:
+        scheduler.step()
     return StepResult(loss_sum, weight, batch.global_count, norm)
 
 
-def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU) -> None:
-    """Set torch's generators from (seed, step, rank), so that resuming needs no saved generator state.
+def _passes(a: Assembly, turn: Turn, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
+    if a.composed.stages is not None:
+        return _stage_passes(a, batch, parts, a.composed.stages)
+    if turn.objective is None:
+        return _loss_passes(a, batch, parts)
+    return _objective_passes(a, turn.objective, batch, parts)
+
+
+def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU, *, turn: int = 0) -> None:
+    """Set torch's generators from (seed, step, rank, turn), so that resuming needs no saved generator state.
 
     `torch.manual_seed` does the same for every kind of device there might be, and takes a quarter of a millisecond.
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}{f'/{turn}' if turn else ''}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
@@ -170,14 +202,14 @@ def _is_put_together(a: Assembly) -> bool:
     return a.composed.context is None and a.composed.split is None and divides_batches(a.job, a.plan)
 
 
-def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
+def _objective_passes(
+    a: Assembly, objective_function: Callable[..., Any], batch: Batch, parts: list[Batch]
+) -> tuple[Tensor, float | Tensor]:
     """As `_loss_passes` for a model that computes its own loss.
 
     A (sum, count) pair tells its weight only after the forward pass, so sums are back-propagated as they are and the
     summed gradient is divided by the global count at the end.
     """
-    objective_function = a.job.objective
-    assert objective_function is not None
     loss_sum = torch.zeros((), device=a.device)
     count_sum = torch.zeros((), dtype=torch.float64, device=a.device)
     counted = False
