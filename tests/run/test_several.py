@@ -446,6 +446,8 @@ def test_the_examples_of_the_documentation(
     if name == "digits_gan.py":
         run = train(job["digits_gan"](epochs=1), plan="serial", out=tmp_path / "run")
         assert len(run.history) == run.summary["steps"] == 23
+        total = [sum(each) for each in zip(*run.histories.values(), strict=True)]
+        assert total == pytest.approx(run.history, rel=1e-5)
         return
     monkeypatch.setitem(sys.modules, "digits_gan", SimpleNamespace(**job))
     monkeypatch.chdir(tmp_path)
