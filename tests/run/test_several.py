@@ -90,6 +90,30 @@ def raised(model: Any, batch: Any) -> Tensor:
     return result
 
 
+class Aloof(nn.Module):
+    """It can be called, and its objectives call its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.G, self.D = nn.Linear(6, 10), nn.Linear(10, 1)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        made: Tensor = self.G(noise)
+        return made
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.get_submodule(name)
+
+
+def aloof() -> Job:
+    return gan(model=Aloof)
+
+
+def aside(model: Any, batch: Any) -> Tensor:
+    (_, noise, _), _ = batch
+    return against(model["D"](model["G"](noise).detach()), 1.0)
+
+
 def cosine(optimizer: Any, _: int | None) -> LRScheduler:
     return CosineAnnealingLR(optimizer, 12)
 
@@ -248,6 +272,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 SCRIPT = """
 import json, sys
+from shardwise import errors
 sys.path.insert(0, {here!r})
 from test_several import CASES, job_of, walk
 from shardwise.run.live import start
@@ -260,6 +285,16 @@ for name, (_, plan, options) in CASES.items():
         run.save_weights(f"{{name}}.safetensors")
         if run.rank == 0:
             open(f"{{name}}.json", "w").write(json.dumps([losses, run.steps_taken]))
+from test_several import aloof, wgan
+
+penalty, alone = "takes a gradient (torch.autograd.grad) on the way", "gathers only when the model itself"
+for job, words in ((wgan(), penalty), (aloof(), alone)):
+    try:
+        with start(job, device="cpu", plan="shard=2") as run:
+            run.step(next(run.batches()))
+        raise SystemExit("not refused: " + words)
+    except errors.PlanError as error:
+        assert words in str(error), error
 """
 
 
@@ -320,6 +355,10 @@ def test_a_resumed_run_has_all_optimizers_and_schedules_bit_for_bit(tmp_path: Pa
         assert slow.param_groups[0]["lr"] != 1e-2
         assert all(torch.equal(value, final[name]) for name, value in run.model.state_dict().items())
     assert first[:12] + rest == expected
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["total_steps"]) == (24, None), "how many steps a loop will take, nobody knows"
+    with kept(tmp_path / "run", resume=True) as run:
+        assert len(run.batches()) == len(list(run.batches())) == 0
     events = [event for event in read_events(tmp_path / "whole" / "events.jsonl") if isinstance(event, StepsEvent)]
     noted = {
         name: [loss for event in events for loss in event.objectives.get(name, [None] * len(event.losses))]
@@ -412,6 +451,8 @@ def same(model: Any) -> Any:
         (lambda: start(gan(optimizer=lambda model: {"D": 1, "G": 2})), "returned a dict with something else in it"),
         (lambda: start(gan(), plan="pipeline=1,data=1").step(first_batch(), "X"), "no objective 'X': the job has D, G"),
         (lambda: start(pupil()).step(first_batch(), "X"), "give Job.objective a dict"),
+        (lambda: start(gan(metrics={"right": against})), "a ModuleDict without a forward pass, and Job.metrics is of its"),
+        (lambda: start(gan(objective={"D": tell_apart, "G": aside})).step(first_batch(), "G"), "G gives a number that does"),
         (lambda: check_job(gan(), Plan(layout=Layout(pipeline=2))), "objectives D, G: the axis pipeline follows the model"),
         (lambda: check_job(gan(), Plan(layout=Layout(data=2), local_steps=2)), "local_steps is planned for steps that all"),
         (lambda: check_shard(tied()), "also one of a"),

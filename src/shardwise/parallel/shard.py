@@ -8,9 +8,9 @@ gradients are then summed over the replicas.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -26,7 +26,7 @@ from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
 from shardwise.dist.numbers import whole_numbers
 from shardwise.dist.split import local_part
 from shardwise.errors import PlanError, RunFailed
-from shardwise.parallel.blocks import CONTAINERS, repeated_blocks
+from shardwise.parallel.blocks import CONTAINERS, has_forward, repeated_blocks
 from shardwise.parallel.data import sparse_parameters
 from shardwise.parallel.deferred.memory import garbage_found_soon
 from shardwise.parallel.metered import Order, meter_collectives
@@ -84,6 +84,7 @@ class Sharded:
         self.held = [p for p in model.parameters() if p in held]
         self._samples = samples
         self._used: set[int] = set()
+        self._forward_only = False
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 for group in _parameter_groups(module):
@@ -127,8 +128,35 @@ class Sharded:
                 "Multiply the block's output by 0 or 1 instead of leaving it out, or use data= in place of shard="
             )
 
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """While the block runs, gradients through the units are refused.
+
+        FSDP2 takes the first backward pass through a unit for the only one: it reduces what gradients there are and frees the
+        gathered weights. A gradient that is taken on the way to the loss would leave wrong ones, without an error.
+
+        Raises:
+            PlanError: the block takes one.
+        """
+        self._forward_only = True
+        try:
+            yield
+        finally:
+            self._forward_only = False
+
     def _complete(self, group: Any) -> None:
-        reduce = group.post_backward
+        reduce, gather = group.post_backward, group.pre_backward
+
+        def pre_backward(*args: Any, **options: Any) -> None:
+            if self._forward_only:
+                raise PlanError(
+                    "the loss or the model takes a gradient (torch.autograd.grad) on the way to the loss, as a gradient "
+                    "penalty does, and FSDP2 takes the first backward pass through its parameters for the only one: use data= in "
+                    "place of shard="
+                )
+            gather(*args, **options)
+
+        group.pre_backward = pre_backward
 
         def post_backward(*unused: Any) -> None:
             for item in group.fsdp_params:
@@ -275,15 +303,11 @@ def part_names(model: nn.Module) -> list[str]:
     found, waiting = [], [("", model)]
     while waiting:
         name, module = waiting.pop(0)
-        if _has_forward(module):
+        if has_forward(module):
             found.append(name)
         else:
             waiting = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()] + waiting
     return [name for name in found if any(True for _ in model.get_submodule(name).parameters())]
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _check_parts(model: nn.Module) -> None:

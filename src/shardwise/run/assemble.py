@@ -18,6 +18,7 @@ from shardwise.dist.meter import Meter
 from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
+from shardwise.parallel.blocks import has_forward
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
 from shardwise.parallel.several import as_one, optimizers_in
 from shardwise.parallel.steps import check_apart, check_step
@@ -240,6 +241,7 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
     check_turns(job, plan)
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are none of our business
         model = build_to_look_at(job, plan)
+    _check_called(job, model)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     layout = plan.layout
     if layout.shard > 1:
@@ -266,6 +268,15 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
                 for single in job.singles:
                     check_loss(single, plan, model, samples)
                     check_buffers(single, plan, model, samples)
+
+
+def _check_called(job: Job, model: nn.Module) -> None:
+    caller = "loss" if job.loss is not None else "metrics" if job.metrics else ""
+    if caller and not has_forward(model):
+        raise JobError(
+            f"the model is a {type(model).__name__} without a forward pass, and Job.{caller} is of its output: give it a class "
+            "with a forward method, or an objective, which calls the parts itself, and no metrics"
+        )
 
 
 def assemble(

@@ -130,6 +130,8 @@ class LiveRun:
             batch=self._position.batch,
             steps_left=None if steps is None else steps - self.assembly.step,
         )
+        if steps is not None and self.job.turns:
+            total = None  # a batch may take several of them
         return Batches(self._batches(epochs, first_epoch, limit), total)
 
     def _batches(self, epochs: int | None, first_epoch: int, limit: int | None) -> Generator[Batch, None, None]:
@@ -366,6 +368,7 @@ def _with_folder(
         settings=job_settings(job, plan, options),
         identity=job_identity(job),
         began=began,
+        own_loop=True,
         evaluate_every=0,
     )
     session = stack.enter_context(open_session(rank, work, stop, shown=Remarks()))

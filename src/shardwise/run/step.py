@@ -94,12 +94,8 @@ def _take_turn(
             loss_sum, weight = _passes(a, turn, batch, parts)
     except Exception as error:
         note_batch(error, batch, a.step)
-        if "once_differentiable" in str(error) and a.world.size > 1:
-            raise PlanError(
-                f"plan {a.plan.layout}: the {turn.name or 'objective'} differentiates a gradient again (create_graph=True, as "
-                "a gradient penalty does), which FSDP2 (shard), the tensor axis and BatchNorm over several workers cannot. Use "
-                "data=, and GroupNorm or LayerNorm in what the penalty looks at"
-            ) from error
+        if (reason := _why_refused(a, turn, str(error))) is not None:
+            raise PlanError(reason) from error
         raise
     a.composed.settle_parameters()
     a.composed.attached.call_hooks()
@@ -116,12 +112,30 @@ def _take_turn(
     return StepResult(loss_sum, weight, batch.global_count, norm)
 
 
+def _why_refused(a: Assembly, turn: Turn, error: str) -> str | None:
+    """In our words, what torch says of objectives that a plan cannot do; None for other errors."""
+    objective = f"objective {turn.name!r}" if turn.name else "objective"
+    if a.world.size > 1 and "once_differentiable" in error:
+        return (
+            f"plan {a.plan.layout}: the {objective} differentiates a gradient again (create_graph=True, as a gradient penalty "
+            "does), which the tensor axis and BatchNorm over several workers cannot. Use data=, and GroupNorm or "
+            "LayerNorm in what the penalty looks at"
+        )
+    if a.plan.layout.shard > 1 and turn.objective is not None and "mixed torch.Tensor and DTensor" in error:
+        return (
+            f"plan {a.plan.layout}: the {objective} computes with parameters that FSDP2 gathers only when the model itself is "
+            f"called. Let it call model(...), or give the model ({type(a.model).__name__.removeprefix('FSDP')}) no forward pass, "
+            "such as an nn.ModuleDict of its parts, so that each part is gathered when it is called; or use data="
+        )
+    return None
+
+
 def _passes(a: Assembly, turn: Turn, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
     if a.composed.stages is not None:
         return _stage_passes(a, batch, parts, a.composed.stages)
     if turn.objective is None:
         return _loss_passes(a, batch, parts)
-    return _objective_passes(a, turn.objective, batch, parts)
+    return _objective_passes(a, turn.name, turn.objective, batch, parts)
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU, *, turn: int = 0) -> None:
@@ -176,7 +190,7 @@ def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor,
         a.composed.state.phantom = part.phantom
         looks = part is looked_at
         part = part.to(a.device)
-        with autocast(a):
+        with autocast(a), a.composed.forward_only():
             output = call_model(a.model, part.inputs)
             if looks:
                 check_mean(a.job, output, part, a.step)
@@ -203,7 +217,7 @@ def _is_put_together(a: Assembly) -> bool:
 
 
 def _objective_passes(
-    a: Assembly, objective_function: Callable[..., Any], batch: Batch, parts: list[Batch]
+    a: Assembly, name: str, objective_function: Callable[..., Any], batch: Batch, parts: list[Batch]
 ) -> tuple[Tensor, float | Tensor]:
     """As `_loss_passes` for a model that computes its own loss.
 
@@ -217,13 +231,18 @@ def _objective_passes(
         a.clock.mark("other")
         a.composed.state.phantom = part.phantom
         part = part.to(a.device)
-        with autocast(a):
+        with autocast(a), a.composed.forward_only():
             value = seeing_whole(a, objective_function, a.model, (part.inputs, part.targets))
             counted = counted or isinstance(value, tuple)
             objective, count = _summed(a, value, part)
             loss_sum = loss_sum + _at_least_float32(objective.detach())
             count_sum = count_sum + count
         a.clock.mark("forward")
+        if not objective.requires_grad:
+            raise JobError(
+                f"{name or 'the objective'} gives a number that does not depend on any parameter that this step trains: compute "
+                "it without detach(), item() or no_grad() on the way to them, and let the optimizer have them"
+            )
         _backward(a, objective, last=index == len(parts) - 1)
     if not parts:
         a.composed.gradients.expect()
