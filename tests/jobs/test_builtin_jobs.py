@@ -39,13 +39,13 @@ def train(job: Job, steps: int | None = None) -> tuple[nn.Module, dict[str, floa
     optimizer = job.optimizer(model if wants_model else model.parameters())
     length = job.data.train.length
     total = steps or (job.epochs or 1) * math.ceil(length / job.batch_size)
-    schedule = job.schedule(optimizer, total) if job.schedule else None
+    schedule = job.schedule(optimizer, total) if callable(job.schedule) else None
     step = epoch = 0
     while step < total:
         for batch in batches(job.data.train, batch_size=job.batch_size, seed=job.seed, epoch=epoch):
             optimizer.zero_grad()
             job.loss(model(batch.inputs), batch.targets).backward()
-            if job.clip_norm:
+            if isinstance(job.clip_norm, float):
                 nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
             optimizer.step()
             if schedule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from rich.console import Console
 from shardwise.cli.main import _run
 from shardwise.errors import FolderError
 from shardwise.monitor.history import Curve
+from shardwise.monitor.prometheus import exposition
 from shardwise.monitor.runs import Watcher, find_runs
+from shardwise.monitor.sinks import rows
 from shardwise.monitor.state import RunState, differing_settings
-from shardwise.monitor.text import render, sparkline
+from shardwise.monitor.text import headline, render, sparkline
 from shardwise.spec.events import FailureEvent, RestartEvent, StepsEvent
 from shardwise.spec.observations import StallEvent, StragglerEvent
 
@@ -71,6 +74,24 @@ def test_steps_that_were_taken_back_are_forgotten() -> None:
     )
     assert state.step == 30
     assert [point[1] for point in state.losses.points()] == [5.0] * 20 + [1.0] * 10
+
+
+def test_losses_of_several_objectives_are_shown_by_name() -> None:
+    first = replace(steps_event(0, 3), objectives={"D": [1.0, None, 2.0], "G": [0.5, 0.25, None]})
+    state = _state(run_event(), first, replace(steps_event(3, 2), objectives={"G": [None, 4.0]}))
+    assert state.objectives == {"D": 2.0, "G": 4.0}
+    curves = state.snapshot(0.0, curves=True)["curves"]
+    assert [point[:2] for point in curves["loss D"]] == [(0, 1.0), (2, 2.0)]
+    assert [point[:2] for point in curves["loss G"]] == [(0, 0.5), (1, 0.25), (4, 4.0)]
+    assert any("loss D 2.0000  loss G 4.0000" in line for line in headline(state, 1001.0))
+    assert {(row.name, row.step, row.value) for row in rows(first) if row.name.startswith("loss/")} == {
+        ("loss/D", 0, 1.0), ("loss/D", 2, 2.0), ("loss/G", 0, 0.5), ("loss/G", 1, 0.25)
+    }  # fmt: skip
+    assert "shardwise_objective{" in exposition([state], 1001.0)
+    state.apply(run_event(first_step=2))
+    assert [point[0] for point in state.snapshot(0.0, curves=True)["curves"]["loss D"]] == [0]
+    state.apply(replace(steps_event(3, 2), objectives={"G": ["x"]}))  # type: ignore[list-item]
+    assert state.malformed == 1 and state.step == 2
 
 
 def test_a_straggler_that_recovered_is_shown_no_more() -> None:

@@ -74,7 +74,7 @@ def _scale(factor: Callable[[Assembly], float], only: str = "") -> Callable[[Ass
 
 
 def _clip_own(a: Assembly) -> None:
-    clip_by_global_norm(a.model.parameters(), a.job.clip_norm or 1.0)
+    clip_by_global_norm(a.model.parameters(), a.job.sole_clip_norm or 1.0)
 
 
 def clip_per_part(a: Assembly) -> None:

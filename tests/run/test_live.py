@@ -109,6 +109,22 @@ def test_a_checkpoint_holds_what_the_loop_noted_of_its_step(
         assert run.state == {"seen": run.steps_taken}
 
 
+def test_steps_on_one_batch_are_in_a_checkpoint_together(tmp_path: Path) -> None:
+    with start(make_job(), device="cpu") as run:
+        expected = [run.step(batch) for batch in run.batches() for _ in range(2)]
+    first: list[float] = []
+    with pytest.raises(ZeroDivisionError), start(make_job(), device="cpu", out=tmp_path, checkpoint_every="1") as run:
+        for batch in run.batches():
+            first += [run.step(batch)]
+            if len(first) == 9:
+                raise ZeroDivisionError
+            first += [run.step(batch)]
+            run.state["steps"] = len(first)
+    with start(make_job(), device="cpu", out=tmp_path, resume=True) as run:
+        assert run.steps_taken == run.state["steps"] == 8
+        assert first[:8] + [run.step(batch) for batch in run.batches() for _ in range(2)] == expected
+
+
 def test_an_epoch_loop_takes_up_the_epoch_that_was_under_way(tmp_path: Path) -> None:
     expected, _ = uninterrupted()
     losses: list[float] = []

@@ -19,6 +19,7 @@ _HELP = {
     "total_steps": "Global steps at the end of the run",
     "epoch": "Epochs done",
     "loss": "Mean loss over the last global batch",
+    "objective": "Mean of an objective over its last global batch, of a job with several",
     "metric": "Metric over the test split at the last evaluation",
     "samples_per_second": "Samples of all ranks a second",
     "step_seconds": "Median wall seconds of the last steps",
@@ -58,6 +59,8 @@ def _samples(state: RunState, now: float) -> Iterator[tuple[str, dict[str, str],
     yield "total_steps", {}, state.total_steps
     yield "epoch", {}, state.epoch
     yield "loss", {}, state.loss
+    for name, value in state.objectives.items():
+        yield "objective", {"objective": name}, value
     for name, value in state.metrics.items():
         yield "metric", {"metric": name}, value
     yield "samples_per_second", {}, state.samples_per_second

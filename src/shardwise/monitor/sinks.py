@@ -63,6 +63,10 @@ def rows(event: Event) -> Iterator[Row]:
         for offset, (loss, seconds) in enumerate(zip(event.losses, event.seconds, strict=True)):
             yield Row(t, event.first_step + offset, "loss", -1, loss)
             yield Row(t, event.first_step + offset, "step_seconds", -1, seconds)
+        for name, losses in event.objectives.items():
+            for offset, value in enumerate(losses):
+                if value is not None:
+                    yield Row(t, event.first_step + offset, f"loss/{name}", -1, value)
         last = event.first_step + len(event.losses) - 1
         if event.gradient_norm is not None:
             yield Row(t, last, "gradient_norm", -1, event.gradient_norm)

@@ -93,7 +93,9 @@ class RunState:
     sweep: SweepEvent | None = None
     samples_total: int = 0
     malformed: int = 0
+    objectives: dict[str, float] = field(default_factory=dict)
     losses: Curve = field(default_factory=Curve)
+    objective_curves: dict[str, Curve] = field(default_factory=dict)
     step_curve: Curve = field(default_factory=Curve)
     norms: Curve = field(default_factory=Curve)
     metric_curves: dict[str, Curve] = field(default_factory=dict)
@@ -145,7 +147,7 @@ class RunState:
 
     def _begin(self, event: RunEvent) -> None:
         first_step = int(event.first_step)
-        for curve in (self.losses, self.step_curve, self.norms):
+        for curve in (self.losses, self.step_curve, self.norms, *self.objective_curves.values()):
             curve.forget_from(first_step)
         self.name, self.settings, self.plan = str(event.name), dict(event.settings), dict(event.plan)
         self.host, self.device, self.ranks = str(event.host), str(event.device), int(event.ranks)
@@ -160,9 +162,18 @@ class RunState:
     def _steps(self, event: StepsEvent) -> None:
         losses, seconds = [float(loss) for loss in event.losses], [float(each) for each in event.seconds]
         first = int(event.first_step)
+        named = [
+            (str(name), offset, float(loss))
+            for name, each in event.objectives.items()
+            for offset, loss in enumerate(each)
+            if loss is not None
+        ]
         for offset, (loss, each) in enumerate(zip(losses, seconds, strict=True)):
             self.losses.add(first + offset, loss)
             self.step_curve.add(first + offset, each)
+        for name, offset, loss in named:
+            self.objectives[name] = loss
+            self.objective_curves.setdefault(name, Curve()).add(first + offset, loss)
         self._seconds.extend(seconds)
         self._samples.append((int(event.samples), sum(seconds)))
         self.samples_total += int(event.samples)
@@ -289,6 +300,7 @@ class RunState:
             "started": self.started,
             "last": self.last,
             "loss": self.loss,
+            "objectives": dict(self.objectives),
             "metrics": dict(self.metrics),
             "samples_per_second": self.samples_per_second,
             "step_seconds": self.step_seconds,
@@ -308,6 +320,7 @@ class RunState:
         if curves:
             record["curves"] = {
                 "loss": self.losses.points(),
+                **{f"loss {name}": curve.points() for name, curve in self.objective_curves.items()},
                 "step_seconds": self.step_curve.points(),
                 "gradient_norm": self.norms.points(),
                 **{f"test {name}": curve.points() for name, curve in self.metric_curves.items()},

@@ -82,6 +82,7 @@ def headline(state: RunState, now: float) -> list[str]:
         + (f"  {format_seconds(left)} left" if left is not None else ""),
     ]
     numbers = [f"loss {_number(state.loss)} {sparkline([point[1] for point in state.losses.points()])}".rstrip()]
+    numbers += [f"loss {name} {_number(value)}" for name, value in state.objectives.items()]
     numbers += [f"test {name} {value:.4f}" for name, value in state.metrics.items()]
     if state.gradient_norm is not None:
         numbers.append(f"gradient norm {state.gradient_norm:.4g}")

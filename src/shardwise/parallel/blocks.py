@@ -8,6 +8,11 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules that are never called themselves."""
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called; a `ModuleDict`, or a class of parts, cannot."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
 def repeated_blocks(model: nn.Module) -> list[str]:
     """Names of the outermost repeated blocks, in the order of the module tree.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
@@ -76,6 +77,7 @@ class Composed:
         apart: groups of ranks with different parameters, for clipping.
         counted: whether this rank is the one that counts a parameter in a norm over `apart`.
         attached: what users attached to parameters: their hooks are called when the gradients are summed.
+        sharded: what FSDP2 holds, where the plan shards.
         frozen: parameters that were not trained when the model was composed, where that cannot change any more.
     """
 
@@ -92,6 +94,7 @@ class Composed:
     recomputed: Recomputed | None = None
     attached: Attached = field(default_factory=Attached)
     frozen: tuple[tuple[str, nn.Parameter], ...] = ()
+    sharded: Sharded | None = None
 
     def check_frozen(self) -> None:
         """Refuse what would not be trained without a word.
@@ -106,6 +109,23 @@ class Composed:
                     "local_steps are planned for those trained at the start; stop and go on (resume) with a model that is built "
                     "with it trained, or use data=, shard= or tensor="
                 )
+
+    def keep_plans(self, count: int) -> None:
+        """Steps train so many sets of parameters in turn: keep the buckets of each."""
+        if isinstance(self.gradients, GradientSum | GradientSums):
+            self.gradients.keep_plans(count)
+
+    def forward_only(self) -> AbstractContextManager[None]:
+        """Around a forward pass with its loss: refuses gradients that are taken in it, where they would go wrong."""
+        return nullcontext() if self.sharded is None else self.sharded.forward_only()
+
+    def settle_parameters(self) -> None:
+        """After the passes of a step: what a forward pass gathered that no backward pass followed (a teacher, a generator that
+        rests) is split again, or later writes to it would be lost."""
+        if self.sharded is not None:
+            from shardwise.parallel.shard import split_again
+
+            split_again(self.model)
 
     @property
     def compressed(self) -> LowRankSum | None:
@@ -270,7 +290,7 @@ def compose(
     elif plan.compile:
         model.compile()
     frozen = _still_frozen(named) if cut is not None or not isinstance(summed, GradientSum | GradientSums) else ()
-    done = context, stages, apart, counted, split, recomputed, attached, frozen
+    done = context, stages, apart, counted, split, recomputed, attached, frozen, sharded
     return Composed(model, gradients, state, communicates, remarks, *done)
 
 

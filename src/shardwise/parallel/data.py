@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from shardwise.dist.collectives import Group, Work
 from shardwise.dist.split import is_dtensor, local_part
@@ -48,6 +47,20 @@ class Bucket:
     missing: int = 0
     sent: Work | None = None
     absent: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Sums:
+    """What is summed while one set of parameters is trained.
+
+    Attributes:
+        sparse: names and parameters with sparse gradients.
+        place: identity of a parameter -> its bucket, where buckets are sent during the backward pass.
+    """
+
+    sparse: list[tuple[str, nn.Parameter]]
+    buckets: list[Bucket]
+    place: dict[int, Bucket] = field(default_factory=dict)
 
 
 @final
@@ -88,25 +101,42 @@ class GradientSum:
         self._sparse_names, self._bucket_bytes = sparse_names, bucket_bytes
         self._expecting = False
         self._next = 0
-        self._hooks: list[RemovableHandle] = []
+        self._kept = 1
+        self._plans: dict[tuple[bool, ...], _Sums] = {}
+        self._watched: set[int] = set()
         self._plan()
 
+    def keep_plans(self, count: int) -> None:
+        """Keep the buckets of so many sets of trained parameters (at least one), for loops that train them in turn."""
+        self._kept = max(1, count)
+
     def _plan(self) -> None:
-        """Make buckets of the parameters that are trained now."""
-        for hook in self._hooks:
-            hook.remove()
-        trained = [(name, p) for name, p in self._parameters if p.requires_grad]
-        self._frozen = [p for _, p in self._parameters if not p.requires_grad]
-        self._sparse = [(name, parameter) for name, parameter in trained if name in self._sparse_names]
-        dense = [(name, parameter) for name, parameter in trained if name not in self._sparse_names]
+        """Take the buckets of the parameters that are trained now."""
+        trained = tuple(p.requires_grad for _, p in self._parameters)
+        plan = self._plans.pop(trained, None)
+        if plan is None:
+            while len(self._plans) >= self._kept:  # the one that was not used for longest
+                del self._plans[next(iter(self._plans))]
+            plan = self._make_plan()
+        self._plans[trained] = plan
+        self._trained, self._sparse, self._buckets, self._place = trained, plan.sparse, plan.buckets, plan.place
+
+    def _make_plan(self) -> _Sums:
+        named = [(name, p) for name, p in self._parameters if p.requires_grad]
+        sparse = [(name, parameter) for name, parameter in named if name in self._sparse_names]
+        dense = [(name, parameter) for name, parameter in named if name not in self._sparse_names]
         # The backward pass walks the module tree backwards, so the last parameters have their gradients first.
-        self._buckets = [make_bucket(part) for part in in_buckets(list(reversed(dense)), self._bucket_bytes)]
-        self._hooks = []
+        buckets = [make_bucket(part) for part in in_buckets(list(reversed(dense)), self._bucket_bytes)]
+        plan = _Sums(sparse, buckets)
         # With one bucket nothing can be sent before the backward pass has ended: no need for hooks.
-        if self._group.size > 1 and len(self._buckets) > 1:
-            for bucket in self._buckets:
+        if self._group.size > 1 and len(buckets) > 1:
+            for bucket in buckets:
                 for parameter in bucket.parameters:
-                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrival(bucket)))
+                    plan.place[id(parameter)] = bucket
+                    if id(parameter) not in self._watched:
+                        self._watched.add(id(parameter))
+                        parameter.register_post_accumulate_grad_hook(self._arrived)
+        return plan
 
     @property
     def bytes_per_step(self) -> int:
@@ -115,9 +145,7 @@ class GradientSum:
 
     def expect(self) -> None:
         """The next backward pass is the last of this step: send each bucket when its gradients are complete."""
-        if any(
-            parameter.requires_grad for parameter in self._frozen
-        ):  # thawed since: its gradients must be summed as well
+        if tuple(p.requires_grad for _, p in self._parameters) != self._trained:  # frozen or thawed since
             self._plan()
         self._expecting = True
         self._next = 0
@@ -156,15 +184,13 @@ class GradientSum:
             alone += [parameter for bucket in self._buckets for parameter in bucket.parameters]
         return flats + [parameter.grad for parameter in alone if parameter.grad is not None]
 
-    def _arrival(self, bucket: Bucket):  # type: ignore[no-untyped-def]  # torch types the hook as Callable[..., None]
-        def arrived(_: Tensor) -> None:
-            if not self._expecting:
-                return
-            bucket.missing -= 1
-            while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
-                self._send_next()
-
-        return arrived
+    def _arrived(self, parameter: Tensor) -> None:
+        bucket = self._place.get(id(parameter)) if self._expecting else None
+        if bucket is None:
+            return
+        bucket.missing -= 1
+        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            self._send_next()
 
     def _send_next(self) -> None:
         bucket = self._buckets[self._next]
@@ -209,6 +235,11 @@ class GradientSums:
     def bytes_per_step(self) -> int:
         """Bytes of dense gradients that each rank puts into the sums every step."""
         return sum(each.bytes_per_step for each in self._sums)
+
+    def keep_plans(self, count: int) -> None:
+        """As `GradientSum.keep_plans`."""
+        for each in self._sums:
+            each.keep_plans(count)
 
     def expect(self) -> None:
         """The next backward pass is the last of this step."""

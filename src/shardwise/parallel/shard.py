@@ -8,9 +8,9 @@ gradients are then summed over the replicas.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -26,7 +26,7 @@ from shardwise.dist.mesh import PART_AXES, PARTS, Mesh
 from shardwise.dist.numbers import whole_numbers
 from shardwise.dist.split import local_part
 from shardwise.errors import PlanError, RunFailed
-from shardwise.parallel.blocks import CONTAINERS, repeated_blocks
+from shardwise.parallel.blocks import CONTAINERS, has_forward, repeated_blocks
 from shardwise.parallel.data import sparse_parameters
 from shardwise.parallel.deferred.memory import garbage_found_soon
 from shardwise.parallel.metered import Order, meter_collectives
@@ -43,10 +43,13 @@ def check_shard(model: nn.Module, *, whole: bool = True) -> None:
         whole: what lies around the units is split too, as it is without a pipeline.
 
     Raises:
-        PlanError: the model has embeddings with sparse gradients, or a unit has trained parameters of several types.
+        PlanError: the model has embeddings with sparse gradients, a unit has trained parameters of several types, or a model
+            without a forward pass has parameters outside of its parts, or in two of them.
     """
     seen: set[nn.Parameter] = set()
-    for name in [*unit_names(model), *([""] if whole else [])]:
+    if whole:
+        _check_parts(model)
+    for name in [*unit_names(model), *(part_names(model) if whole else [])]:
         here = model.get_submodule(name).parameters()
         trained = [p for p in here if p.requires_grad and p.dim() and p not in seen]
         seen.update(trained)
@@ -82,6 +85,7 @@ class Sharded:
         self.held = [p for p in model.parameters() if p in held]
         self._samples = samples
         self._used: set[int] = set()
+        self._forward_only = False
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 for group in _parameter_groups(module):
@@ -125,8 +129,35 @@ class Sharded:
                 "Multiply the block's output by 0 or 1 instead of leaving it out, or use data= in place of shard="
             )
 
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """While the block runs, gradients through the units are refused.
+
+        FSDP2 takes the first backward pass through a unit for the only one: it reduces what gradients there are and frees the
+        gathered weights. A gradient that is taken on the way to the loss would leave wrong ones, without an error.
+
+        Raises:
+            PlanError: the block takes one.
+        """
+        self._forward_only = True
+        try:
+            yield
+        finally:
+            self._forward_only = False
+
     def _complete(self, group: Any) -> None:
-        reduce = group.post_backward
+        reduce, gather = group.post_backward, group.pre_backward
+
+        def pre_backward(*args: Any, **options: Any) -> None:
+            if self._forward_only:
+                raise PlanError(
+                    "the loss or the model takes a gradient (torch.autograd.grad) on the way to the loss, as a gradient "
+                    "penalty does, and FSDP2 takes the first backward pass through its parameters for the only one: use data= in "
+                    "place of shard="
+                )
+            gather(*args, **options)
+
+        group.pre_backward = pre_backward
 
         def post_backward(*unused: Any) -> None:
             for item in group.fsdp_params:
@@ -194,9 +225,11 @@ def shard_model(
         if deferred is not None:
             deferred.fill(model)
         if stage is None:
-            # What the root itself holds is needed at the start of the backward pass again: do not send it twice.
-            split(model, again=False)
-            names = [*names, ""]
+            # What a root itself holds is needed at the start of the backward pass again: do not send it twice.
+            roots = part_names(model)
+            for name in roots:
+                split(modules[name], again=False)
+            names = [*names, *roots]
         collect()
     order = Order()
     for module in model.modules():
@@ -264,13 +297,51 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def part_names(model: nn.Module) -> list[str]:
+    """Names of the modules that are called from outside: the model itself, or the parts of one without a forward pass.
+
+    Such a model (a `ModuleDict` of a generator and a discriminator, say) is never called: its objectives call the parts.
+    """
+    found, waiting = [], [("", model)]
+    while waiting:
+        name, module = waiting.pop(0)
+        if has_forward(module):
+            found.append(name)
+        else:
+            waiting = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()] + waiting
+    return [name for name in found if any(True for _ in model.get_submodule(name).parameters())]
+
+
+def _check_parts(model: nn.Module) -> None:
+    parts = part_names(model)
+    seen: dict[nn.Parameter, str] = {}
+    for part in parts:
+        for name, parameter in model.get_submodule(part).named_parameters():
+            if seen.setdefault(parameter, part) != part:
+                raise PlanError(
+                    f"parameter {part}.{name} is also one of {seen[parameter]}, and the model has no forward pass of its own, so "
+                    "that FSDP2 would not know when to gather it: put the parts into a module with a forward pass, or use data="
+                )
+    for name, parameter in model.named_parameters():
+        if parameter not in seen:
+            raise PlanError(
+                f"parameter {name} lies in no module with a forward pass, so that FSDP2 would not know when to gather it: put it "
+                "into the module that uses it, or use data="
+            )
+
+
 def unit_names(model: nn.Module, no_units: Collection[str] = ()) -> list[str]:
-    """Names of the modules that become units: repeated blocks, else the children of a sequential model, else none.
+    """Names of the modules that become units: repeated blocks, else the children of a sequential model, else none; of a model
+    without a forward pass, those of its parts.
 
     A unit is gathered by all ranks when it is called, so it must be one that every rank calls in every pass. A module that
     shares a parameter with the rest of the model is no unit, because a shared parameter must be gathered with all its users:
     it stays with the root.
     """
+    parts = part_names(model)
+    if parts != [""]:
+        named = [(part, unit) for part in parts for unit in unit_names(model.get_submodule(part))]
+        return [name for part, unit in named if (name := f"{part}.{unit}") not in no_units]
     holders = _holders(model)
     chosen = repeated_blocks(model)
     if not chosen and isinstance(model, nn.Sequential):

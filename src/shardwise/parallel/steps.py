@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardwise.errors import PlanError
+from shardwise.parallel.several import optimizers_in
 
 UNABLE = ("Adafactor", "Rprop", "SparseAdam", "LBFGS")
 """Optimizers whose step torch (2.13) cannot do on DTensors, or that need the loss several times; by name, because Adafactor
@@ -22,7 +23,7 @@ def check_step(optimizer: Optimizer, axis: str) -> None:
     Raises:
         PlanError: torch does not do this optimizer's step on DTensors.
     """
-    for kind in type(optimizer).__mro__:
+    for kind in [kind for one in optimizers_in(optimizer) for kind in type(one).__mro__]:
         if kind.__name__ in UNABLE:
             raise PlanError(
                 f"{kind.__name__} cannot step on parameters that are split by the {axis} axis: use SGD, Adam, AdamW or another "
@@ -56,7 +57,7 @@ def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool]) ->
                 f"parameter group {index} of {name} has {together[0]}=True and holds whole and split parameters, which torch "
                 f"cannot step together: leave out {together[0]}, or give split and whole parameters in groups of their own"
             )
-    if isinstance(optimizer, torch.optim.Muon):
+    if any(isinstance(one, torch.optim.Muon) for one in optimizers_in(optimizer)):
         return (
             "Muon orthogonalises its updates in bfloat16: with split parameters they agree with a serial run to that",
         )
@@ -76,10 +77,9 @@ def check_apart(build: Callable[[], Optimizer], parameters: list[nn.Parameter]) 
     Raises:
         PlanError: the steps differ.
     """
-    optimizer: Any = build()
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    optimizer = build()
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if len(trained) < 2 or (type(optimizer).__module__.startswith("torch.optim.") and not hooks):
+    if len(trained) < 2 or all(_is_known(one) for one in optimizers_in(optimizer)):
         return
     watched, other = trained[: len(trained) // 2], trained[len(trained) // 2 :]
     try:
@@ -92,6 +92,11 @@ def check_apart(build: Callable[[], Optimizer], parameters: list[nn.Parameter]) 
             "them); a pipeline stage holds its own parameters only and would take another step: use a layout without pipeline, "
             "or Job.clip_norm where clipping is what it does"
         )
+
+
+def _is_known(optimizer: Any) -> bool:
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return type(optimizer).__module__.startswith("torch.optim.") and not hooks
 
 
 def _stepped(

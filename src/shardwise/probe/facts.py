@@ -363,7 +363,7 @@ def _possible_cuts(job: Job, splits: Splits, blocks: Sequence[str], *, fake: boo
             model, batch = build_model(job, None if fake else _CPU), first_samples(splits, SAMPLES).to(device)
         try:
             plan = serial_plan(job)
-            found = possible_cuts(model, plan, batch.inputs, batch.targets, job.objective, blocks, device=device)
+            found = possible_cuts(model, plan, batch.inputs, batch.targets, job.sole_objective, blocks, device=device)
         except (PlanError, RuntimeError):  # a check of the plan will say why; others it can be priced without
             return ()
     return tuple(

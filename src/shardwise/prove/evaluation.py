@@ -11,7 +11,7 @@ from shardwise.prove.compare import MULTIPLE, Yardstick
 from shardwise.prove.quiet import Quiet, noted_draws
 from shardwise.prove.record import RankReport, Record
 from shardwise.run.assemble import Assembly
-from shardwise.run.evaluate import LOSS, evaluation_sums
+from shardwise.run.evaluate import evaluation_sums, loss_names
 from shardwise.spec.verdict import Comparison
 
 KIND = "metric"
@@ -32,7 +32,7 @@ def take_evaluation(a: Assembly, test: Source, steps: int, report: RankReport, *
     size = a.job.eval_batch_size or a.job.batch_size
     each = -(-(test.length or 0) // size)
     spans = [(0, each)] if each <= steps else [(0, steps - 1), (each - 1, each)]
-    names = [LOSS, *a.job.metrics, SAMPLES]
+    names = [*loss_names(a.job), *a.job.metrics, SAMPLES]
 
     def values(*parts: tuple[int, int] | None) -> dict[str, float]:
         sums = [evaluation_sums(a, test, start=start, stop=stop, part=part) for part in parts for start, stop in spans]

@@ -208,7 +208,7 @@ def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) 
         yardstick=yardstick,
         failed=trial.failed,
         pieces=pieces,
-        clip_norm=setting.job.clip_norm,
+        clip_norm=None if setting.job.turns else setting.job.sole_clip_norm,
         initial=trial.initial,
         sample_faults=trial.sample_faults,
         aliases=yardstick.exact.aliases,

@@ -29,6 +29,7 @@ from shardwise.run.alike import next_batch
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.loop import open_epoch, total_steps
 from shardwise.run.step import take_step
+from shardwise.run.turns import Turn
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 from shardwise.spec.rank import Rank
@@ -141,14 +142,17 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
     """Take the steps; note gradients of the first and the loss of each."""
     report = recorder.report
     quiet = Quiet(double=task.double, greatest=task.greatest)
-    update = a.update
+    turns = a.turns
 
-    def note_then_update() -> None:
-        recorder.take_gradients("applied", a.model)
-        update()
+    def noted_first(turn: Turn) -> Turn:
+        def note_then_update() -> None:
+            recorder.take_gradients("applied", a.model)
+            turn.update()
+
+        return replace(turn, update=note_then_update)
 
     # Not a hook of the optimizer: with one, the step goes another way than in training (see run/optimize.py).
-    vars(a)["update"] = note_then_update
+    a.turns = {name: noted_first(turn) for name, turn in turns.items()}
     taken = 0
     for batch in walk_batches(a, splits, task.steps):
         recorder.take_samples(batch)
@@ -157,7 +161,7 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
         batch = altered(batch, task)  # outside of what notes random functions: it draws an order
         with quiet, noted_draws(quiet.random):
             result = take_step(a, batch, on_gradients=noted)
-        a.update = update
+        a.turns = turns
         mean = a.reports.sum_(result.loss_sum.detach().double() / result.weight)
         report.losses.append(float(mean))
         report.reported_norms.append(None if result.gradient_norm is None else _number(result.gradient_norm))

@@ -18,17 +18,20 @@ from shardwise.dist.meter import Meter
 from shardwise.dist.split import is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
+from shardwise.parallel.blocks import has_forward
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
+from shardwise.parallel.several import as_one, optimizers_in
 from shardwise.parallel.steps import check_apart, check_step
 from shardwise.run.blame import readable_failure
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
 from shardwise.run.coupled import check_loss, check_writing, divides_batches, is_cheap
 from shardwise.run.heap import keep_freed_memory
-from shardwise.run.optimize import OptimizerStep, building_optimizers
+from shardwise.run.optimize import building_optimizers
 from shardwise.run.record import Recorder
 from shardwise.run.rehearse import rehearse
 from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, training_samples
+from shardwise.run.turns import Schedules, Turn, build_schedules, check_names, check_turns, make_turns
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
 from shardwise.spec.plan import Plan
@@ -42,6 +45,8 @@ class Assembly:
     """Everything one rank needs to take steps.
 
     Attributes:
+        optimizer: the job's; where it has several, one over all of them (`Several`).
+        turns: what a step does, by the name of its objective; by an empty name where there is one only.
         parameters: what this rank holds of the model's, split as they are between passes. FSDP2 shows whole ones in the
             module's own list for as long as a forward pass, such as one of an evaluation, has left them gathered.
         step: optimizer steps taken so far.
@@ -56,8 +61,8 @@ class Assembly:
     device: torch.device
     composed: Composed
     optimizer: Optimizer
-    update: OptimizerStep
-    scheduler: LRScheduler | None
+    turns: dict[str, Turn]
+    scheduler: LRScheduler | Schedules | None
     clock: PhaseClock
     total_steps: int | None
     parameters: tuple[nn.Parameter, ...] = ()
@@ -97,6 +102,19 @@ class Assembly:
         others = [axis for axis in AXES if axis not in (*SAMPLE_AXES, "context", "pipeline")]
         return all(self.mesh.coordinate(axis) == 0 for axis in others)
 
+    def turn(self, name: str) -> Turn:
+        """What the step with this objective does.
+
+        Raises:
+            JobError: there is no such objective.
+        """
+        if name and name in self.turns:
+            return self.turns[name]
+        known = (
+            f"the job has {', '.join(self.turns)}" if "" not in self.turns else "give Job.objective a dict of several"
+        )
+        raise JobError(f"there is no objective {name!r}: {known}")
+
     def average(self) -> None:
         """Make replicas equal that take steps of their own. Collective; nothing where there are none."""
         if self.composed.local is not None:
@@ -128,10 +146,15 @@ def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
     """
     argument: Any = model if _first_argument(job.optimizer) == "model" else list(model.parameters())
     with building_optimizers():
-        optimizer = job.optimizer(argument)
-    if not isinstance(optimizer, Optimizer):
-        raise JobError(f"Job.optimizer returned a {type(optimizer).__name__}: it must return a torch.optim.Optimizer")
-    if isinstance(optimizer, torch.optim.LBFGS):
+        given = job.optimizer(argument)
+    optimizer = as_one(given)
+    if optimizer is None:
+        raise JobError(
+            f"Job.optimizer returned a {type(given).__name__}{' with something else in it' if given else ''}: it must return a "
+            "torch.optim.Optimizer, or a list or dict of several"
+        )
+    check_names(job, optimizer)
+    if any(isinstance(one, torch.optim.LBFGS) for one in optimizers_in(optimizer)):
         raise JobError(
             "LBFGS evaluates the loss several times in a step, which a global step does not allow; use another optimizer"
         )
@@ -158,24 +181,6 @@ def _leave_to_other_stages(optimizer: Optimizer) -> None:
         del optimizer.state[parameter]
 
 
-def build_scheduler(job: Job, optimizer: Optimizer, total_steps: int | None) -> LRScheduler | None:
-    """The job's learning-rate schedule, None where it has none.
-
-    Raises:
-        JobError: the function returns no scheduler, or one that needs a metric at each step.
-    """
-    if job.schedule is None:
-        return None
-    scheduler = job.schedule(optimizer, total_steps)
-    if not isinstance(scheduler, LRScheduler):
-        raise JobError(f"Job.schedule returned a {type(scheduler).__name__}: it must return a torch LRScheduler")
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise JobError(
-            "ReduceLROnPlateau needs a metric at each step, which a schedule in steps does not have; use another"
-        )
-    return scheduler
-
-
 def check_updates(job: Job, total_steps: int | None) -> None:
     """Make the job's optimizer and schedule once before any worker starts, and throw them away.
 
@@ -188,9 +193,11 @@ def check_updates(job: Job, total_steps: int | None) -> None:
             "" if total_steps is not None else " (total_steps is None: the data has no known length; give Job.steps)"
         )
         with readable_failure(f"Job.schedule failed{endless}"):
-            scheduler = build_scheduler(job, optimizer, total_steps)
-            if scheduler is not None and total_steps is None:
-                scheduler.step()  # some keep the length until then
+            scheduler = build_schedules(job, optimizer, total_steps)
+            if total_steps is None:
+                for one in scheduler.of.values() if isinstance(scheduler, Schedules) else [scheduler]:
+                    if one is not None:
+                        one.step()  # some keep the length until then
 
 
 def _optimizer_to_look_at(job: Job) -> Optimizer:
@@ -231,8 +238,10 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
         UserError: what was given, the rule, and what to do. What a function of the job raises is shown with its lines.
     """
     check_layout(plan)
+    check_turns(job, plan)
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are none of our business
         model = build_to_look_at(job, plan)
+    _check_called(job, model)
     check_model(model, plan, batch_size=job.batch_size, batch_norm=job.batch_norm)
     layout = plan.layout
     if layout.shard > 1:
@@ -242,13 +251,14 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
     loss_in_parts = cheap and divides_batches(job, plan)
     if cheap and rehearsal:
         with torch.random.fork_rng(devices=[]):
-            rehearse(job, plan, build_model(job, CPU))  # a model of its own, because it may count its calls
+            for single in job.singles:
+                rehearse(single, plan, build_model(job, CPU))  # a model of its own, because it may count its calls
     if layout.context * layout.tensor * layout.pipeline > 1 or loss_in_parts:
         with torch.random.fork_rng(devices=[]):
             model = build_model(job, CPU)
             samples = training_samples(job) if cheap else None
-            if samples is not None:
-                check_writing(job, plan, model, samples)
+            for single in job.singles if samples is not None else ():
+                check_writing(single, plan, model, samples)
             check_sequences(job, plan, model)
             split = find_tensor_split(job, plan, model, CPU)
             if split is not None:
@@ -257,7 +267,17 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
             if cheap and layout.pipeline > 1:
                 check_apart(lambda: build_optimizer(job, model), list(model.parameters()))
             if loss_in_parts and samples is not None:
-                check_loss(job, plan, model, samples)
+                for single in job.singles:
+                    check_loss(single, plan, model, samples)
+
+
+def _check_called(job: Job, model: nn.Module) -> None:
+    caller = "loss" if job.loss is not None else "metrics" if job.metrics else ""
+    if caller and not has_forward(model):
+        raise JobError(
+            f"the model is a {type(model).__name__} without a forward pass, and Job.{caller} is of its output: give it a class "
+            "with a forward method, or an objective, which calls the parts itself, and no metrics"
+        )
 
 
 def assemble(
@@ -305,7 +325,9 @@ def assemble(
         use_fast_kernels(model)  # not sooner: what computes initial weights a second time must be what did it first
     optimizer = build_optimizer(job, model)
     composed.remarks += remarks + check_tensor_optimizer(optimizer, model, split)
-    scheduler = build_scheduler(job, optimizer, total_steps)
+    scheduler = build_schedules(job, optimizer, total_steps)
+    parameters = tuple(parameter for parameter in model.parameters() if not is_elsewhere(parameter))
+    composed.keep_plans(len(job.turns))
     return Assembly(
         job=job,
         plan=plan,
@@ -313,11 +335,11 @@ def assemble(
         device=device,
         composed=composed,
         optimizer=optimizer,
-        update=OptimizerStep(optimizer),
+        turns=make_turns(job, optimizer, scheduler, parameters),
         scheduler=scheduler,
         clock=PhaseClock(device, mesh.meter, recorder=recorder),
         total_steps=total_steps,
-        parameters=tuple(parameter for parameter in model.parameters() if not is_elsewhere(parameter)),
+        parameters=parameters,
         division=plan.shares or None,
     )
 

@@ -30,6 +30,7 @@ from shardwise.run.folder import RunFolder, sync_folder, write_aside
 
 if TYPE_CHECKING:
     from shardwise.run.state import Collected, Structure
+    from shardwise.run.turns import Schedules
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def save(
     step: int,
     model: nn.Module,
     optimizer: Optimizer,
-    scheduler: LRScheduler | None = None,
+    scheduler: LRScheduler | Schedules | None = None,
     progress: dict[str, Any],
     keep_last: int = 2,
 ) -> Path:
@@ -135,7 +136,9 @@ def save(
     return place
 
 
-def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None = None) -> dict[str, Any]:
+def load(
+    path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | Schedules | None = None
+) -> dict[str, Any]:
     """Put model, optimizer and scheduler where the checkpoint stands, in place; every rank calls.
 
     The layout may be another than that of the run that saved. Options of the optimizer come from the checkpoint, except
@@ -263,7 +266,7 @@ def _check_dcp(path: Path, crc32: str) -> None:
 
 
 def _prepare(
-    path: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
+    path: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | Schedules | None
 ) -> tuple[dict[str, Any], Any]:
     from shardwise.run import restore
 
@@ -282,7 +285,7 @@ def _prepare(
     return manifest, target
 
 
-def _scheduler_record(scheduler: LRScheduler | None, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+def _scheduler_record(scheduler: LRScheduler | Schedules | None, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
     if scheduler is None:
         return None
     return {"class": states.class_name(scheduler), "state": encode(scheduler.state_dict(), "scheduler", tensors)}

@@ -146,10 +146,11 @@ def _written(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     known = {id(buffer) for module in model.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()}
     torch.manual_seed(job.seed)
     with state_kept(model):
-        if job.objective is None:
+        objective = job.sole_objective
+        if objective is None:
             call_model(model, batch.inputs)
         else:
-            job.objective(model, (batch.inputs, batch.targets))
+            objective(model, (batch.inputs, batch.targets))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if id(buffer) not in known}
         return {**_weights(model), **buffers}
 
@@ -207,13 +208,14 @@ def coupling(
 
 def loss_sum_of(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
     """Sum of the losses of a part, and what it is a mean over."""
-    if job.objective is None:
+    objective = job.sole_objective
+    if objective is None:
         assert job.loss is not None
         weight = weight_of(job, batch)
         if not weight:
             return torch.stack([parameter.sum() * 0 for parameter in model.parameters()]).sum(), 0.0
         return job.loss(call_model(model, batch.inputs), batch.targets) * weight, weight
-    value: Any = job.objective(model, (batch.inputs, batch.targets))
+    value: Any = objective(model, (batch.inputs, batch.targets))
     if isinstance(value, tuple):
         return value[0], float(value[1])
     return value * batch.count, float(batch.count)

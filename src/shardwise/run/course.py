@@ -18,7 +18,7 @@ from shardwise.run.culprit import not_finite
 from shardwise.run.evaluate import evaluate
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
-from shardwise.run.ledger import Ledger
+from shardwise.run.ledger import Ledger, Settlement
 from shardwise.run.observe import Observer
 from shardwise.run.progress import Display
 from shardwise.run.step import StepResult
@@ -74,7 +74,9 @@ class Course:
     Attributes:
         evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
         state: the user's own plain values that go into checkpoints.
-        saves_later: checkpoints that fall due are noted in `save_due`, for a loop that has something to add to a step first.
+        saves_between: checkpoints wait for the end of the batch that is under way: a loop may take several steps on it, and do
+            something of its own after them.
+        save_due: one waits.
     """
 
     splits: Splits
@@ -90,11 +92,11 @@ class Course:
     state: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     train_seconds: float = 0.0
-    saves_later: bool = False
-    save_due: bool = False
     stopped: bool = False
     paused: bool = False
     saved_step: int = -1
+    saves_between: bool = False
+    save_due: bool = False
     evaluated_step: int = -1
     last_save: float = field(default_factory=perf_counter)
     warned_loss: bool = False
@@ -164,7 +166,7 @@ def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, s
         _balance(a, course, observer.settled(settled))
         if course.tracer is not None:
             course.tracer.settled(a.world, a.step, ledger.offset_seconds)
-        _look_at_losses(a, course, settled.losses)
+        _look_at_losses(a, course, settled)
         course.display.steps(
             step=a.step,
             epoch=course.position.epoch,
@@ -174,7 +176,7 @@ def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, s
         )
     if settled.stop:
         course.stopped = True
-    elif (settled.save or save_now) and course.saves_later:
+    elif (settled.save or save_now) and course.saves_between:
         course.save_due = True
     elif settled.save or save_now:
         make_equal(a)
@@ -182,18 +184,22 @@ def settle(a: Assembly, course: Course, ledger: Ledger, observer: Observer, *, s
         ledger.skip_time()
 
 
-def _look_at_losses(a: Assembly, course: Course, losses: list[float]) -> None:
+def _look_at_losses(a: Assembly, course: Course, settled: Settlement) -> None:
     """Warn once of a loss that is no finite number, and say whether the data of its step is to blame."""
+    losses = settled.losses
     wrong = next((index for index, loss in enumerate(losses) if not abs(loss) < float("inf")), None)
     if wrong is None or course.warned_loss:
         return
     course.warned_loss = True
     step = a.step - len(losses) + wrong
-    found = not_finite(a.job, course.splits, step) if a.world.rank == 0 else ""
+    named = {name: each[wrong] for name, each in settled.objectives.items()}
+    whose = [name for name, loss in named.items() if loss is not None and not abs(loss) < float("inf")]
+    found = not_finite(a.job, course.splits, step) if a.world.rank == 0 and not named else ""
     advice = "lower the learning rate or clip the gradients"
     if found:
         advice = "leave them out or put numbers in their place"
-    became = f"the loss became {losses[wrong]} at step {step + 1}"
+    of = f" of {' and '.join(whose)}" if whose else ""
+    became = f"the loss{of} became {losses[wrong]} at step {step + 1}"
     warn(course, f"{became}{', because ' + found if found else ''}: the training goes on, but {advice}")
 
 

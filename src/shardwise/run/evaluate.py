@@ -18,12 +18,18 @@ from shardwise.run.pair import as_pair
 from shardwise.run.step import autocast, own_tokens, seeing_whole
 from shardwise.run.tryout import call_model
 from shardwise.run.weigh import weight_function
+from shardwise.spec.job import Job
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Stages
 
 LOSS = "loss"
 """Name under which the mean loss over the split is reported beside the job's metrics."""
+
+
+def loss_names(job: Job) -> tuple[str, ...]:
+    """Names of what an evaluation sums up before the metrics: of several objectives, or the one of the loss."""
+    return job.turns or (LOSS,)
 
 
 def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]:
@@ -38,7 +44,7 @@ def evaluate(assembly: Assembly, source: Source) -> tuple[dict[str, float], int]
     totals = evaluation_sums(assembly, source)
     values = {
         name: (float(row[0] / row[1]) if row[1] else float("nan"))
-        for name, row in zip([LOSS, *assembly.job.metrics], totals.cpu(), strict=False)
+        for name, row in zip([*loss_names(assembly.job), *assembly.job.metrics], totals.cpu(), strict=False)
     }
     return values, int(totals[-1, 0].item())
 
@@ -52,7 +58,7 @@ def evaluation_sums(
     stop: int | None = None,
     part: tuple[int, int] | None = None,
 ) -> Tensor:
-    """What `evaluate` divides: one (sum, count) row for the loss and each metric, and the number of samples in a last row.
+    """What `evaluate` divides: one (sum, count) row for each loss and each metric, and the number of samples in a last row.
 
     Args:
         start, stop: batches to look at; None for all to the end.
@@ -63,7 +69,7 @@ def evaluation_sums(
     # Restored one by one: a module that the user keeps in evaluation mode (frozen statistics) stays there.
     modes = [(module, module.training) for module in a.model.modules()]
     a.model.eval()
-    totals = torch.zeros((len(a.job.metrics) + 2, 2), dtype=torch.float64, device=a.device)
+    totals = torch.zeros((len(loss_names(a.job)) + len(a.job.metrics) + 1, 2), dtype=torch.float64, device=a.device)
     rank, ranks = part or (a.samples.rank, a.samples.size)
     stream = eval_batches(
         source,
@@ -92,31 +98,35 @@ def evaluation_sums(
 
 def _on_whole_model(a: Assembly, batches: Iterator[Batch], totals: Tensor) -> None:
     """Add up over all batches."""
+    objectives = [turn.objective for turn in a.turns.values() if turn.objective is not None]
     once = a.mesh.coordinate("context") == 0  # whole outputs are the same on all ranks of the context axis
     for batch in batches:
         a.composed.state.phantom = batch.phantom
         if batch.count == 0:
             if a.composed.forward_communicates:
                 # As often as the ranks with samples do: each pass holds collectives.
-                inputs = own_tokens(a, batch).to(a.device).inputs
-                for _ in range((a.job.objective is not None) + (a.job.objective is None or bool(a.job.metrics))):
-                    call_model(a.model, inputs)
+                mine = own_tokens(a, batch).to(a.device)
+                for objective in objectives:  # which parts of the model it calls, it alone knows
+                    seeing_whole(a, objective, a.model, (mine.inputs, mine.targets))
+                if not objectives or a.job.metrics:
+                    call_model(a.model, mine.inputs)
             continue
         batch = batch.to(a.device)
         mine = own_tokens(a, batch)
         with autocast(a):
-            if a.job.objective is not None:
-                value = seeing_whole(a, a.job.objective, a.model, (mine.inputs, mine.targets))
-                totals[0] += as_pair(value, batch.count * a.token_share, LOSS).to(a.device)
+            for row, objective in enumerate(objectives):
+                value = seeing_whole(a, objective, a.model, (mine.inputs, mine.targets))
+                totals[row] += as_pair(value, batch.count * a.token_share, LOSS).to(a.device)
+            if objectives:
                 output = call_model(a.model, mine.inputs) if a.job.metrics else None
             else:
                 output = whole_output(a, call_model(a.model, mine.inputs))
                 if once:
                     _add_loss(a, totals, output, batch)
-        if a.job.objective is not None and a.job.metrics:
+        if objectives and a.job.metrics:
             output = whole_output(a, output)
         if once:
-            _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
+            _add_metrics(totals[max(1, len(objectives)) :], a.job.metrics, output, batch.targets, batch.count)
             totals[-1, 0] += batch.count
 
 
@@ -146,7 +156,7 @@ def _evaluate_few(a: Assembly, stages: Stages, few: list[Batch], totals: Tensor)
         if not stages.own_loss:
             with autocast(a):
                 _add_loss(a, totals, output, batch)
-        _add_metrics(totals, a.job.metrics, output, batch.targets, batch.count)
+        _add_metrics(totals[1:], a.job.metrics, output, batch.targets, batch.count)
 
     if stages.own_loss:
         pairs = [(batch.inputs, batch.targets) for batch in mine]
@@ -177,5 +187,5 @@ def whole_output(a: Assembly, output: Any) -> Any:
 def _add_metrics(
     totals: Tensor, metrics: Mapping[str, Callable[[Any, Any], Any]], output: Any, targets: Any, count: int
 ) -> None:
-    for row, (name, metric) in enumerate(metrics.items(), start=1):
+    for row, (name, metric) in enumerate(metrics.items()):
         totals[row] += as_pair(metric(output, targets), count, name).to(totals.device)

@@ -28,10 +28,10 @@ class Keeper:
         self.session = session
         self._assembly, self._course = session.assembly, session.course
         self._ledger, self._observer = open_books(self._assembly, self._course)
+        # What the loop does after a step (another one on the batch, its own `state`, a weight it clips) belongs to the step.
+        self._course.saves_between = True
         self._epoch_began = perf_counter()
         self._ended = False
-        # What the loop does after a step (its own `state`, a weight it clips) belongs to the step.
-        self._course.saves_later = True
         self._saved: tuple[int, int, str] | None = None
         self._assembly.clock.restart()
 
@@ -40,12 +40,12 @@ class Keeper:
         self._epoch_began = perf_counter()
 
     def stepped(self, batch: Batch, result: StepResult) -> None:
-        """A step was taken."""
+        """A step was taken. Whether more are taken on this batch, the loop knows: what is due comes `between` batches."""
         note_step(self._assembly, self._course, self._ledger, self._observer, batch, result, last=False)
         self._assembly.clock.current = BETWEEN_STEPS
 
-    def returned(self) -> None:
-        """The loop asks for what comes next: what it did after the last step is done, and goes into a checkpoint.
+    def between(self) -> None:
+        """No batch is under way, and what the loop did after its last step is done: a checkpoint that is due is written.
 
         Raises:
             Stopped: a rank was asked to stop; the run is saved and ended.
@@ -53,7 +53,7 @@ class Keeper:
         if self._ended:
             return
         if self._course.save_due and not self._course.stopped:
-            self._save()
+            self.save()
         if self._course.stopped:
             self._end(weights=False)
             raise Stopped(
@@ -75,7 +75,10 @@ class Keeper:
     def save(self) -> Path:
         """Write a checkpoint now."""
         self._settle()
-        self._save()
+        make_equal(self._assembly)
+        save_checkpoint(self._assembly, self._course)
+        self._saved = self._stands_at()
+        self._ledger.skip_time()
         return self._course.folder.checkpoints / f"step-{self._assembly.step:08d}"
 
     def finish(self) -> None:
@@ -91,12 +94,6 @@ class Keeper:
             details = "".join(traceback.format_exception(error))
             rank = error.rank if isinstance(error, RunFailed) else None
             self._course.tell(FailureEvent(message=str(error) or type(error).__name__, rank=rank, details=details))
-
-    def _save(self) -> None:
-        make_equal(self._assembly)
-        save_checkpoint(self._assembly, self._course)
-        self._saved = self._stands_at()
-        self._ledger.skip_time()
 
     def _settle(self) -> None:
         if self._ledger.settle_pending:

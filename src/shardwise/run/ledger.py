@@ -9,7 +9,7 @@ signal.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -42,6 +42,7 @@ class Settlement:
         late_seconds: mean over the steps of how much later than the mean of all ranks this one came to the first
             collective of a step.
         gradient_norm: of the last step, where the job clips.
+        objectives: of a job with several, name -> mean loss a step; None of a step that did not take it.
     """
 
     losses: list[float]
@@ -51,6 +52,7 @@ class Settlement:
     save: bool
     late_seconds: float = 0.0
     gradient_norm: float | None = None
+    objectives: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @final
@@ -78,6 +80,7 @@ class Ledger:
     _left: float = 0.0
     _offsets: deque[float] = field(default_factory=lambda: deque(maxlen=_OFFSETS))
     _sums: list[Tensor] = field(default_factory=list)
+    _named: list[Mapping[str, Tensor]] = field(default_factory=list)
     _weights: list[float | Tensor] = field(default_factory=list)
     _seconds: list[float] = field(default_factory=list)
     _samples: list[int] = field(default_factory=list)
@@ -89,6 +92,7 @@ class Ledger:
         now = perf_counter()
         self._sums.append(result.loss_sum)
         self._weights.append(result.weight)
+        self._named.append(result.losses)
         self._seconds.append(now - self._last)
         self._samples.append(result.samples)
         arrival = self.group.meter.first_arrival if self.group.meter is not None else None
@@ -131,17 +135,20 @@ class Ledger:
             losses = torch.stack([
                 total.to(torch.float64) / weight for total, weight in zip(self._sums, self._weights, strict=True)
             ])  # fmt: skip
-            vector = torch.cat([vector, losses * float(self.counts_loss)])
+            named = [loss.to(torch.float64) for each in self._named for loss in each.values()]
+            vector = torch.cat([vector, torch.cat([losses, *(loss[None] for loss in named)]) * float(self.counts_loss)])
         stop, save, agreed_after, *numbers = self.group.sum_(vector, "the losses, and what to do next").tolist()
         settled = Settlement(
-            numbers[1 + steps :],
+            numbers[1 + steps : 1 + 2 * steps],
             self._seconds,
             self._samples,
             stop > 0,
             save > 0,
             self._late(numbers[: 1 + steps]),
             None if self._norm is None else float(self._norm),
+            _by_name(self._named, iter(numbers[1 + 2 * steps :])),
         )
+        self._named = []
         # The first steps of a run are slow (warm-up): grow the interval gently.
         self._settle_after = min(int(agreed_after), 2 * self._settle_after)
         self._sums, self._weights, self._seconds, self._samples, self._arrivals = [], [], [], [], []
@@ -166,3 +173,10 @@ class Ledger:
             self._offsets.append(self._left - left / self.group.size)
         pairs = zip(self._arrivals, arrivals, strict=True)
         return sum(own - total / self.group.size for own, total in pairs) / len(arrivals) - self.offset_seconds
+
+
+def _by_name(steps: list[Mapping[str, Tensor]], values: Iterator[float]) -> dict[str, list[float | None]]:
+    """Values in the order of the steps and of the names in each, as one list a name."""
+    names = dict.fromkeys(name for each in steps for name in each)
+    taken = [{name: next(values) for name in each} for each in steps]
+    return {name: [each.get(name) for each in taken] for name in names}

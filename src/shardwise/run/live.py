@@ -61,6 +61,8 @@ class LiveRun:
     _state: dict[str, Any] = field(default_factory=dict)
     _position: Position = field(default_factory=Position)
     _under_way: Batch | None = None
+    _given: Batch | None = None
+    _losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -69,8 +71,13 @@ class LiveRun:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that is being stepped."""
+        """The optimizer that is being stepped; where there are several, one over all, with them in `each` and `named`."""
         return self.assembly.optimizer
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Of a job with several objectives, the mean loss that each last had; empty for others."""
+        return dict(self._losses)
 
     @property
     def steps_taken(self) -> int:
@@ -96,7 +103,7 @@ class LiveRun:
     def state(self) -> dict[str, Any]:
         """Your own values, plain ones and small tensors, that go into checkpoints and come back with `resume`.
 
-        Rank 0's are kept, as they are when the loop asks for its next batch or step, ends, or calls `save`.
+        Rank 0's are kept, as they are when the loop asks for its next batch, ends, or calls `save`.
         """
         return self._state
 
@@ -128,17 +135,19 @@ class LiveRun:
             batch=self._position.batch,
             steps_left=None if steps is None else steps - self.assembly.step,
         )
+        if steps is not None and self.job.turns:
+            total = None  # a batch may take several of them
         return Batches(self._batches(epochs, first_epoch, limit), total)
 
     def _batches(self, epochs: int | None, first_epoch: int, limit: int | None) -> Generator[Batch, None, None]:
-        self._returned()
+        self._between()
         while limit is None or self.epoch - first_epoch < limit:
             if epochs is None and self._steps_done():
                 return
             before = self._position.batch
             for batch in self._epoch():
                 yield batch
-                self._returned()
+                self._between()
                 if epochs is None and self._steps_done():
                     return
             if before == self._position.batch == 0:
@@ -148,10 +157,16 @@ class LiveRun:
             else:
                 self._position.epoch, self._position.batch = self.epoch + 1, 0
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch, objective: str | None = None) -> float:
         """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective.
 
-        Where the run has a folder, a checkpoint that falls due is written when the loop asks for its next batch or step.
+        Args:
+            batch: from `batches`.
+            objective: of a job with several, the one to take; its optimizers step. None takes all in their order, a step of
+                their optimizers each, and returns the sum of the losses. `losses` has each of them.
+
+        Where the run has a folder, a checkpoint that falls due is written when the loop asks for its next batch, or takes a step
+        on another batch than the last that `batches` gave.
 
         Raises:
             Stopped: as `batches`.
@@ -161,14 +176,17 @@ class LiveRun:
                 f"step() was given a {type(batch).__name__}: give it what batches() gives; data of your own, also the data set "
                 "of a DataLoader, goes to start(data=...)"
             )
-        self._returned()
-        result = take_step(self.assembly, batch)
-        total = self.assembly.reports.sum_(result.loss_sum.detach().clone())
+        if batch is not self._given:
+            self._between()
+        result = take_step(self.assembly, batch, objective)
+        parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()])
+        total, *each = self.assembly.reports.sum_(parts).tolist()
+        self._losses.update(zip(result.losses, each, strict=True))
         if batch is self._under_way:
             self._done()
         if self._keeper is not None:
             self._keeper.stepped(batch, result)
-        return float(total / result.weight)
+        return float(total)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss and metrics over the test split, or over other data, each sample counted once. Collective.
@@ -218,9 +236,9 @@ class LiveRun:
             self._keeper.failed(error)
         self._stack.__exit__(kind, error, trace)
 
-    def _returned(self) -> None:
+    def _between(self) -> None:
         if self._keeper is not None:
-            self._keeper.returned()
+            self._keeper.between()
 
     def _steps_done(self) -> bool:
         return self.job.steps is not None and self.assembly.step >= self.job.steps
@@ -242,9 +260,12 @@ class LiveRun:
                 clock.mark("data")
                 if batch is None:
                     return
-                self._under_way = batch
+                self._under_way = self._given = batch
                 weights = _changes(a) if a.world.size > 1 else 0
-                yield batch
+                try:
+                    yield batch
+                finally:
+                    self._given = None
                 if self._under_way is batch and a.world.size > 1 and _changes(a) != weights:
                     raise JobError(
                         "the weights changed, but the batch was not given to run.step(): with an optimizer.step() of its own, "
@@ -356,6 +377,7 @@ def _with_folder(
         settings=job_settings(job, plan, options),
         identity=job_identity(job),
         began=began,
+        own_loop=True,
         evaluate_every=0,
     )
     session = stack.enter_context(open_session(rank, work, stop, shown=Remarks()))

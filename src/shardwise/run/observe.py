@@ -58,6 +58,7 @@ class Observer:
                 learning_rates=[
                     float(group["lr"]) for group in a.optimizer.param_groups[:_MOST_RATES] if "lr" in group
                 ],
+                objectives=settled.objectives,
             )
         )
         event = self.gauge.exchange(

@@ -38,21 +38,24 @@ def building_optimizers() -> Iterator[None]:
 
 @final
 class OptimizerStep:
-    """`optimizer.step()`, by the short way where that is the same."""
+    """`optimizer.step()` of one or several, by the short way where that is the same."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._plain = _plain_step(optimizer)
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self._ways = [(optimizer, _plain_step(optimizer)) for optimizer in optimizers]
 
     def __call__(self) -> None:
         """Update the parameters once."""
-        optimizer: Any = self._optimizer
-        if self._plain is None or _COMPILER in sys.modules or _has_hooks(optimizer):
-            optimizer.step()
-            return
-        with torch.no_grad():
-            self._plain(optimizer)
-        optimizer._opt_called = True  # learning-rate schedulers warn when they are stepped before the optimizer
+        for optimizer, plain in self._ways:
+            _step(optimizer, plain)
+
+
+def _step(optimizer: Any, plain: Callable[[Any], Any] | None) -> None:
+    if plain is None or _COMPILER in sys.modules or _has_hooks(optimizer):
+        optimizer.step()
+        return
+    with torch.no_grad():
+        plain(optimizer)
+    optimizer._opt_called = True  # learning-rate schedulers warn when they are stepped before the optimizer
 
 
 def _plain_step(optimizer: Optimizer) -> Callable[[Any], Any] | None:

@@ -117,9 +117,10 @@ def _walk(job: Job, model: nn.Module, batch: Batch, split: str) -> None:
     where = "on one sample" if batch.count == 1 else f"on the first {batch.count} samples"
     where += f" of the {split} data"
     output = None
-    if job.objective is not None:
+    objective = job.sole_objective
+    if objective is not None:
         with _told(f"Job.objective fails {where}", given, lambda error: _advice(error, model, batch, None)):
-            value = job.objective(model, (batch.inputs, batch.targets))
+            value = objective(model, (batch.inputs, batch.targets))
         loss = value[0] if isinstance(value, tuple) and value else value
     if job.objective is None or (job.metrics and not training):
         with _told(f"the model fails {where}", given, lambda error: _advice(error, model, batch, None)):

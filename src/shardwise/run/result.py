@@ -87,6 +87,17 @@ class Run:
         return [losses[step] for step in sorted(losses)]
 
     @cached_property
+    def histories(self) -> dict[str, list[float]]:
+        """Of a job with several objectives, name -> its mean loss in every step that took it, in order. Else empty."""
+        losses: dict[str, dict[int, float]] = {}
+        for event in read_events(self.folder.events_path):
+            if isinstance(event, StepsEvent):
+                for name, each in event.objectives.items():
+                    taken = {event.first_step + place: loss for place, loss in enumerate(each) if loss is not None}
+                    losses.setdefault(name, {}).update(taken)
+        return {name: [each[step] for step in sorted(each)] for name, each in losses.items()}
+
+    @cached_property
     def model(self) -> nn.Module:
         """The job's module with the final weights, on CPU, in evaluation mode."""
         model = build_model(self.job, torch.device("cpu"))

@@ -61,6 +61,7 @@ class Work:
         began: unix seconds at which the user's call began.
         recording: what to keep of a run that is measured.
         balance: divide the global batch by measured speed.
+        own_loop: the user's own, which takes as many steps on a batch as it likes where the job has several objectives.
         evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
     """
 
@@ -81,6 +82,7 @@ class Work:
     began: float
     recording: Recording | None = None
     balance: bool = False
+    own_loop: bool = False
     evaluate_every: int = 1
 
     def for_new_process(self) -> Work:
@@ -108,7 +110,7 @@ class Session:
         assembly: what is trained.
         course: where the training stands, and what is kept of it.
         sentinel: watches the steps; `finish` ends that.
-        total_steps: of the whole training; None when the data has no known length.
+        total_steps: of the whole training; None when nobody knows.
         first_step: steps that were done before this session.
     """
 
@@ -201,7 +203,7 @@ def open_session(rank: Rank, work: Work, stop: StopRequest, *, shown: Display | 
             course=course,
             sentinel=sentinel,
             recorder=recorder,
-            total_steps=total,
+            total_steps=None if work.own_loop and job.turns else total,
             first_step=assembly.step,
         )
         if is_first:

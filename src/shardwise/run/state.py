@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 
 from shardwise.dist.split import is_dtensor
 from shardwise.errors import CheckpointError
+from shardwise.parallel.several import Several
 from shardwise.run.encoding import encode
 from shardwise.run.names import named_tensors, own_model, own_name, reshard
+from shardwise.run.turns import Schedules
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -100,7 +102,12 @@ def group_names(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str
 
 
 def class_name(thing: object) -> str:
-    """Full name of a thing's class. Schedulers patch instances, never classes, so this is the user's choice."""
+    """Full name of a thing's class, or of those that it stands for. Schedulers patch instances, never classes, so this is
+    the user's choice."""
+    if isinstance(thing, Several):
+        return " and ".join(map(class_name, thing.each))
+    if isinstance(thing, Schedules):
+        return " and ".join(map(class_name, thing.of.values()))
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 

@@ -8,16 +8,16 @@ reduction.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from shardwise.data.batch import Batch
-from shardwise.errors import JobError
+from shardwise.errors import JobError, PlanError
 from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.run.assemble import CPU, Assembly
 from shardwise.run.coupled import divides_batches
@@ -27,6 +27,7 @@ from shardwise.run.weigh import check_mean, is_looked_at, weight_function
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipeline.stages import Stages
+    from shardwise.run.turns import Turn
 
 
 @final
@@ -39,65 +40,110 @@ class StepResult:
         weight: items in the whole global batch: the loss of the step is the sum of all ranks' `loss_sum` over this.
         samples: samples in the whole global batch.
         gradient_norm: norm before clipping, where the job clips.
+        losses: name of an objective -> this rank's part of its mean; `loss_sum` is their sum. Empty where the job has
+            one only.
     """
 
     loss_sum: Tensor
     weight: float | Tensor
     samples: int
     gradient_norm: Tensor | None = None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def take_step(assembly: Assembly, batch: Batch, *, on_gradients: Callable[[], None] | None = None) -> StepResult:
+def take_step(
+    assembly: Assembly, batch: Batch, name: str | None = None, *, on_gradients: Callable[[], None] | None = None
+) -> StepResult:
     """Forward, backward, reduce, clip, update: one optimizer step over the global batch of which `batch` is our part.
 
+    A job with several objectives takes one such step with each, in their order; or with the one that is named.
     Collective: all ranks call it with their parts of one global batch.
 
     Args:
         assembly: what to step.
         batch: this rank's part.
+        name: of an objective.
         on_gradients: called when every `parameter.grad` is that of the global batch and none is clipped yet.
     """
-    a, clock = assembly, assembly.clock
+    a = assembly
     a.composed.check_frozen()
-    seed_step(a.job.seed, a.step, a.reports.rank, a.device)
+    turns = list(a.turns.values()) if name is None else [a.turn(name)]
+    results = [_take_turn(a, turn, batch, index, on_gradients) for index, turn in enumerate(turns)]
+    a.step += 1
+    if a.composed.local is not None:
+        a.composed.local.after_step(a.optimizer, a.step)
+    a.clock.mark("optimizer")
+    if not turns[0].name:
+        return results[0]
+    losses = {turn.name: one.loss_sum / one.weight for turn, one in zip(turns, results, strict=True)}
+    norms = [one.gradient_norm for one in results if one.gradient_norm is not None]
+    norm = torch.stack(norms).norm() if norms else None
+    return StepResult(torch.stack(list(losses.values())).sum(), 1.0, batch.global_count, norm, losses)
+
+
+def _take_turn(
+    a: Assembly, turn: Turn, batch: Batch, index: int, on_gradients: Callable[[], None] | None
+) -> StepResult:
+    clock = a.clock
+    seed_step(a.job.seed, a.step, a.reports.rank, a.device, turn=index)
     for parameter in a.parameters:
         parameter.grad = None
     parts = _micro_batches(a, batch)
     try:
-        if a.composed.stages is not None:
-            result = _stage_passes(a, batch, parts, a.composed.stages)
-        elif a.job.objective is None:
-            result = _loss_passes(a, batch, parts)
-        else:
-            result = _objective_passes(a, batch, parts)
+        with turn.alone():
+            loss_sum, weight = _passes(a, turn, batch, parts)
     except Exception as error:
         note_batch(error, batch, a.step)
+        if (reason := _why_refused(a, turn, str(error))) is not None:
+            raise PlanError(reason) from error
         raise
+    a.composed.settle_parameters()
     a.composed.attached.call_hooks()
     clock.mark("synchronisation")
     if on_gradients is not None:
         on_gradients()
     norm = None
-    if a.job.clip_norm is not None:
-        apart, counted = a.composed.apart, a.composed.counted
-        norm = clip_by_global_norm(a.parameters, a.job.clip_norm, apart=apart, counted=counted)
-    a.update()
-    if a.scheduler is not None:
-        a.scheduler.step()
-    a.step += 1
-    if a.composed.local is not None:
-        a.composed.local.after_step(a.optimizer, a.step)
-    clock.mark("optimizer")
-    loss_sum, weight = result
+    if turn.clip_norm is not None:
+        clipped = a.parameters if turn.trained is None else turn.trained
+        norm = clip_by_global_norm(clipped, turn.clip_norm, apart=a.composed.apart, counted=a.composed.counted)
+    turn.update()
+    for scheduler in turn.schedules:
+        scheduler.step()
     return StepResult(loss_sum, weight, batch.global_count, norm)
 
 
-def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU) -> None:
-    """Set torch's generators from (seed, step, rank), so that resuming needs no saved generator state.
+def _why_refused(a: Assembly, turn: Turn, error: str) -> str | None:
+    """In our words, what torch says of objectives that a plan cannot do; None for other errors."""
+    objective = f"objective {turn.name!r}" if turn.name else "objective"
+    if a.world.size > 1 and "once_differentiable" in error:
+        return (
+            f"plan {a.plan.layout}: the {objective} differentiates a gradient again (create_graph=True, as a gradient penalty "
+            "does), which the tensor axis and BatchNorm over several workers cannot. Use data=, and GroupNorm or "
+            "LayerNorm in what the penalty looks at"
+        )
+    if a.plan.layout.shard > 1 and turn.objective is not None and "mixed torch.Tensor and DTensor" in error:
+        return (
+            f"plan {a.plan.layout}: the {objective} computes with parameters that FSDP2 gathers only when the model itself is "
+            f"called. Let it call model(...), or give the model ({type(a.model).__name__.removeprefix('FSDP')}) no forward pass, "
+            "such as an nn.ModuleDict of its parts, so that each part is gathered when it is called; or use data="
+        )
+    return None
+
+
+def _passes(a: Assembly, turn: Turn, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
+    if a.composed.stages is not None:
+        return _stage_passes(a, batch, parts, a.composed.stages)
+    if turn.objective is None:
+        return _loss_passes(a, batch, parts)
+    return _objective_passes(a, turn.name, turn.objective, batch, parts)
+
+
+def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU, *, turn: int = 0) -> None:
+    """Set torch's generators from (seed, step, rank, turn), so that resuming needs no saved generator state.
 
     `torch.manual_seed` does the same for every kind of device there might be, and takes a quarter of a millisecond.
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}{f'/{turn}' if turn else ''}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
@@ -144,7 +190,7 @@ def _loss_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor,
         a.composed.state.phantom = part.phantom
         looks = part is looked_at
         part = part.to(a.device)
-        with autocast(a):
+        with autocast(a), a.composed.forward_only():
             output = call_model(a.model, part.inputs)
             if looks:
                 check_mean(a.job, output, part, a.step)
@@ -170,14 +216,14 @@ def _is_put_together(a: Assembly) -> bool:
     return a.composed.context is None and a.composed.split is None and divides_batches(a.job, a.plan)
 
 
-def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Tensor, float | Tensor]:
+def _objective_passes(
+    a: Assembly, name: str, objective_function: Callable[..., Any], batch: Batch, parts: list[Batch]
+) -> tuple[Tensor, float | Tensor]:
     """As `_loss_passes` for a model that computes its own loss.
 
     A (sum, count) pair tells its weight only after the forward pass, so sums are back-propagated as they are and the
     summed gradient is divided by the global count at the end.
     """
-    objective_function = a.job.objective
-    assert objective_function is not None
     loss_sum = torch.zeros((), device=a.device)
     count_sum = torch.zeros((), dtype=torch.float64, device=a.device)
     counted = False
@@ -185,13 +231,18 @@ def _objective_passes(a: Assembly, batch: Batch, parts: list[Batch]) -> tuple[Te
         a.clock.mark("other")
         a.composed.state.phantom = part.phantom
         part = part.to(a.device)
-        with autocast(a):
+        with autocast(a), a.composed.forward_only():
             value = seeing_whole(a, objective_function, a.model, (part.inputs, part.targets))
             counted = counted or isinstance(value, tuple)
             objective, count = _summed(a, value, part)
             loss_sum = loss_sum + _at_least_float32(objective.detach())
             count_sum = count_sum + count
         a.clock.mark("forward")
+        if not objective.requires_grad:
+            raise JobError(
+                f"{name or 'the objective'} gives a number that does not depend on any parameter that this step trains: compute "
+                "it without detach(), item() or no_grad() on the way to them, and let the optimizer have them"
+            )
         _backward(a, objective, last=index == len(parts) - 1)
     if not parts:
         a.composed.gradients.expect()

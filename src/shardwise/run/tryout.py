@@ -66,7 +66,7 @@ def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
     if plan.layout.context == 1:
         return None
     batch = first_samples(job)
-    objective = Objective(loss=job.loss, objective=job.objective, weight=weight_function(job))
+    objective = Objective(loss=job.loss, objective=job.sole_objective, weight=weight_function(job))
     return check_context(model, plan.layout.context, batch.inputs, batch.targets, objective)
 
 
@@ -77,7 +77,7 @@ def find_cut(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> Cu
     from shardwise.parallel.pipeline.stages import cut_model  # tracing takes half a second to import
 
     batch = first_samples(job).to(device)
-    cut = cut_model(model, plan, batch.inputs, batch.targets, job.objective, device=device)
+    cut = cut_model(model, plan, batch.inputs, batch.targets, job.sole_objective, device=device)
     check_compiled_cut(model, cut.split.program.opened)
     if plan.recompute != "none":
         from shardwise.parallel.recompute import check_cut
@@ -115,10 +115,11 @@ def loss_program(job: Job, batch: Batch) -> Callable[[nn.Module], Any]:
     """Computes the job's loss of a batch with a given model, as a training step does."""
 
     def program(model: nn.Module) -> Any:
-        if job.objective is not None:
-            return job.objective(model, (batch.inputs, batch.targets))
-        assert job.loss is not None
-        return job.loss(call_model(model, batch.inputs), batch.targets)
+        if job.loss is not None:
+            return job.loss(call_model(model, batch.inputs), batch.targets)
+        objectives = [single.sole_objective for single in job.singles]
+        results = [each(model, (batch.inputs, batch.targets)) for each in objectives if each is not None]
+        return results if job.turns else results[0]
 
     return program
 

@@ -75,6 +75,8 @@ class StepsEvent(Event):
         samples: samples of all workers, summed over these steps.
         gradient_norm: norm of the whole gradient in the last of these steps, before clipping; None when not known.
         learning_rates: of each parameter group, in the last of these steps.
+        objectives: of a job with several, name -> mean loss a step, None of a step that did not take it; `losses` are their
+            sums.
     """
 
     kind: ClassVar[str] = "steps"
@@ -85,6 +87,7 @@ class StepsEvent(Event):
     phase_seconds: dict[str, float] = field(default_factory=dict, metadata=SECONDS)
     gradient_norm: float | None = field(default=None, metadata=LOSS)
     learning_rates: list[float] = field(default_factory=list, metadata=LOSS)
+    objectives: dict[str, list[float | None]] = field(default_factory=dict, metadata=LOSS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,7 @@ function showNumbers(run) {
   const most = Math.max(0, ...run.rank_rows.map((row) => row.peak_memory_bytes));
   const items = [
     ["loss", number(run.loss)],
+    ...Object.entries(run.objectives || {}).map(([name, value]) => [`loss ${name}`, number(value)]),
     ...Object.entries(run.metrics).map(([name, value]) => [`test ${name}`, number(value)]),
     ["samples per second", number(run.samples_per_second, 0)],
     ["step time", seconds(run.step_seconds) + ratio],
