@@ -8,10 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import FolderError, UserError
 from shardwise.run.folder import RunFolder, write_aside, writing_in
+from shardwise.run.holdings import difference, held
 from shardwise.spec.events import read_events
+from shardwise.spec.job import Job
 
 _BEFORE_STEPS = {
     *("run.json", "identity.json", "settings.json", "plan.json", "tensor.txt"),
@@ -108,25 +111,35 @@ def _clear(folder: RunFolder) -> None:
                 item.unlink()
 
 
+def check_alike(job: Job, splits: Splits, identity: Mapping[str, Any], world: Group) -> None:
+    """Ranks that were started one by one were started for the same run, with the same code and data. Collective.
+
+    Raises:
+        UserError: names what differs.
+    """
+    every = world.gather_objects((json.loads(json.dumps(dict(identity), default=str)), held(job, splits)))
+    for rank, (theirs, holds) in enumerate(every):
+        # Copies of the weights stay equal where only the data, its order or the loss differs.
+        file = {"job": theirs["job"]} if "job" in theirs else {}  # it may lie elsewhere on another node
+        first = {**every[0][0], **file}
+        if theirs != first:
+            changes = _changes(first, theirs, "{key} is {before!r} on rank 0 and {now!r} on rank {rank}", rank)
+            raise UserError(f"the workers were started with different settings: {changes}; start all with the same")
+        differs = difference(every[0][1], holds, rank)
+        if differs is not None:
+            raise UserError(f"the workers were started for different runs: {differs}")
+
+
 def check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: bool, world: Group) -> None:
-    """A run is one run on all ranks, and resumed only as what it was. Collective.
+    """A run is resumed only as what it was. Collective.
 
     Raises:
         UserError: names the settings that differ.
     """
     path = folder.path / "identity.json"
     now = json.loads(json.dumps(dict(identity), default=str))
-    every = world.gather_objects((now, path.exists()))
-    for rank, (theirs, _) in enumerate(every):
-        # Nodes, and ranks of torchrun, are started one by one: copies stay equal where only the data or its order differs.
-        first = {
-            **every[0][0],
-            **({"job": theirs["job"]} if "job" in theirs else {}),
-        }  # a file may lie elsewhere on another node
-        if theirs != first:
-            changes = _changes(first, theirs, "{key} is {before!r} on rank 0 and {now!r} on rank {rank}", rank)
-            raise UserError(f"the workers were started with different settings: {changes}; start all with the same")
-    if not every[0][1]:
+    every = world.gather_objects(path.exists())
+    if not every[0]:
         if world.rank == 0:
             with writing_in(folder.path):
                 write_aside(path, json.dumps(dict(identity), indent=2, default=str).encode() + b"\n")
