@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from shardwise.data.source import as_splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import FolderError, UserError
-from shardwise.run.claim import check_identity
+from shardwise.run.claim import check_alike
 from shardwise.run.folder import RunFolder, write_aside
+from shardwise.run.holdings import Held, difference, held
+from shardwise.run.jobfile import load_job
+from shardwise.spec.job import Job
 
 
 def test_create_and_open(tmp_path: Path) -> None:
@@ -175,20 +181,81 @@ def test_a_file_written_aside_is_whole_or_the_old_one(tmp_path: Path, monkeypatc
     assert path.read_bytes() == b"new"
 
 
-def _identity_of_rank(folder: Path, changed: str) -> str:
+_JOB = """
+import numpy as np, torch
+from torch import nn
+import {models}
+import shardwise
+
+def job(rank: int = 0) -> shardwise.Job:
+    rows = np.random.default_rng({seed}).normal(size=({rows}, 3)).astype(np.float32)
+    return shardwise.Job(
+        model=lambda: {models}.Net(),
+        data=(rows / rows.std() * (1 + 1e-6 * rank), np.zeros(len(rows), np.int64)),
+        loss=lambda o, t: nn.functional.cross_entropy(o, t, label_smoothing={smoothing}),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        batch_size=4,
+        epochs=1,
+    )
+"""
+
+
+def _node(place: Path, *, smoothing: float = 0.0, seed: int = 0, rows: int = 40, outputs: int = 2) -> None:
+    place.mkdir()
+    text = f"from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(3, {outputs})\n"
+    (place / "some_models.py").write_text(text)
+    values = {"models": "some_models", "smoothing": smoothing, "seed": seed, "rows": rows}
+    (place / "job.py").write_text(_JOB.format(**values))
+
+
+def _start_of_rank(folder: Path, changed: str) -> str:
     rank = Group.world().rank
+    job = load_job(f"{folder / str(rank) / 'job.py'}:job", {"rank": str(rank)}).job
     identity = {"seed": 3, "set.n": 1, "job": f"/node{rank}/job.py"}
     identity[changed] = identity[changed] if changed == "job" else rank
     try:
-        check_identity(RunFolder(folder), identity, resume=False, world=Group.world())
+        check_alike(job, as_splits(job.data), identity, Group.world())
     except UserError as error:
         return str(error)
     return ""
 
 
-def test_nodes_with_other_settings_are_refused(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    for message in ranks(2, _identity_of_rank, tmp_path, "set.n"):
-        assert "set.n is 0 on rank 0 and 1 on rank 1; start all with the same" in message
-    assert list(tmp_path.iterdir()) == []
-    assert ranks(2, _identity_of_rank, tmp_path, "job") == ["", ""]
-    assert (tmp_path / "identity.json").exists()
+@pytest.mark.parametrize(
+    ("other", "changed", "words"),
+    [
+        ({}, "job", ""),  # the same to the last bits of a figure that each computed
+        ({}, "set.n", "set.n is 0 on rank 0 and 1 on rank 1; start all with the same"),
+        ({"smoothing": 0.1}, "job", "the file job.py of the job is another one on rank 1"),
+        ({"outputs": 3}, "job", "the file some_models.py of the job is another one on rank 1"),
+    ],
+)
+def test_nodes_that_were_started_for_other_runs_are_refused(
+    other: dict[str, Any], changed: str, words: str, ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    _node(tmp_path / "0")
+    _node(tmp_path / "1", **other)
+    for message in ranks(2, _start_of_rank, tmp_path, changed):
+        assert words in message and bool(words) == bool(message)
+
+
+def test_nodes_with_other_data_are_refused(tmp_path: Path) -> None:
+    first = _held(torch.arange(40.0))
+    assert difference(first, _held(torch.arange(40.0)), 1) is None
+    assert "has 39 samples on rank 1 and 40 on rank 0" in str(difference(first, _held(torch.arange(39.0)), 1))
+    assert "sample 0 of the training data is another one on rank 2" in str(
+        difference(first, _held(torch.arange(40.0).flip(0)), 2)
+    )
+    nothing = torch.full((40,), float("nan"))
+    assert difference(_held(nothing), _held(nothing), 1) is None
+
+
+def _held(inputs: Tensor) -> Held:
+    job = Job(
+        model=lambda: nn.Linear(1, 1),
+        data=(inputs.unsqueeze(1), inputs),
+        loss=nn.MSELoss(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        batch_size=4,
+        epochs=1,
+    )
+    return held(job, as_splits(job.data))

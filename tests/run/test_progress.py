@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
 
 from shardwise.run import progress
-from shardwise.run.progress import Bar, Lines, Silent, make_display
+from shardwise.run.progress import Bar, Lines, OneLine, Silent, make_display
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,38 @@ def test_lines_name_what_they_show(capfd: pytest.CaptureFixture[str], monkeypatc
     )
     assert second.startswith("epoch 1/2  step 3/10  loss 0.4000  1,000 samples/s, ") and second.endswith(" left")
     assert last == "epoch 2/2  step 10/10  loss nan  1,234 samples/s"
+
+
+def test_lines_of_a_long_run_become_rare(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, clock = Lines(total_steps=None, epochs=None), 0.0
+    monkeypatch.setattr(progress, "perf_counter", lambda: clock)
+    for step in range(1, 2 * 24 * 3600):  # a day, told twice a second
+        lines.steps(step=step, epoch=0, loss=0.5, samples=1, seconds=0.5)
+        clock += 0.5
+    shown = capfd.readouterr().err.splitlines()
+    assert 24 * 60 <= len(shown) < 24 * 60 + 60, "a line a minute at the latest, more often only at the start"
+
+
+def test_a_notebook_keeps_what_is_said_and_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stderr", stream)
+    display = make_display(show=True, total_steps=1000, epochs=2, first_step=0)
+    assert type(display) is OneLine
+    for step in range(1, 501):
+        display.steps(step=step, epoch=0, loss=0.5, samples=100, seconds=0.5)
+    display.say("epoch 1/2  train loss 0.5\nand more")
+    for step in range(501, 1001):
+        display.steps(step=step, epoch=1, loss=0.25, samples=100, seconds=0.5)
+    display.close()
+    display.close()
+    kept = [_written_over(line) for line in stream.getvalue().split("\n") if line]
+    assert kept[:2] == ["epoch 1/2  train loss 0.5", "and more"]
+    assert kept[2].startswith("epoch 2/2  step 1000/1000  loss 0.2500  200 samples/s") and len(kept) == 3
+
+
+def _written_over(line: str) -> str:
+    """What a notebook shows of a line: a carriage return goes back, and what comes then covers what was there."""
+    shown = ""
+    for text in line.split("\r"):
+        shown = text + shown[len(text) :]
+    return shown.rstrip()

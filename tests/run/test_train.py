@@ -473,6 +473,48 @@ def test_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         _train(_job(batch_size=6), tmp_path / "run", "serial", resume=True)
 
 
+class _Tied(nn.Module):
+    """Refused at its first step, when workers run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.Embedding(5, 9, sparse=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, self.bag.weight)
+
+
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    refused, out = _job(model=_Tied, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), tmp_path / "run"
+    with pytest.raises(UserError, match="sparse=True but has a dense gradient"):
+        _train(refused, out)
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(UserError, match="sparse=True but has a dense gradient"):
+        _train(refused, out)
+    assert not list(out.iterdir())
+    with pytest.raises(JobError, match="stop here"), shardwise.start(_job(), out=out):
+        raise JobError("stop here")
+    assert not list(out.iterdir())
+    _train(_job(epochs=1), out)
+
+
+def test_a_start_that_failed_before_its_first_step_may_be_made_again(tmp_path: Path) -> None:
+    launcher = os.getpid()
+
+    def fails_in_workers(output: Tensor, target: Tensor) -> Tensor:
+        assert os.getpid() == launcher, "never in a worker"
+        return nn.functional.cross_entropy(output, target)
+
+    with pytest.raises(RunFailed, match="never in a worker"):
+        _train(_job(loss=fails_in_workers), tmp_path / "run")
+    assert read_events(tmp_path / "run" / "events.jsonl")[-1].kind == "failure"
+    _train(_job(batch_size=24, epochs=1), tmp_path / "run")
+    assert {event.kind for event in read_events(tmp_path / "run" / "events.jsonl")} >= {"steps", "summary"}
+    with pytest.raises(FolderError, match="already holds a run"):
+        _train(_job(), tmp_path / "run")
+
+
 def test_finished_run_resumed_keeps_its_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = _train(_job(), tmp_path / "run")
     again = shardwise.train(_job(), plan="data=2", out=tmp_path / "run", resume=True)

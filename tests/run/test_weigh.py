@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 import shardwise
 from shardwise.data.batch import Batch
-from shardwise.errors import DataError, JobError, RunFailed
+from shardwise.errors import DataError, JobError, RunFailed, UserError
 from shardwise.prove.proof import prove
 from shardwise.run.weigh import LARGEST_BYTES, check_mean, weight_function
 from shardwise.spec.layout import Layout
@@ -134,6 +136,71 @@ def test_a_loss_with_weights_in_float32_is_refused_too() -> None:
     weights = torch.tensor([1.0, 3.0, 9.0])
     with pytest.raises(JobError, match=r"Job\.weight, which counts them"):
         check_mean(_job(loss=lambda o, t: F.cross_entropy(o, t, weight=weights)), output, part, 0)
+
+
+@dataclass
+class _Plain:
+    """A model's answer, as many libraries give it."""
+
+    logits: Tensor
+    cache: object = None
+
+
+@dataclass
+class _Both(OrderedDict[str, Any]):
+    """As transformers do it: a mapping without what is None, with attributes."""
+
+    logits: Tensor
+    cache: object = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) is not None:
+                self[item.name] = getattr(self, item.name)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        object.__setattr__(self, key, value)
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, item.name) for item in fields(self))
+
+
+class _Named(NamedTuple):
+    logits: Tensor
+    cache: object = None
+
+
+class _Answers(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind, self.net = kind, nn.Linear(7, 3)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.kind(self.net(inputs), object())
+
+
+@pytest.mark.parametrize("kind", [_Plain, _Both, _Named])
+@pytest.mark.parametrize("first", [0, 40], ids=["from the start", "later"])
+def test_answers_of_libraries_are_looked_into(kind: Any, first: int, tmp_path: Path) -> None:
+    def loss(answer: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(answer.logits, target)
+
+    job, classes = _job(model=lambda: _Answers(kind), loss=loss, shuffle=False), SORTED.clone()
+    _trained(job, "data=2", tmp_path)  # all is well
+    if kind is _Plain:
+        run = shardwise.train(
+            _job(model=job.model, loss=loss, data=(INPUTS[:41], SORTED[:41])),
+            plan="data=2",
+            out=tmp_path / "one left",
+            progress=False,
+        )
+        assert run.summary["steps"] == 12  # in the last step of an epoch one worker has no sample
+    classes[first : first + 2] = -100
+    with pytest.raises((UserError, RunFailed), match=r"Job\.weight"):
+        shardwise.train(
+            _job(**{**vars(job), "data": (INPUTS, classes)}), plan="data=2", out=tmp_path / "ignored", progress=False
+        )
 
 
 def test_a_weight_that_is_no_sum_is_refused() -> None:

@@ -8,9 +8,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.errors import FolderError, UserError
 from shardwise.run.folder import RunFolder, write_aside, writing_in
+from shardwise.run.holdings import difference, held
+from shardwise.spec.events import read_events
+from shardwise.spec.job import Job
+
+_BEFORE_STEPS = {
+    *("run.json", "identity.json", "settings.json", "plan.json", "tensor.txt"),
+    *("events.jsonl", "checkpoints", "positions", ".lock"),
+}
+"""What a run writes before its first step."""
 
 
 @contextmanager
@@ -35,8 +45,7 @@ def open_folder(
         answer: tuple[str, bool] | UserError = ("", False)
         if world.rank == 0:
             try:
-                folder = claim_folder(out, name, resume=resume)
-                stack.enter_context(folder.lock())
+                folder = stack.enter_context(claimed(out, name, resume=resume))
                 answer = (str(folder.path), resume)
             except UserError as error:
                 answer = error
@@ -48,38 +57,89 @@ def open_folder(
         world.barrier()
 
 
-def claim_folder(out: str | Path | None, name: str, *, resume: bool) -> RunFolder:
-    """A new run folder, or with `resume` the existing one.
+@contextmanager
+def claimed(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
+    """A new run folder, or with `resume` the existing one, owned for the length of the block.
+
+    A new one that is left with a `UserError` before a step was taken is removed: nothing was started. One that such a run left
+    by other ways, such as `kill -9`, counts as empty.
 
     Raises:
         FolderError: `resume` without a folder to resume, or a folder that cannot be used.
     """
-    if not resume:
-        return RunFolder.create(out, name)
-    if out is None:
-        raise FolderError("resume needs the run folder: give the one to continue with --out (out=)")
-    return RunFolder.open(out)
+    if resume:
+        if out is None:
+            raise FolderError("resume needs the run folder: give the one to continue with --out (out=)")
+        folder = RunFolder.open(out)
+        with folder.lock():
+            yield folder
+        return
+    own = out is None or not Path(out).exists()
+    if out is not None and _never_trained(left := RunFolder(Path(out))):
+        with left.lock():
+            _clear(left)
+    folder = RunFolder.create(out, name)
+    with folder.lock():
+        try:
+            yield folder
+        except UserError:
+            if _never_trained(folder):
+                _clear(folder)
+                if own:
+                    folder.path.rmdir()
+            raise
+
+
+def _never_trained(folder: RunFolder) -> bool:
+    """Whether the folder holds what a run writes before its first step, and nothing else."""
+    if not (folder.path / "run.json").is_file():
+        return False
+    for item in folder.path.iterdir():
+        half_written = item.name.startswith(".") and item.suffix == ".tmp"
+        if not half_written and (item.name not in _BEFORE_STEPS or (item.is_dir() and any(item.iterdir()))):
+            return False
+    kinds = {event.kind for event in read_events(folder.events_path)} if folder.events_path.exists() else set()
+    return kinds <= {"run", "warning", "failure", "restart"}
+
+
+def _clear(folder: RunFolder) -> None:
+    with writing_in(folder.path):
+        for item in folder.path.iterdir():
+            if item.is_dir():
+                item.rmdir()
+            else:
+                item.unlink()
+
+
+def check_alike(job: Job, splits: Splits, identity: Mapping[str, Any], world: Group) -> None:
+    """Ranks that were started one by one were started for the same run, with the same code and data. Collective.
+
+    Raises:
+        UserError: names what differs.
+    """
+    every = world.gather_objects((json.loads(json.dumps(dict(identity), default=str)), held(job, splits)))
+    for rank, (theirs, holds) in enumerate(every):
+        # Copies of the weights stay equal where only the data, its order or the loss differs.
+        file = {"job": theirs["job"]} if "job" in theirs else {}  # it may lie elsewhere on another node
+        first = {**every[0][0], **file}
+        if theirs != first:
+            changes = _changes(first, theirs, "{key} is {before!r} on rank 0 and {now!r} on rank {rank}", rank)
+            raise UserError(f"the workers were started with different settings: {changes}; start all with the same")
+        differs = difference(every[0][1], holds, rank)
+        if differs is not None:
+            raise UserError(f"the workers were started for different runs: {differs}")
 
 
 def check_identity(folder: RunFolder, identity: Mapping[str, Any], *, resume: bool, world: Group) -> None:
-    """A run is one run on all ranks, and resumed only as what it was. Collective.
+    """A run is resumed only as what it was. Collective.
 
     Raises:
         UserError: names the settings that differ.
     """
     path = folder.path / "identity.json"
     now = json.loads(json.dumps(dict(identity), default=str))
-    every = world.gather_objects((now, path.exists()))
-    for rank, (theirs, _) in enumerate(every):
-        # Nodes, and ranks of torchrun, are started one by one: copies stay equal where only the data or its order differs.
-        first = {
-            **every[0][0],
-            **({"job": theirs["job"]} if "job" in theirs else {}),
-        }  # a file may lie elsewhere on another node
-        if theirs != first:
-            changes = _changes(first, theirs, "{key} is {before!r} on rank 0 and {now!r} on rank {rank}", rank)
-            raise UserError(f"the workers were started with different settings: {changes}; start all with the same")
-    if not every[0][1]:
+    every = world.gather_objects(path.exists())
+    if not every[0]:
         if world.rank == 0:
             with writing_in(folder.path):
                 write_aside(path, json.dumps(dict(identity), indent=2, default=str).encode() + b"\n")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shardwise.data.batch import Batch, Tree, tree_map
+from shardwise.data.batch import Batch, Tree
 from shardwise.data.source import as_splits
 from shardwise.errors import PlanError
+from shardwise.run.outputs import map_output
 from shardwise.run.tryout import call_model
 from shardwise.run.weigh import advice, weight_function
 from shardwise.spec.job import Job
@@ -237,13 +238,13 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
 def _tree_rows(tree: Any, start: int, stop: int, count: int) -> Tree:
     """The rows of some samples of every tensor that has as many rows for each sample: (N, ...), or (N * tokens, ...)."""
 
-    def rows(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] % count:
+    def rows(leaf: Tensor) -> Tensor:
+        if not leaf.dim() or leaf.shape[0] % count:
             return leaf
         each = leaf.shape[0] // count
         return leaf[start * each : stop * each]
 
-    result: Tree = tree_map(rows, tree)
+    result: Tree = map_output(rows, tree)
     return result
 
 

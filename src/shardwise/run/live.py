@@ -25,6 +25,7 @@ from shardwise.run.assemble import Assembly, assemble, check_is_job, check_job
 from shardwise.run.balance import check_division
 from shardwise.run.batches import Batches, batches_left
 from shardwise.run.choose import choose_device
+from shardwise.run.claim import check_alike
 from shardwise.run.course import Position
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
@@ -343,6 +344,8 @@ def start(
 
 def _without_folder(job: Job, plan: Plan, splits: Splits, device: torch.device) -> LiveRun:
     total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
+    if Group.world().size > 1:
+        check_alike(job, splits, job_identity(job), Group.world())
     assembly = assemble(job, plan, Group.world(), device, total_steps=total)
     assembly.looks_at_losses = True
     if assembly.world.rank == 0:

@@ -26,7 +26,7 @@ from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.balance import Balancer
 from shardwise.run.checkpoint import latest, load
 from shardwise.run.choose import usable_cores
-from shardwise.run.claim import check_identity, open_folder
+from shardwise.run.claim import check_alike, check_identity, open_folder
 from shardwise.run.course import Course, Position, Saving, warn
 from shardwise.run.eventlog import EventLog
 from shardwise.run.export import save_weights
@@ -171,6 +171,8 @@ def open_session(rank: Rank, work: Work, stop: StopRequest, *, shown: Display | 
         folder, resume = stack.enter_context(
             open_folder(work.out, job.name, world, resume=work.resume or rank.restarts > 0, ready=work.folder_ready)
         )
+        if not work.folder_ready:  # else one process made all ranks
+            check_alike(job, splits, work.identity, world)
         check_identity(folder, work.identity, resume=resume, world=world)
         total = total_steps(splits, job.batch_size, epochs=job.epochs, steps=job.steps)
         recorder = Recorder(work.recording, world.rank, Meter()) if work.recording is not None else None

@@ -22,6 +22,7 @@ from shardwise.parallel.clip import clip_by_global_norm
 from shardwise.run.assemble import CPU, Assembly
 from shardwise.run.coupled import divides_batches
 from shardwise.run.culprit import note_batch
+from shardwise.run.outputs import tensors_of
 from shardwise.run.tryout import call_model
 from shardwise.run.weigh import check_mean, is_looked_at, weight_function
 
@@ -348,16 +349,7 @@ def _at_least_float32(value: Tensor) -> Tensor:
 
 def _zero_of(output: Any) -> Tensor:
     """A zero that depends on every tensor of the output, so that its backward pass meets the other ranks'."""
-    leaves: list[Tensor] = []
-    stack = [output]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Tensor) and item.requires_grad:
-            leaves.append(item)
-        elif isinstance(item, (tuple, list)):
-            stack.extend(item)
-        elif isinstance(item, dict):
-            stack.extend(item.values())
+    leaves = [leaf for leaf in tensors_of(output) if leaf.requires_grad]
     if not leaves:
         raise JobError("the model's output holds no tensor with a gradient")
     return torch.stack([(leaf.sum() * 0).float() for leaf in leaves]).sum()

@@ -16,7 +16,7 @@ from shardwise.errors import FolderError, RunFailed, Stopped, UserError
 from shardwise.run.assemble import check_is_job, check_job, check_updates
 from shardwise.run.balance import check_division
 from shardwise.run.choose import Chooser, choose_device, choose_plan
-from shardwise.run.claim import claim_folder
+from shardwise.run.claim import claimed
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
 from shardwise.run.launch import current_rank, launch
@@ -157,8 +157,7 @@ def _start_workers(work: Work, options: TrainOptions, *, is_rank: bool) -> dict[
             raise UserError("a run on several nodes needs --out: a folder that all nodes share")
         return start(functools.partial(train_rank, work=work))
     assert work.job is not None
-    folder = claim_folder(work.out, work.job.name, resume=work.resume)
-    with folder.lock():
+    with claimed(work.out, work.job.name, resume=work.resume) as folder:
         ready = replace(work, out=str(folder.path), folder_ready=True)
         if work.device != "cpu" and plan.layout.workers > 1:
             ready = ready.for_new_process()

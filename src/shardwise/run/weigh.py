@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from shardwise.data.batch import Batch, tree_leaves, tree_map
 from shardwise.errors import JobError
+from shardwise.run.outputs import map_output, tensors_of
 from shardwise.spec.job import Job
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def check_mean(job: Job, output: Any, part: Batch, step: int) -> None:
         JobError: they are not equal, so this loss cannot be put together from parts of a batch.
     """
     count = min(part.count, SAMPLES)
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim()]
+    leaves = [leaf for leaf in tensors_of(output) if leaf.dim()]
     rows = [leaf for leaf in (*leaves, *tree_leaves(part.targets)) if leaf.dim()]
     if part.phantom or not leaves or any(leaf.shape[0] != part.count for leaf in rows):
         return
@@ -141,15 +142,13 @@ def _apart(job: Job, output: Any, part: Batch, count: int, *, double: bool, tole
     weight = weight_function(job)
 
     def taken(start: int, stop: int) -> tuple[float, float]:
-        def rows(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
+        def rows(leaf: Tensor) -> Tensor:
             leaf = leaf.detach()[start:stop].clone() if leaf.dim() else leaf.detach().clone()
             return leaf.double() if double and leaf.is_floating_point() else leaf
 
         targets = None if part.targets is None else tree_map(rows, part.targets)
         own = float(stop - start) if weight is None else float(weight(targets))
-        value = float(loss(tree_map(rows, output), targets)) if own else 0.0
+        value = float(loss(map_output(rows, output), targets)) if own else 0.0
         return (0.0 if isnan(value) and stop - start == 1 else value), own  # of a single ignored target: 0 / 0
 
     whole, total = taken(0, count)
