@@ -9,7 +9,7 @@ signal.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -128,9 +128,7 @@ class Ledger:
         arrivals = torch.tensor([self._left, *self._arrivals], dtype=torch.float64, device=self.device)
         vector = torch.cat([control, arrivals])
         if steps:
-            losses = torch.stack([
-                total.to(torch.float64) / weight for total, weight in zip(self._sums, self._weights, strict=True)
-            ])  # fmt: skip
+            losses = _column(self._sums, self.device) / _column(self._weights, self.device)
             vector = torch.cat([vector, losses * float(self.counts_loss)])
         stop, save, agreed_after, *numbers = self.group.sum_(vector, "the losses, and what to do next").tolist()
         settled = Settlement(
@@ -166,3 +164,13 @@ class Ledger:
             self._offsets.append(self._left - left / self.group.size)
         pairs = zip(self._arrivals, arrivals, strict=True)
         return sum(own - total / self.group.size for own, total in pairs) / len(arrivals) - self.offset_seconds
+
+
+def _column(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """Scalars as a float64 vector, by few operations: there may be hundreds of them."""
+    if all(isinstance(value, float) for value in values):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    scalars = [torch.as_tensor(value, device=device) for value in values]
+    if len({scalar.dtype for scalar in scalars}) > 1:
+        scalars = [scalar.to(torch.float64) for scalar in scalars]
+    return torch.stack(scalars).to(torch.float64)
