@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +180,26 @@ print("compiler" if "torch._dynamo" in sys.modules else "no compiler")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "no compiler", done.stderr
+
+
+@pytest.mark.parametrize("plan", ["data=2", "shard=2"])
+def test_workers_load_the_compiler_only_where_it_is_needed_and_before_they_are_forked(
+    plan: str, tmp_path: Path
+) -> None:
+    code = f"""
+import os, pathlib, sys
+import torch
+import shardwise
+parent = os.getpid()
+def model():
+    if os.getpid() != parent:
+        pathlib.Path({str(tmp_path)!r}, f"worker{{os.getpid()}}").write_text(str("torch._dynamo" in sys.modules))
+    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 2))
+x = torch.randn(16, 5)
+job = shardwise.Job(model=model, data=(x, x[:, :2]), loss=torch.nn.functional.mse_loss,
+    optimizer=lambda p: torch.optim.SGD(p, lr=0.1), batch_size=8, epochs=1)
+shardwise.train(job, plan={plan!r}, device="cpu", out={str(tmp_path / "run")!r}, progress=False, last_checkpoint=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.read_text() for path in tmp_path.glob("worker*")] == [str(plan == "shard=2")] * 2
