@@ -21,20 +21,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from models import CASES, Case
+from models import CASES, Case, wide_convolutions
 
 SIDES = ("shardwise", "own heap", "plain")
 _OWN_HEAPS = {"MALLOC_ARENA_MAX": "64"}
-
-
-def wide_convolutions() -> nn.Module:
-    """Three convolutions on whole 32x32 images: tensors of tens of MiB at a batch of 256."""
-    layers: list[nn.Module] = []
-    for inside, outside, pool in ((3, 32, 1), (32, 64, 2), (64, 64, 1)):
-        layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU(), nn.MaxPool2d(pool)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def _cases() -> dict[str, Case]:

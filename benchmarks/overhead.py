@@ -2,27 +2,35 @@
 
     python benchmarks/overhead.py [--models lenet,resnet18,gpt10m] [--workers 1,2] [--rounds 15] [--out results.json]
 
-Steady state: all contenders live in the same ranks and take turns, a few steps each, for many rounds, so that a machine
-whose speed drifts hits all alike. The figure is the ratio of shardwise's time to the other's within a round; the table
-gives its median and its quartiles. All train the same model on the same batches, gathered from tensors in memory.
+Steady state: each contender is a program of its own, started by torchrun, and they take turns, a few steps each, for many
+rounds, so that a machine whose speed drifts hits all alike. While one has its turn, the others wait for a message and take
+no processor time. The figure is the ratio of shardwise's time to the other's within a round; the table gives its median and
+its quartiles, of wall time and of processor time (of all threads of all ranks). All train the same model on the same batches,
+gathered from tensors in memory. shardwise runs as a training in a folder does, with its events, losses and watching. Peak
+resident bytes are those of the largest rank.
 
 Start-up: time from the command to the end of the first optimizer step, of `shardwise train` against `torchrun` with the
-hand-written loop. Memory: peak resident bytes per rank of each contender alone, in processes of its own.
+hand-written loop.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import resource
+import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +38,27 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from models import CASES, Case
+from shardwise.data.batch import Batch
 
 HERE = Path(__file__).resolve()
 CONTENDERS = ("shardwise", "ddp", "accelerate", "fabric")
+TURN_SECONDS = 0.15
+EPOCH_BYTES = 64 * 2**20
 Step = Callable[[], None]
+
+
+def _samples(case: Case) -> int:
+    """Of an epoch: as many steps as people have, where memory allows it."""
+    row = sum(part.numel() * part.element_size() for part in case.data(1))
+    return case.batch * max(8, min(128, EPOCH_BYTES // (row * case.batch)))
 
 
 def _batches(case: Case, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
     """What an expert writes: shuffle once per epoch, gather this rank's part of each batch from memory."""
-    inputs, targets = case.data(case.batch * 8)
+    inputs, targets = case.data(_samples(case))
     share = case.batch // ranks
     while True:
         order = torch.randperm(len(inputs))
@@ -49,70 +67,124 @@ def _batches(case: Case, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor
             yield inputs[rows], targets[rows]
 
 
-def _ddp(case: Case, rank: int, ranks: int) -> Step:
+@dataclass
+class _Loop:
+    """A training loop as it is written by hand.
+
+    Attributes:
+        alone: around backward passes whose gradients are not to be sent yet.
+        precision: around forward passes.
+    """
+
+    case: Case
+    stream: Iterator[tuple[Tensor, Tensor]]
+    model: Any
+    optimizer: Any
+    backward: Callable[[Tensor], Any] = Tensor.backward
+    alone: Callable[[], AbstractContextManager[Any]] = nullcontext
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    clip: Callable[[float], Any] | None = None
+
+    def step(self) -> None:
+        inputs, targets = next(self.stream)
+        self.optimizer.zero_grad()
+        size = self.case.settings.get("micro_batch", len(inputs))
+        pieces = list(zip(inputs.split(size), targets.split(size), strict=True))
+        for piece in pieces[:-1]:
+            with self.alone():
+                self._pass(piece, len(pieces))
+        self._pass(pieces[-1], len(pieces))
+        bound = self.case.settings.get("clip_norm")
+        if bound is not None and self.clip is not None:
+            self.clip(bound)
+        self.optimizer.step()
+
+    def _pass(self, piece: tuple[Tensor, Tensor], pieces: int) -> None:
+        with self.precision():
+            loss = self.case.loss(self.model(piece[0]), piece[1])
+        self.backward(loss / pieces if pieces > 1 else loss)
+
+
+def _plain_model(case: Case) -> Any:
     torch.manual_seed(0)
-    model: Any = case.model()
+    model = case.model()
+    if case.settings.get("compile"):
+        model.compile()
+    return model
+
+
+def _ddp(case: Case, rank: int, ranks: int) -> Step:
+    model = inner = _plain_model(case)
+    once = "micro_batch" not in case.settings and not case.settings.get("compile")
     if ranks > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
-    optimizer = case.optimizer(model.parameters())
-    stream = _batches(case, rank, ranks)
-
-    def step() -> None:
-        inputs, targets = next(stream)
-        optimizer.zero_grad(set_to_none=True)
-        case.loss(model(inputs), targets).backward()
-        optimizer.step()
-
-    return step
+        model = DistributedDataParallel(model, gradient_as_bucket_view="sparse" not in case.name, static_graph=once)
+    loop = _Loop(case, _batches(case, rank, ranks), model, case.optimizer(inner.parameters()))
+    if ranks > 1:
+        loop.alone = model.no_sync
+    if case.settings.get("precision") == "bf16":
+        loop.precision = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    loop.clip = lambda bound: clip_grad_norm_(inner.parameters(), bound)
+    return loop.step
 
 
 def _accelerate(case: Case, rank: int, ranks: int) -> Step:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
-    torch.manual_seed(0)
-    model = case.model()
+    accelerator = Accelerator(cpu=True, mixed_precision=case.settings.get("precision"))
+    model = _plain_model(case)
     model, optimizer = accelerator.prepare(model, case.optimizer(model.parameters()))
-    stream = _batches(case, rank, ranks)
-
-    def step() -> None:
-        inputs, targets = next(stream)
-        optimizer.zero_grad()
-        accelerator.backward(case.loss(model(inputs), targets))
-        optimizer.step()
-
-    return step
+    loop = _Loop(case, _batches(case, rank, ranks), model, optimizer, backward=accelerator.backward)
+    loop.alone = lambda: accelerator.no_sync(model)
+    loop.clip = lambda bound: accelerator.clip_grad_norm_(model.parameters(), bound)
+    return loop.step
 
 
 def _fabric(case: Case, rank: int, ranks: int) -> Step:
     from lightning_fabric import Fabric
 
-    fabric = Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+    precision: Any = "bf16-mixed" if case.settings.get("precision") == "bf16" else None
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", precision=precision)
     if ranks > 1:
         fabric.launch()
-    torch.manual_seed(0)
-    model: Any = case.model()
+    model = _plain_model(case)
     model, optimizer = fabric.setup(model, case.optimizer(model.parameters()))
-    stream = _batches(case, rank, ranks)
-
-    def step() -> None:
-        inputs, targets = next(stream)
-        optimizer.zero_grad()
-        fabric.backward(case.loss(model(inputs), targets))
-        optimizer.step()
-
-    return step
+    loop = _Loop(case, _batches(case, rank, ranks), model, optimizer, backward=fabric.backward)
+    if ranks > 1:
+        loop.alone = lambda: fabric.no_backward_sync(model)
+    loop.clip = lambda bound: fabric.clip_gradients(model, optimizer, max_norm=bound)
+    return loop.step
 
 
 def _shardwise(case: Case, rank: int, ranks: int) -> Step:
+    """Everything that `shardwise train` does in a step; the time between turns is no step's."""
     from shardwise.run.live import start
+    from shardwise.run.loop import next_batch, open_epoch
     from shardwise.run.step import take_step
 
-    run = start(case.job(case.batch * 8))
-    stream = run.batches(epochs=1_000_000)
+    run = start(case.job(_samples(case)), out=os.environ["OVERHEAD_OUT"], checkpoint_every="never")
+    a, keeper = run.assembly, run._keeper
+    assert keeper is not None
+
+    def batches() -> Iterator[Batch]:
+        for epoch in itertools.count():
+            stream = open_epoch(a, run.splits, epoch=epoch, start=0)
+            a.clock.begin_step(a.step)
+            while (batch := next_batch(stream, a.samples, a.device)) is not None:
+                a.clock.mark("data")
+                yield batch
+                a.clock.begin_step(a.step)
+            keeper.end_epoch()
+
+    ended, stream = 0.0, batches()
 
     def step() -> None:
-        take_step(run.assembly, next(stream))
+        nonlocal ended
+        if time.perf_counter() - ended > TURN_SECONDS / 2:
+            keeper._ledger.skip_time()
+            a.clock.restart()
+        batch = next(stream)
+        keeper.stepped(batch, take_step(a, batch))
+        ended = time.perf_counter()
 
     return step
 
@@ -126,54 +198,87 @@ MAKERS: dict[str, Callable[[Case, int, int], Step]] = {
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
-    """Inside a rank: the contenders take turns; rank 0 writes the seconds per step of every round."""
+    """Inside a rank of a contender: take as many steps as the parent says, and tell it the seconds of each turn."""
     torch.set_num_threads(arguments.threads)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    case = CASES[arguments.model]
     if ranks > 1:
         c10d.init_process_group("gloo")
-    steps = {name: MAKERS[name](case, rank, ranks) for name in arguments.contenders.split(",")}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for index in range(arguments.rounds):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            if ranks > 1:
-                c10d.barrier()
-            began = time.perf_counter()
-            for _ in range(case.steps):
-                steps[name]()
-            if ranks > 1:
-                c10d.barrier()
-            seconds[name].append((time.perf_counter() - began) / case.steps)
-    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
-    if ranks > 1:
-        c10d.all_reduce(peak, op=c10d.ReduceOp.MAX)
-    if rank == 0:
-        Path(arguments.result).write_text(json.dumps({"seconds": seconds, "peak_bytes": int(peak)}), encoding="utf-8")
-    if ranks > 1:
-        c10d.destroy_process_group()
-        # Some runs of torch 2.13 with gloo, DDP alone too, are aborted while the interpreter goes (docs/notes.md).
-        os._exit(0)
+    step = MAKERS[arguments.contender](CASES[arguments.model], rank, ranks)
+    with Client(os.environ["OVERHEAD_ADDRESS"], authkey=bytes.fromhex(os.environ["OVERHEAD_KEY"])) as parent:
+        while (steps := parent.recv()) > 0:
+            wall, processor = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                step()
+            parent.send((time.perf_counter() - wall, time.process_time() - processor))
+        parent.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        parent.recv()
+    # Some runs of torch 2.13 with gloo, DDP alone too, are aborted while the interpreter goes (docs/notes.md).
+    os._exit(0)
 
 
-def _run_ranks(model: str, workers: int, contenders: str, rounds: int) -> dict[str, Any]:
+@contextmanager
+def _contender(name: str, model: str, workers: int) -> Iterator[list[Connection]]:
+    """A contender's program under torchrun: the connections to its ranks."""
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        key = secrets.token_bytes(16)
+        listener = stack.enter_context(Listener(f"{folder}/socket", "AF_UNIX", authkey=key))
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)),
-            *(str(HERE), "--rank", "--model", model, "--contenders", contenders, "--rounds", str(rounds)),
-            *("--threads", str(threads), "--result", str(result)),
+            *(str(HERE), "--rank", "--models", model, "--contender", name, "--threads", str(threads)),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=1800, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-        answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OVERHEAD_OUT": f"{folder}/run"}
+        environment |= {"OVERHEAD_ADDRESS": f"{folder}/socket", "OVERHEAD_KEY": key.hex()}
+        log = stack.enter_context(Path(folder, "log").open("w+", encoding="utf-8"))
+        program = stack.enter_context(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        listener._listener._socket.settimeout(0.5)  # type: ignore[attr-defined]  # to see a program that has ended
+        ranks: list[Connection] = []
+        while len(ranks) < workers:
+            try:
+                ranks.append(stack.enter_context(listener.accept()))
+            except TimeoutError:
+                if program.poll() is not None:
+                    log.seek(0)
+                    raise SystemExit(f"{' '.join(command)} ended early:\n{log.read()[-4000:]}") from None
+        try:
+            yield ranks
+        except BaseException:
+            time.sleep(1)  # torchrun ends by itself where a rank has failed
+            program.terminate()
+            log.seek(0)
+            print(f"{' '.join(command)}:\n{log.read()[-4000:]}", file=sys.stderr)
+            raise
+        for rank in ranks:
+            rank.send(0)
+
+
+def _turn(ranks: list[Connection], steps: int) -> tuple[float, float]:
+    """(wall seconds, processor seconds of all ranks) of so many steps, a step."""
+    for rank in ranks:
+        rank.send(steps)
+    told = [rank.recv() for rank in ranks]
+    return max(wall for wall, _ in told) / steps, sum(processor for _, processor in told) / steps
+
+
+def _measure(model: str, workers: int, contenders: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """Of each contender: `wall` and `processor`, seconds a step, one a round; `peak_bytes` of its largest rank."""
+    with ExitStack() as stack:
+        programs = {name: stack.enter_context(_contender(name, model, workers)) for name in contenders}
+        for ranks in programs.values():
+            _turn(ranks, 24)  # as many as are looked at more closely than later ones
+        steps = max(2, min(300, round(TURN_SECONDS / min(_turn(ranks, 3)[0] for ranks in programs.values()))))
+        seen: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        for index in range(rounds):
+            turn = index % len(contenders)
+            for name in contenders[turn:] + contenders[:turn]:
+                seen[name].append(_turn(programs[name], steps))
+        answer: dict[str, dict[str, Any]] = {}
+        for name, ranks in programs.items():
+            for rank in ranks:
+                rank.send(0)
+            peak = max(rank.recv() for rank in ranks)
+            wall, processor = ([pair[which] for pair in seen[name]] for which in (0, 1))
+            answer[name] = {"wall": wall, "processor": processor, "peak_bytes": peak}
         return answer
 
 
@@ -182,24 +287,24 @@ def _quartiles(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def steady_state(models: list[str], workers: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Ratios of step times, and peak memory of each contender alone."""
-    rows = []
-    for model in models:
-        for count in workers:
-            together = _run_ranks(model, count, ",".join(CONTENDERS), rounds)["seconds"]
-            for name in CONTENDERS:
-                ratios = [one / other for one, other in zip(together["shardwise"], together[name], strict=True)]
-                alone = _run_ranks(model, count, name, 1)["peak_bytes"]
-                row: dict[str, Any] = {"model": model, "workers": count, "against": name, "ratio": _quartiles(ratios)}
-                row |= {"step_seconds": statistics.median(together[name]), "peak_bytes": alone}
-                rows.append(row)
-                ratio = row["ratio"]
-                print(
-                    f"{model:9} workers={count}  {name:10} {row['step_seconds'] * 1e3:8.2f} ms/step  shardwise/it "
-                    f"{ratio['median']:.3f} [{ratio['low']:.3f} .. {ratio['high']:.3f}]  peak {alone / 2**20:6.0f} MiB",
-                    flush=True,
-                )
+def steady_state(model: str, workers: int, contenders: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Ratios of step times, and peak memory, one row a contender."""
+    seen = _measure(model, workers, contenders, rounds)
+    ours, rows = seen["shardwise"], []
+    for name, theirs in seen.items():
+        row: dict[str, Any] = {"model": model, "workers": workers, "against": name, "peak_bytes": theirs["peak_bytes"]}
+        for kind in ("wall", "processor"):
+            ratios = [one / other for one, other in zip(ours[kind], theirs[kind], strict=True)]
+            row[f"{kind}_ratio"] = _quartiles(ratios)
+            row[f"{kind}_seconds"] = statistics.median(theirs[kind])
+        rows.append(row)
+        wall, processor = row["wall_ratio"], row["processor_ratio"]
+        print(
+            f"{model:22} workers={workers}  {name:10} {row['wall_seconds'] * 1e3:8.3f} ms/step  shardwise/it "
+            f"{wall['median']:.3f} [{wall['low']:.3f} .. {wall['high']:.3f}]  processor {processor['median']:.3f} "
+            f"[{processor['low']:.3f} .. {processor['high']:.3f}]  peak {row['peak_bytes'] / 2**20:5.0f} MiB",
+            flush=True,
+        )
     return rows
 
 
@@ -263,25 +368,35 @@ dist.destroy_process_group()
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(CASES))
+    parser.add_argument("--models", default=",".join(CASES), help="names of models.py, commas between them")
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
-    for name in ("--model", "--contenders", "--result"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--no-start-up", action="store_true", help="only the steady state")
+    parser.add_argument("--out", type=Path, help="what is there of other models is kept")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
+        arguments.model = arguments.models
         rank_main(arguments)
         return
     machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch": torch.__version__}
     print(f"machine: {machine}")
-    document: dict[str, Any] = {"machine": machine, "start_up": start_up(max(3, arguments.rounds // 3))}
-    workers = [int(text) for text in arguments.workers.split(",")]
-    document["steady_state"] = steady_state(arguments.models.split(","), workers, arguments.rounds)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    document: dict[str, Any] = {"steady_state": []}
+    if arguments.out is not None and arguments.out.exists():
+        document = json.loads(arguments.out.read_text(encoding="utf-8"))
+    document["machine"] = machine
+    if not arguments.no_start_up:
+        document["start_up"] = start_up(max(3, arguments.rounds // 3))
+    for model in arguments.models.split(","):
+        for workers in map(int, arguments.workers.split(",")):
+            rows = steady_state(model, workers, arguments.contenders.split(","), arguments.rounds)
+            kept = [row for row in document["steady_state"] if (row["model"], row["workers"]) != (model, workers)]
+            document["steady_state"] = kept + rows
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

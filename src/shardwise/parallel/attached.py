@@ -53,9 +53,13 @@ class Attached:
                 seen.add(id(parameter))
                 self._to_call.append((parameter, hooks, after))
 
-    @torch.no_grad()
     def call_hooks(self) -> None:
         """Let the hooks see and change the gradients of the step. Collective where gradients are split."""
+        if self._to_call:
+            self._call_hooks()
+
+    @torch.no_grad()
+    def _call_hooks(self) -> None:
         for parameter, hooks, after in self._to_call:
             if parameter.grad is None:
                 continue

@@ -9,7 +9,7 @@ signal.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -132,11 +132,11 @@ class Ledger:
         arrivals = torch.tensor([self._left, *self._arrivals], dtype=torch.float64, device=self.device)
         vector = torch.cat([control, arrivals])
         if steps:
-            losses = torch.stack([
-                total.to(torch.float64) / weight for total, weight in zip(self._sums, self._weights, strict=True)
-            ])  # fmt: skip
-            named = [loss.to(torch.float64) for each in self._named for loss in each.values()]
-            vector = torch.cat([vector, torch.cat([losses, *(loss[None] for loss in named)]) * float(self.counts_loss)])
+            losses = _column(self._sums, self.device) / _column(self._weights, self.device)
+            named = [loss for each in self._named for loss in each.values()]
+            if named:
+                losses = torch.cat([losses, _column(named, self.device)])
+            vector = torch.cat([vector, losses * float(self.counts_loss)])
         stop, save, agreed_after, *numbers = self.group.sum_(vector, "the losses, and what to do next").tolist()
         settled = Settlement(
             numbers[1 + steps : 1 + 2 * steps],
@@ -180,3 +180,13 @@ def _by_name(steps: list[Mapping[str, Tensor]], values: Iterator[float]) -> dict
     names = dict.fromkeys(name for each in steps for name in each)
     taken = [{name: next(values) for name in each} for each in steps]
     return {name: [each.get(name) for each in taken] for name in names}
+
+
+def _column(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """Scalars as a float64 vector, by few operations: there may be hundreds of them."""
+    if all(isinstance(value, float) for value in values):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    scalars = [torch.as_tensor(value, device=device) for value in values]
+    if len({scalar.dtype for scalar in scalars}) > 1:
+        scalars = [scalar.to(torch.float64) for scalar in scalars]
+    return torch.stack(scalars).to(torch.float64)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from shardwise.run.turns import Turn
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
 @final
 @dataclass(frozen=True)
 class StepResult:
@@ -340,11 +343,11 @@ def _scalar(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise JobError(f"the {name} has {given}: it must be a scalar tensor, the mean over the samples it was given")
-    return value.reshape(())
+    return value.reshape(()) if value.dim() else value  # a view would be one more operation of the backward pass
 
 
 def _at_least_float32(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value if value.dtype in _WIDE else value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _zero_of(output: Any) -> Tensor:

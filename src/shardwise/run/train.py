@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import shlex
 import time
@@ -22,6 +23,7 @@ from shardwise.run.folder import RunFolder
 from shardwise.run.launch import current_rank, launch
 from shardwise.run.loop import total_steps
 from shardwise.run.options import TrainOptions, make_options, parse_saving, resolve_plan
+from shardwise.run.process import default_start_method
 from shardwise.run.result import Run
 from shardwise.run.session import Work
 from shardwise.run.worker import train_rank
@@ -152,6 +154,9 @@ def _start_workers(work: Work, options: TrainOptions, *, is_rank: bool) -> dict[
     )
     if is_rank:
         return start(functools.partial(train_rank, work=work))
+    if default_start_method(work.device) == "fork" and (plan.layout.shard > 1 or plan.layout.tensor > 1):
+        # DTensors load it at their first operation: once here, or once in every worker, at the same time on shared cores.
+        importlib.import_module("torch._dynamo")
     if options.nodes.count > 1:
         if work.out is None:
             raise UserError("a run on several nodes needs --out: a folder that all nodes share")
