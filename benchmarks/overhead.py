@@ -157,8 +157,9 @@ def _fabric(case: Case, rank: int, ranks: int) -> Step:
 
 def _shardwise(case: Case, rank: int, ranks: int) -> Step:
     """Everything that `shardwise train` does in a step; the time between turns is no step's."""
-    from shardwise.run.live import start
-    from shardwise.run.loop import next_batch, open_epoch
+    from shardwise.run.alike import next_batch
+    from shardwise.run.loop import open_epoch
+    from shardwise.run.start import start
     from shardwise.run.step import take_step
 
     run = start(case.job(_samples(case)), out=os.environ["OVERHEAD_OUT"], checkpoint_every="never")

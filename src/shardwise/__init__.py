@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from shardwise import data, metrics, nn, tasks, testing
     from shardwise.advise.train import train
     from shardwise.errors import ShardwiseError
-    from shardwise.run.live import LiveRun, start
+    from shardwise.run.live import LiveRun
     from shardwise.run.result import Run, predict
+    from shardwise.run.start import start
     from shardwise.spec.job import Job
     from shardwise.spec.layout import Layout
     from shardwise.spec.plan import Plan
@@ -24,7 +25,7 @@ _WHERE = {
     "Plan": "spec.plan",
     "ShardwiseError": "errors",
     "train": "advise.train",
-    "start": "run.live",
+    "start": "run.start",
     "LiveRun": "run.live",
     "Run": "run.result",
     "predict": "run.result",

@@ -22,8 +22,9 @@ from shardwise import errors, metrics
 from shardwise.data import Stream
 from shardwise.run import ledger, live
 from shardwise.run.clock import BETWEEN_STEPS
-from shardwise.run.live import LiveRun, start
+from shardwise.run.live import LiveRun
 from shardwise.run.options import TrainOptions
+from shardwise.run.start import start
 from shardwise.run.train import train
 from shardwise.spec.events import (
     CheckpointEvent,

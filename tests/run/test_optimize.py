@@ -168,7 +168,7 @@ import sys, warnings
 warnings.simplefilter("error")
 import torch
 import shardwise
-from shardwise.run.live import start
+from shardwise.run.start import start
 x = torch.randn(24, 5)
 job = shardwise.Job(model=lambda: torch.nn.Linear(5, 2), data=(x, x[:, :2]), loss=torch.nn.functional.mse_loss,
     optimizer=lambda p: torch.optim.AdamW(p, lr=0.1), batch_size=8, epochs=1,

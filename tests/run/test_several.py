@@ -27,7 +27,8 @@ from shardwise.data.batch import Batch
 from shardwise.parallel.several import Several
 from shardwise.parallel.shard import check_shard
 from shardwise.run.assemble import check_job
-from shardwise.run.live import LiveRun, start
+from shardwise.run.live import LiveRun
+from shardwise.run.start import start
 from shardwise.run.train import train
 from shardwise.spec.events import StepsEvent, read_events
 from shardwise.spec.job import Job
@@ -275,7 +276,7 @@ import json, sys
 from shardwise import errors
 sys.path.insert(0, {here!r})
 from test_several import CASES, job_of, walk
-from shardwise.run.live import start
+from shardwise.run.start import start
 import torch
 
 torch.distributed.init_process_group("gloo")  # one for all cases

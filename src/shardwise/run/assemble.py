@@ -257,8 +257,9 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
         with torch.random.fork_rng(devices=[]):
             model = build_model(job, CPU)
             samples = training_samples(job) if cheap else None
-            for single in job.singles if samples is not None else ():
-                check_writing(single, plan, model, samples)
+            if samples is not None:
+                for single in job.singles:
+                    check_writing(single, plan, model, samples)
             check_sequences(job, plan, model)
             split = find_tensor_split(job, plan, model, CPU)
             if split is not None:
