@@ -56,18 +56,3 @@ def test_every_option_is_on_its_verbs_page_and_fits_the_terminal() -> None:
 def test_a_verb_that_is_nearly_right() -> None:
     result = CliRunner().invoke(shardwise_command, ["trian", "digits"])
     assert result.exit_code == 2 and "did you mean train?" in result.output
-
-
-def test_every_link_of_the_pages_leads_somewhere() -> None:
-    root = Path(__file__).parent.parent
-    for page in [*root.glob("*.md"), *root.glob("docs/*.md")]:
-        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-            if "://" in link:
-                continue
-            path, _, anchor = link.partition("#")
-            target = page.parent / path if path else page
-            assert target.exists(), f"{page.name}: {link}"
-            if anchor and target.suffix == ".md":
-                heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
-                names = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
-                assert anchor in names, f"{page.name}: {link}"

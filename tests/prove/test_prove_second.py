@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,14 +91,14 @@ class Averaging(nn.Module):
 
 
 def _average_off(a: Any) -> None:
-    update = a.update
+    ((name, turn),) = a.turns.items()
 
     def updated() -> None:
-        update()
+        turn.update()
         with torch.no_grad():
             a.model.average.weight.mul_(1.002)
 
-    a.update = updated
+    a.turns = {name: replace(turn, update=updated)}
 
 
 def _five_percent(a: Any) -> None:

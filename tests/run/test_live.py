@@ -20,7 +20,8 @@ from torch import nn
 
 from shardwise import errors, metrics
 from shardwise.data import Stream
-from shardwise.run import ledger, live
+from shardwise.run import ledger
+from shardwise.run import start as starting
 from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.live import LiveRun
 from shardwise.run.options import TrainOptions
@@ -364,7 +365,7 @@ def test_the_loop_of_the_documentation(
 
 @pytest.mark.parametrize("place", ["between", "inside"])
 def test_only_a_step_can_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    monkeypatch.setattr(live, "TrainOptions", partial(TrainOptions, stall_seconds=0.2))
+    monkeypatch.setattr(starting, "TrainOptions", partial(TrainOptions, stall_seconds=0.2))
     slow = threading.Event()
 
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

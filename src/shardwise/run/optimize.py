@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as optimizer_module
 
@@ -31,6 +31,9 @@ list and should stay in the caches. Adam took 0.4 to 0.8 of its time for lists o
 
 FEWEST = 16
 """Small parameters beside large ones that are worth a list: another group costs a step 10 us, and a list saves 1 to 3 us each."""
+
+_PLAIN = ("Parameter", "Tensor", "FakeTensor")
+"""Names of classes, because that of tensors without memory takes long to load: what is counted with them is what a step does."""
 
 
 @contextmanager
@@ -109,7 +112,7 @@ def _in_lists(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     lists: list[list[nn.Parameter]] = []
     size = LIST_BYTES
     for parameter in parameters:
-        plain = type(parameter) in (nn.Parameter, Tensor) and parameter.device.type == "cpu"
+        plain = type(parameter).__name__ in _PLAIN and parameter.device.type == "cpu"
         own = parameter.numel() * parameter.element_size()
         # Of bfloat16, foreach rounds sums that are scaled (SGD with weight decay) otherwise.
         if not plain or own > SMALL_BYTES or parameter.dtype not in (torch.float32, torch.float64):
