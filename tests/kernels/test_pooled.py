@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import subprocess
 import sys
@@ -364,14 +365,30 @@ def test_values_that_are_not_finite_are_torchs(on: None) -> None:
     assert F.max_pool2d(layer(_image()), 2)[:, 0].isnan().all()
 
 
-def test_memory_is_given_back_without_the_collector(on: None) -> None:
+@pytest.mark.parametrize("name", [*CHAINS, *OTHERS])
+def test_memory_is_given_back_without_the_collector(on: None, name: str) -> None:
     layer, image = _layer(), _image()
-    y = layer(image)
-    work = weakref.ref(y.work)
-    out = F.max_pool2d(F.relu(y), 2)
-    out.sum().backward()
-    del y, out
-    assert work() is None
+    gc.disable()
+    try:
+        y = layer(image)
+        work = weakref.ref(y.work)
+        out = {**CHAINS, **OTHERS}[name](y)
+        out.sum().backward()
+        del y, out
+        assert work() is None
+    finally:
+        gc.enable()
+
+
+def test_a_relu_stops_gradients_that_are_not_finite_as_torchs_does(on: None) -> None:
+    layer, image = _layer(), _image()
+    for use in (F.relu, lambda y: y.relu_()):
+        values = use(layer(image))
+        kept = values + 0
+        slope = torch.where(kept > 0, 1.0, float("inf"))
+        layer.zero_grad()
+        kept.backward(slope)
+        assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
 
 
 def test_a_whole_net_in_training(on: None, counted: list[str]) -> None:

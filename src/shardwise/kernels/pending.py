@@ -51,6 +51,7 @@ class Pending(Tensor):
     """The output of a convolution, before anybody has asked for it; in autograd's graph it is what any other would be."""
 
     work: Work
+    valued: Tensor | None
 
     @classmethod
     def __torch_function__(
@@ -131,7 +132,6 @@ class Work:
             before._behind.append(weakref.ref(self))
         self._versions = self._versions_now()
         self._values_version = 0
-        self._is_real = False
         self._output: weakref.ref[Pending] | None = None
 
     def output(self) -> Pending:
@@ -141,21 +141,19 @@ class Work:
         pending: Pending = Tensor._make_wrapper_subclass(
             Pending, (samples, outside, height, width), dtype=image.dtype, device=image.device
         )
-        pending.work = self
+        pending.work, pending.valued = self, None
         self._output = weakref.ref(pending)
         return pending
 
     @staticmethod
     def compute(output: Pending) -> Tensor:
         """The same output with its values, behind it in autograd's graph; always the same tensor."""
-        work = output.work
-        work.look()
-        if not work._is_real:
-            work._is_real = True
+        values = output.work.look()
+        if output.valued is None:
+            # Kept by the output, not by its work: the graph holds the work, and would be held by it in turn.
             with torch.enable_grad():
-                work.values = _Valued.apply(output, work)  # type: ignore[no-untyped-call]
-        assert work.values is not None
-        return work.values
+                output.valued = _Valued.apply(output, values)  # type: ignore[no-untyped-call]
+        return output.valued
 
     @staticmethod
     def watch(output: Pending) -> Tensor:
@@ -220,7 +218,8 @@ class Work:
 
     def through_relu(self, slope: Tensor) -> Tensor:
         """The gradient in front of the ReLU."""
-        return slope * (self.look().detach() > 0)
+        masked: Tensor = torch.ops.aten.threshold_backward(slope, self.look(), 0)  # what torch's own ReLU does
+        return masked
 
     def _versions_now(self) -> list[int]:
         return [tensor._version for tensor in self.operands if tensor is not None]
@@ -288,9 +287,8 @@ class _Valued(Function):
     """The values that somebody asked for."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, work: Work) -> Tensor:
-        assert work.values is not None
-        return work.values
+    def forward(ctx: Any, output: Tensor, values: Tensor) -> Tensor:
+        return values.detach()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
