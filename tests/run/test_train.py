@@ -77,6 +77,32 @@ def test_resumes_if_there_is_a_run(tmp_path: Path) -> None:
         shardwise.train(_job(), plan="serial", resume="auto")
 
 
+@pytest.mark.parametrize("plan", ["data=2", "shard=2"])
+def test_batch_norm_of_own_samples_keeps_the_running_statistics_of_all_workers(tmp_path: Path, plan: str) -> None:
+    inputs = torch.randn(24, 9, generator=torch.Generator().manual_seed(3)) * torch.arange(1, 10)
+    rows = Arrays((inputs, inputs[:, :4].argmax(1)))
+    job = _job(
+        model=lambda: nn.Sequential(nn.BatchNorm1d(9), nn.Linear(9, 4)),
+        data=Splits(rows, rows),
+        batch_size=24,
+        shuffle=False,
+        batch_norm="local",
+    )
+    run = _train(job, tmp_path / "whole", plan)
+    norm = nn.BatchNorm1d(9)
+    model = nn.Sequential(norm, nn.Linear(9, 4))
+    load_model(model, tmp_path / "whole" / "model.safetensors")
+    share = 1 - 0.9**3  # of three steps in the running averages, each over the same samples
+    variance = torch.stack([half.var(0) for half in inputs.chunk(2)]).mean(0)
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    assert torch.allclose(norm.running_mean, share * inputs.mean(0), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(norm.running_var, 1 - share + share * variance, rtol=1e-4)
+    assert int(norm.num_batches_tracked) == 3
+    with torch.no_grad():
+        found = _accuracy(model.eval()(inputs), inputs[:, :4].argmax(1))
+    assert run.summary["metrics"]["accuracy"] == pytest.approx(float(found), abs=1e-9)
+
+
 def test_data_of_another_length(tmp_path: Path) -> None:
     changed = Splits(_rows(100, 1), _rows(37, 2))
     _train(_job(epochs=None, steps=18), tmp_path / "middle", "serial", pause_after=7)

@@ -36,7 +36,7 @@ from shardwise.parallel.context.split import Checked, ContextSplit
 from shardwise.parallel.data import GradientSum, GradientSums, sparse_parameters
 from shardwise.parallel.expert import check_experts, expert_parameters, forward_meets_others, split_experts
 from shardwise.parallel.local import LocalSteps, check_local_steps
-from shardwise.parallel.norm import BatchState, batch_norms, globalize_batch_norm
+from shardwise.parallel.norm import BatchState, OwnStatistics, batch_norms, globalize_batch_norm
 from shardwise.parallel.replicas import broadcast_state
 from shardwise.spec.plan import HALVED, Plan
 from shardwise.spec.runnable import check_plan, unhalved
@@ -78,6 +78,7 @@ class Composed:
         counted: whether this rank is the one that counts a parameter in a norm over `apart`.
         attached: what users attached to parameters: their hooks are called when the gradients are summed.
         sharded: what FSDP2 holds, where the plan shards.
+        statistics: of BatchNorm layers that see their own rank's samples alone, where there are several ranks.
         frozen: parameters that were not trained when the model was composed, where that cannot change any more.
     """
 
@@ -95,6 +96,7 @@ class Composed:
     attached: Attached = field(default_factory=Attached)
     frozen: tuple[tuple[str, nn.Parameter], ...] = ()
     sharded: Sharded | None = None
+    statistics: OwnStatistics | None = None
 
     def check_frozen(self) -> None:
         """Refuse what would not be trained without a word.
@@ -290,7 +292,8 @@ def compose(
     elif plan.compile:
         model.compile()
     frozen = _still_frozen(named) if cut is not None or not isinstance(summed, GradientSum | GradientSums) else ()
-    done = context, stages, apart, counted, split, recomputed, attached, frozen, sharded
+    statistics = OwnStatistics(model, tokens) if batch_norm == "local" and tokens.size > 1 else None
+    done = context, stages, apart, counted, split, recomputed, attached, frozen, sharded, statistics
     return Composed(model, gradients, state, communicates, remarks, *done)
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.dist.collectives import Group
+from shardwise.dist.split import is_elsewhere
 from shardwise.errors import PlanError
 
 
@@ -49,6 +50,36 @@ def globalize_batch_norm(model: nn.Module, group: Group, state: BatchState) -> i
     for name, module in layers:
         module.forward = functools.partial(_forward, module, group, state, name)  # type: ignore[method-assign]
     return len(layers)
+
+
+@final
+class OwnStatistics:
+    """BatchNorm over each rank's own samples: running statistics differ between ranks until they are averaged.
+
+    They are moving averages, so it does not matter when they are averaged, up to rounding: a model that is evaluated or saved
+    has seen the samples of all ranks.
+    """
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        self._layers = [module for _, module in batch_norms(model)]
+        self._group = group
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Make them equal on all ranks. Collective; equal ones (of layers that do not train) keep their bits."""
+        by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for layer in self._layers:
+            for tensor in (layer.running_mean, layer.running_var, layer.num_batches_tracked):
+                if tensor is not None and not is_elsewhere(tensor):
+                    by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for tensors in by_kind.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            every_R = self._group.gather(flat, "the running statistics of BatchNorm")
+            if torch.equal(every_R, every_R[:1].expand_as(every_R)):
+                continue
+            merged = every_R.mean(0) if flat.is_floating_point() else every_R.amax(0)
+            for tensor, piece in zip(tensors, merged.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(piece.view(tensor.shape))
 
 
 def _forward(module: _BatchNorm, group: Group, state: BatchState, name: str, x_NC: Tensor) -> Tensor:

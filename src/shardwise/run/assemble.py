@@ -116,7 +116,9 @@ class Assembly:
         raise JobError(f"there is no objective {name!r}: {known}")
 
     def average(self) -> None:
-        """Make replicas equal that take steps of their own. Collective; nothing where there are none."""
+        """Make equal what replicas do by themselves: steps, and running statistics. Collective; nothing where there is none."""
+        if self.composed.statistics is not None:
+            self.composed.statistics.average()
         if self.composed.local is not None:
             self.composed.local.average(self.optimizer)
 

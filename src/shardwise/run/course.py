@@ -132,7 +132,7 @@ def note_step(
     if a.step == 1:
         # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
         if a.composed.local is None:
-            check_replicas(a.model, a.mesh, a.step)
+            make_equal(a)
         _tell_not_recomputed(a, course)
     by_steps = course.saving.every_steps is not None and a.step % course.saving.every_steps == 0
     if ledger.due or by_steps or last:
