@@ -134,40 +134,35 @@ class _GlobalBatchNorm(torch.autograd.Function):
         statistic_dtype = torch.promote_types(x_NC.dtype, torch.float32)
         x32_NC = x_NC.to(statistic_dtype)
         mean_C, variance_C, count = _merged_statistics(x32_NC, dims, group, phantom, name)
-        inverse_C = torch.rsqrt(variance_C + eps)
-        centred_NC = x32_NC - _along_channels(mean_C, x_NC.dim())
-        scale_C = inverse_C if weight_C is None else inverse_C * weight_C
-        y_NC = centred_NC * _along_channels(scale_C, x_NC.dim())
-        if bias_C is not None:
-            y_NC = y_NC + _along_channels(bias_C, x_NC.dim())
-        ctx.save_for_backward(x_NC, weight_C, bias_C, mean_C, inverse_C, count)
-        ctx.group, ctx.dims, ctx.phantom, ctx.name = group, dims, phantom, name
+        weight32_C, bias32_C = (None if part is None else part.to(statistic_dtype) for part in (weight_C, bias_C))
+        y_NC = nn.functional.batch_norm(x32_NC, mean_C, variance_C, weight32_C, bias32_C, False, 0.0, eps)
+        ctx.save_for_backward(x_NC, weight_C, bias_C, mean_C, variance_C, count)
+        ctx.group, ctx.eps, ctx.phantom, ctx.name = group, eps, phantom, name
         ctx.mark_non_differentiable(mean_C, variance_C, count)
         return y_NC.to(x_NC.dtype), mean_C, variance_C, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NC: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x_NC, weight_C, bias_C, mean_C, inverse_C, count = ctx.saved_tensors
-        dims, group, channels = ctx.dims, ctx.group, mean_C.numel()
-        dy32_NC = dy_NC.to(mean_C.dtype)
-        normalised_NC = (x_NC.to(mean_C.dtype) - _along_channels(mean_C, x_NC.dim())) * _along_channels(
-            inverse_C, x_NC.dim()
-        )
-        dbias_C = dy32_NC.sum(dims)
-        dweight_C = (dy32_NC * normalised_NC).sum(dims)
+        x_NC, weight_C, bias_C, mean_C, variance_C, count = ctx.saved_tensors
+        x32_NC, channels = x_NC.to(mean_C.dtype), mean_C.numel()
+        weight32_C = None if weight_C is None else weight_C.to(mean_C.dtype)
+        # As if the statistics were constants, in one pass; what they add is linear in dy and in x.
+        dx32_NC, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
+            dy_NC.to(mean_C.dtype), x32_NC, weight32_C, mean_C, variance_C, None, None, False, ctx.eps,
+            [ctx.needs_input_grad[0], True, True],
+        )  # fmt: skip
         dx_NC = None
-        sums = group.sum_(torch.cat([dbias_C, dweight_C]), f"BatchNorm {ctx.name} (backward)")
+        sums = ctx.group.sum_(torch.cat([dbias_C, dweight_C]), f"BatchNorm {ctx.name} (backward)")
         if ctx.needs_input_grad[0]:
-            scale_C = inverse_C if weight_C is None else inverse_C * weight_C
             if not ctx.phantom:  # a phantom's values are no part of the statistics
                 mean_dy_C, mean_dy_normalised_C = (sums / count).split(channels)
-                dy32_NC = (
-                    dy32_NC
-                    - _along_channels(mean_dy_C, x_NC.dim())
-                    - normalised_NC * _along_channels(mean_dy_normalised_C, x_NC.dim())
-                )
-            dx_NC = (_along_channels(scale_C, x_NC.dim()) * dy32_NC).to(x_NC.dtype)
+                inverse_C = torch.rsqrt(variance_C + ctx.eps)
+                scale_C = inverse_C if weight32_C is None else inverse_C * weight32_C
+                centred_NC = x32_NC - _along_channels(mean_C, x_NC.dim())
+                dx32_NC.addcmul_(centred_NC, _along_channels(-scale_C * inverse_C * mean_dy_normalised_C, x_NC.dim()))
+                dx32_NC.sub_(_along_channels(scale_C * mean_dy_C, x_NC.dim()))
+            dx_NC = dx32_NC.to(x_NC.dtype)
         # Weight and bias gradients stay local sums: the gradient reduction adds them up like all others.
         dweight = dweight_C.to(weight_C.dtype) if weight_C is not None else None
         dbias = dbias_C.to(bias_C.dtype) if bias_C is not None else None
