@@ -137,6 +137,31 @@ def test_lists_are_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(bool((parameter == 0.5).all()) for parameter in parameters)
 
 
+@pytest.mark.parametrize("change", ["replaced", "swapped", "thawed"])
+def test_lists_follow_the_groups(change: str) -> None:
+    """A group may come to hold other parameters, as many as before; so may another group at the same address."""
+
+    def train(short: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(5)) for _ in range(41)]
+        optimizer = torch.optim.Adam([{"params": parameters[:20]}, {"params": parameters[20:40], "lr": 0.1}], lr=0.01)
+        step = OptimizerStep(optimizer) if short else optimizer.step
+        first, second = optimizer.param_groups
+        for count in range(4):
+            if count == 2 and change == "replaced":
+                first["params"][3] = parameters[40]
+            if count == 2 and change == "swapped":
+                first["params"], second["params"] = second["params"], first["params"]
+            for place, parameter in enumerate(parameters):
+                frozen = change == "thawed" and count < 2 and place < 25
+                parameter.grad = None if frozen else torch.randn(5)
+            step()
+        return [parameter.detach() for parameter in parameters]
+
+    for own, theirs in zip(train(short=True), train(short=False), strict=True):
+        assert torch.equal(own, theirs)
+
+
 def test_hooks_are_run() -> None:
     model = nn.Linear(7, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -12,6 +12,7 @@ operations in the same order, and so the same bits.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ class _Step:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._plain = _plain_step(optimizer)
-        self._lists: dict[tuple[int, int], list[list[nn.Parameter]]] = {}
+        self._lists: dict[int, tuple[list[nn.Parameter], list[list[nn.Parameter]]]] = {}
 
     def __call__(self) -> None:
         """Update the parameters once."""
@@ -81,7 +82,7 @@ class _Step:
             return
         groups = optimizer.param_groups
         # For the time of the step alone: checkpoints and schedules know the groups that the user made.
-        optimizer.param_groups = [part for group in groups for part in self._parts(group)]
+        optimizer.param_groups = [part for place, group in enumerate(groups) for part in self._parts(place, group)]
         try:
             if self._plain is None or _COMPILER in sys.modules:
                 optimizer.step()
@@ -92,17 +93,18 @@ class _Step:
         finally:
             optimizer.param_groups = groups
 
-    def _parts(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _parts(self, place: int, group: dict[str, Any]) -> list[dict[str, Any]]:
         """The group with its small parameters in lists, where torch's `foreach` does the same to these."""
         if type(self._optimizer) not in (SGD, Adam, AdamW):
             return [group]
-        key = id(group), len(group["params"])
-        if key not in self._lists:
-            self._lists[key] = _in_lists(group["params"])
-        single, *lists = self._lists[key]
+        members = group["params"]
+        known, (single, *lists) = self._lists.get(place, ([], [[]]))
+        if len(known) != len(members) or not all(map(operator.is_, known, members)):
+            single, *lists = _in_lists(members)
+            self._lists[place] = list(members), [single, *lists]
         if not lists or not _allows_lists(group):
             return [group]
-        parts = [{**group, "params": members, "foreach": True} for members in lists]
+        parts = [{**group, "params": small, "foreach": True} for small in lists]
         return [{**group, "params": single}, *parts] if single else parts
 
 
