@@ -627,7 +627,7 @@ def test_start_takes_the_fields_of_a_job() -> None:
 
 @pytest.mark.parametrize("plan", ["serial", "data=2"])
 def test_disk_that_is_full_fails_the_run_and_leaves_nothing_half(
-    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint that cannot be written is a failed training, not wrong input; the last complete one counts."""
     write = write_aside
@@ -640,6 +640,7 @@ def test_disk_that_is_full_fails_the_run_and_leaves_nothing_half(
     monkeypatch.setattr(checkpoint, "write_aside", full)
     with pytest.raises(RunFailed, match=r"cannot be written.*No space left.*ended after step 20"):
         _train(_job(), tmp_path / "run", plan, checkpoint_every="10")
+    assert "Traceback" not in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
     assert read_events(tmp_path / "run" / "events.jsonl")[-1].kind == "failure"
     monkeypatch.undo()
