@@ -53,6 +53,22 @@ COMMANDS = [line for block in BLOCKS if block.language == "sh" for line in block
 TWO_EPOCHS = ["train", "digits", "--plan", "data=2", "--epochs", "2"]
 
 
+_ran: set[str] = set()
+"""Lines that were run; later ones use the folders that earlier ones left."""
+
+
+def _left_out(last: str | None = None) -> str:
+    """For messages of failures: commands before `last` (of the page, where none is given) that -k left out."""
+    before = COMMANDS[: COMMANDS.index(last)] if last is not None else COMMANDS
+    missing = [line for line in before if _words(line)[0] != "make" and line not in _ran]
+    return f"; these were not run before, run the whole file: {missing}" if missing else ""
+
+
+def _left_by_commands(path: Path) -> str:
+    assert path.exists(), f"no command wrote {path.name}{_left_out()}"
+    return path.read_text("utf-8")
+
+
 def _words(line: str) -> list[str]:
     return shlex.split(line, comments=True)
 
@@ -117,11 +133,12 @@ def test_set_up_commands_exist(line: str) -> None:
 @pytest.mark.parametrize("line", [line for line in COMMANDS if _words(line)[0] != "make"])
 def test_command(line: str, reader: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program, *rest = _words(line)
+    _ran.add(line)
     if program != "shardwise":
         # The interpreter of this environment: the reader's PATH need not name it.
         command = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *rest]
         done = subprocess.run(command, cwd=reader, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr + _left_out(line)
         if "my_loop.py" in rest:
             workers = 2 if program == "torchrun" else 1
             assert done.stdout.startswith(f"{workers} worker"), done.stdout
@@ -132,7 +149,7 @@ def test_command(line: str, reader: Path, capfd: pytest.CaptureFixture[str]) -> 
         assert code == 2
         assert err.startswith("error: plan expert=2: the model has no experts")
         return
-    assert code == 0, err
+    assert code == 0, err + _left_out(line)
     if "--json" in rest:
         assert set(json.loads(out)) >= {"run", "plan", "workers", "steps", "loss", "metrics"}
         assert err == ""
@@ -144,12 +161,12 @@ def test_command(line: str, reader: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_loop_gives_one_loss_on_any_number_of_workers(reader: Path) -> None:
-    assert (reader / "loss-1").read_text("utf-8") == (reader / "loss-2").read_text("utf-8")
+    assert _left_by_commands(reader / "loss-1") == _left_by_commands(reader / "loss-2")
 
 
 def test_first_run_prints_what_the_page_shows(reader: Path) -> None:
     shown = next(block.text for block in BLOCKS if block.text.startswith("digits: plan"))
-    err = (reader / "two-epochs").read_text("utf-8")
+    err = _left_by_commands(reader / "two-epochs")
     pattern = re.compile(r"^(digits: plan|epoch \d+/\d+  train loss|[a-z]+ ?[a-z]*(?=  ))", re.MULTILINE)
     said, expected = set(pattern.findall(err)), set(pattern.findall(shown))
     assert {name for name in expected if not name.startswith("epoch")} <= said
@@ -161,7 +178,7 @@ def test_first_run_prints_what_the_page_shows(reader: Path) -> None:
 
 def test_resumed_run_went_on(reader: Path) -> None:
     """The two commands under "Checkpoints" are one run of 200 steps."""
-    summary = json.loads((reader / "runs" / "long" / "summary.json").read_text("utf-8"))
+    summary = json.loads(_left_by_commands(reader / "runs" / "long" / "summary.json"))
     assert (summary["first_step"], summary["steps"]) == (100, 200)
 
 

@@ -155,6 +155,14 @@ def test_wrong_arrays_are_refused(arrays: Any, message: str) -> None:
         Arrays(arrays)
 
 
+def test_targets_beside_the_inputs_are_not_printed() -> None:
+    with pytest.raises(
+        JobError, match=r"Arrays was given a Tensor as transform: .* Arrays\(\(inputs, targets\)\)"
+    ) as refused:
+        Arrays(torch.zeros(3, 2), torch.zeros(3))  # type: ignore[arg-type]
+    assert len(str(refused.value)) < 200
+
+
 def test_wrong_arguments_are_refused_at_once() -> None:
     source = images()
     for wrong in ({"batch_size": 0}, {"rank": 2, "ranks": 2}, {"start": 3, "stop": 2}, {"rank": -1}):

@@ -330,3 +330,21 @@ def test_steps_that_others_disturbed_are_timed_again(monkeypatch: pytest.MonkeyP
     times = iter([0.10, 0.40] + 6 * [0.1, 0.40])  # a larger step may not fit into the cache
     assert [one.seconds for one in counting._steps_seen(None, batches)] == [0.1, 0.4]  # type: ignore[arg-type]
     assert len(list(times)) == 6
+
+
+def first_part(model: Any, batch: Any) -> Tensor:
+    return model[0](batch[0]).square().mean()  # type: ignore[no-any-return]
+
+
+def both_parts(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model[1](model[0](batch[0]).detach()), batch[1])
+
+
+@pytest.mark.parametrize("fake", [True, False], ids=["fake", "real"])
+def test_a_step_of_several_objectives_is_counted_whole(fake: bool) -> None:
+    one = job_of(lambda: nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 4)), torch.randn(12, 5), classes(12))
+    found = facts(replace(one, loss=None, objective={"first": first_part, "both": both_parts}), fake=fake)
+    assert flops(found, "forward", 6) == 6 * 2 * (2 * 5 * 8 + 8 * 4)
+    assert found.cuts == ()  # a pipeline follows one objective
+    assert flops(found, "backward", 6) == 6 * 2 * (5 * 8 + 8 * 4)  # for weights alone
+    assert flops(found, "optimizer", 6) == 0

@@ -200,10 +200,12 @@ def job(rank: int = 0) -> shardwise.Job:
 """
 
 
-def _node(place: Path, *, smoothing: float = 0.0, seed: int = 0, rows: int = 40, outputs: int = 2) -> None:
+def _node(
+    place: Path, *, smoothing: float = 0.0, seed: int = 0, rows: int = 40, outputs: int = 2, comment: str = ""
+) -> None:
     place.mkdir()
     text = f"from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(3, {outputs})\n"
-    (place / "some_models.py").write_text(text)
+    (place / "some_models.py").write_text(text + comment)
     values = {"models": "some_models", "smoothing": smoothing, "seed": seed, "rows": rows}
     (place / "job.py").write_text(_JOB.format(**values))
 
@@ -224,6 +226,7 @@ def _start_of_rank(folder: Path, changed: str) -> str:
     ("other", "changed", "words"),
     [
         ({}, "job", ""),  # the same to the last bits of a figure that each computed
+        ({"comment": "\n\n# on this machine only\n"}, "job", ""),
         ({}, "set.n", "set.n is 0 on rank 0 and 1 on rank 1; start all with the same"),
         ({"smoothing": 0.1}, "job", "the file job.py of the job is another one on rank 1"),
         ({"outputs": 3}, "job", "the file some_models.py of the job is another one on rank 1"),

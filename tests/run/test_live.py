@@ -415,3 +415,33 @@ def test_a_loop_that_steps_the_optimizer_itself_on_several_workers(tmp_path: Pat
         for batch in run.batches():
             run.model(cast(Any, batch.inputs)).sum().backward()
             run.optimizer.step()
+
+
+SEVERAL = """
+import sys
+sys.path.insert(0, {here!r})
+import shardwise
+from shardwise.dist.collectives import Group
+from test_live import make_job
+
+for number in range(5):
+    with shardwise.start(make_job(), device="cpu") as run:
+        assert Group.world().gather_objects(number) == [number, number]
+        assert run.step(next(iter(run.batches()))) > 0
+    print("run", number, flush=True)
+"""
+
+
+def test_one_script_has_several_runs_one_after_another(tmp_path: Path) -> None:
+    """torchrun keeps one store, where ranks would find the addresses of a group that is gone."""
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL.format(here=str(Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run 4") == 2

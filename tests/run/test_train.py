@@ -233,6 +233,38 @@ def test_predict_gives_outputs_in_order(tmp_path: Path) -> None:
         shardwise.predict(run, torch.zeros(0, 9))
 
 
+class _Cache:
+    """What a model of another library may return beside its numbers."""
+
+
+class _Talks(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x), "extra": [x.mean(), None, _Cache()]}
+
+
+def test_predict_leaves_out_what_has_no_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _train(_job(), tmp_path / "run", "serial")
+    monkeypatch.setattr(type(run), "model", _Talks(9, 4))
+    inputs = torch.randn(29, 9)
+    outputs = shardwise.predict(run, inputs, batch_size=8)
+    assert outputs["logits"].shape == (29, 4)
+    assert outputs["extra"] == (None, None, None)
+    said = capsys.readouterr().err
+    assert "['extra'][0] (a single number)" in said
+    assert "['extra'][2] (_Cache)" in said
+    assert said.count("warning") == 1
+    monkeypatch.setattr(type(run), "model", nn.Sequential(nn.Linear(9, 4), _OnlyCache()))
+    with pytest.raises(JobError, match="the model returned no tensor with a row for each sample, but a _Cache"):
+        shardwise.predict(run, inputs)
+
+
+class _OnlyCache(nn.Module):
+    def forward(self, x: Tensor) -> _Cache:
+        return _Cache()
+
+
 def test_a_run_is_opened_with_its_hyper_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["train", "digits", "--set", "width=3", "--steps", "2", "--out", "run", "--plan", "serial", "--quiet"]
@@ -595,7 +627,7 @@ def test_start_takes_the_fields_of_a_job() -> None:
 
 @pytest.mark.parametrize("plan", ["serial", "data=2"])
 def test_disk_that_is_full_fails_the_run_and_leaves_nothing_half(
-    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint that cannot be written is a failed training, not wrong input; the last complete one counts."""
     write = write_aside
@@ -608,6 +640,7 @@ def test_disk_that_is_full_fails_the_run_and_leaves_nothing_half(
     monkeypatch.setattr(checkpoint, "write_aside", full)
     with pytest.raises(RunFailed, match=r"cannot be written.*No space left.*ended after step 20"):
         _train(_job(), tmp_path / "run", plan, checkpoint_every="10")
+    assert "Traceback" not in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
     assert read_events(tmp_path / "run" / "events.jsonl")[-1].kind == "failure"
     monkeypatch.undo()

@@ -40,6 +40,11 @@ class Arrays(Source):
     """
 
     def __init__(self, arrays: Any, transform: Transform | None = None) -> None:
+        if transform is not None and not callable(transform):
+            raise JobError(
+                f"Arrays was given a {type(transform).__name__} as transform: inputs and targets go in one tuple, "
+                "Arrays((inputs, targets))"
+            )
         pair = tuple(arrays) if isinstance(arrays, tuple | list) else (arrays, None)
         if len(pair) == 1:
             pair = (pair[0], None)

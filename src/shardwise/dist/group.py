@@ -6,6 +6,7 @@ rank says so, is added here.
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from shardwise import errors
 from shardwise.spec.rank import Rank
 
 _TIMEOUT_TEXTS = ("timed out", "timeout")
+
+_numbers = itertools.count()
+"""Numbers of the groups that this process makes: all ranks run the same script, so that the n-th is the same one everywhere."""
 
 
 @contextmanager
@@ -84,9 +88,9 @@ def _init(rank: Rank, device: str, timeout: timedelta) -> None:
         # gloo beside it, for what lives on the CPU: flags, counts, checkpoint plans.
         backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
         device_id = torch.device(device, rank.local_rank)
-    # The store's keys carry the number of the restart, because a launcher may keep one store over restarts, and the
-    # addresses of ranks that died would be found there.
-    store = PrefixStore(f"shardwise/restart/{rank.restarts}", _store(rank, timeout))
+    # The store's keys carry the numbers of the restart and of the group, because a launcher may keep one store over
+    # restarts and over the runs of one script, and the addresses of ranks and groups that are gone would be found there.
+    store = PrefixStore(f"shardwise/restart/{rank.restarts}/group/{next(_numbers)}", _store(rank, timeout))
     dist.init_process_group(
         backend, store=store, rank=rank.rank, world_size=rank.workers, timeout=timeout, device_id=device_id
     )

@@ -112,6 +112,7 @@ class Counting(TorchDispatchMode):
 
     def enter(self, name: str) -> None:
         """A module's forward pass begins."""
+        self.updating = False  # of a step with several objectives, the next one
         self._stack.append(name)
         self._mark()
 

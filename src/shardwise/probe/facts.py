@@ -353,6 +353,8 @@ def _tensor_names(job: Job, splits: Splits, *, fake: bool) -> tuple[frozenset[st
 
 def _possible_cuts(job: Job, splits: Splits, blocks: Sequence[str], *, fake: bool) -> tuple[CutFacts, ...]:
     """Where a pipeline may cut the model and what would cross there, for one sample; none where it cannot be cut."""
+    if job.turns:  # a pipeline follows one objective through the model
+        return ()
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from shardwise.parallel.pipeline.stages import possible_cuts  # tracing takes half a second to import

@@ -121,6 +121,8 @@ def from_exception(error: BaseException, rank: int) -> Failure:
         known = _public_class(error).__name__
         if isinstance(error, errors.RunFailed) and error.details:
             details = error.details
+        elif isinstance(error, errors.RunFailed) and error.__suppress_context__ and error.__cause__ is None:
+            details = ""  # raised `from None`: its words say all there is to know
         return Failure(rank=rank, kind=kind, summary=last_line, details=details, error_class=known, message=str(error))
     return Failure(rank=rank, kind=_kind(error), summary=f"failed with {last_line}", details=details)
 

@@ -5,6 +5,7 @@ A loss that was changed on one machine only, or data in another order there, giv
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -36,28 +37,33 @@ class Held(NamedTuple):
     """What one process holds.
 
     Attributes:
-        code: name of each file that the job comes from -> digest.
+        code: name of each file that the job comes from -> digests of its text, and of what Python reads in it (without
+            comments); the second may differ between versions of Python, so one of them must agree.
         length: samples of the training split; None where only reading them tells.
         rows: index and means of the absolute values of some samples, where they are rows of arrays.
     """
 
-    code: Mapping[str, str]
+    code: Mapping[str, tuple[str, str]]
     length: int | None
     rows: tuple[tuple[int, tuple[float, ...]], ...]
 
 
 def held(job: Job, splits: Splits) -> Held:
     """What this process holds; reads the files of the job and a few samples."""
-    code: dict[str, str] = {}
+    code: dict[str, tuple[str, str]] = {}
     for file in sorted({file for function in _functions(job) for file in _files(function)}):
-        code[file.name] = hashlib.sha256(f"{code.get(file.name, '')}".encode() + file.read_bytes()).hexdigest()
+        text = file.read_bytes()
+        before = code.get(file.name, ("", ""))
+        read = zip(before, (text, _without_comments(text)), strict=True)
+        first, second = (hashlib.sha256(digest.encode() + form).hexdigest() for digest, form in read)
+        code[file.name] = first, second
     return Held(code, splits.train.length, tuple(_rows(splits.train)))
 
 
 def difference(first: Held, other: Held, rank: int) -> str | None:
     """In words, what rank `rank` holds that is not as on rank 0; None where nothing is known to differ."""
     for name in first.code.keys() & other.code.keys():
-        if first.code[name] != other.code[name]:
+        if not any(ours == theirs for ours, theirs in zip(first.code[name], other.code[name], strict=True)):
             return (
                 f"the file {name} of the job is another one on rank {rank} than on rank 0; bring all machines the same"
             )
@@ -76,6 +82,13 @@ def difference(first: Held, other: Held, rank: int) -> str | None:
                 "the same order (a listing of files has none until it is sorted), made with the same seed"
             )
     return None
+
+
+def _without_comments(text: bytes) -> bytes:
+    try:
+        return ast.dump(ast.parse(text)).encode()
+    except (SyntaxError, ValueError):  # it is no Python file
+        return text
 
 
 def _functions(job: Job) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from shardwise.errors import FolderError, JobError
 from shardwise.run.build import build_model
 from shardwise.run.export import load_weights
 from shardwise.run.folder import RunFolder
+from shardwise.run.progress import tell
 from shardwise.run.tryout import call_model
 from shardwise.spec.events import StepsEvent, read_events
 from shardwise.spec.job import Job
@@ -116,16 +117,27 @@ def predict(run: Run, inputs: Any, *, batch_size: int | None = None) -> Any:
         batch_size: samples per forward pass; the job's evaluation batch size by default.
 
     Returns:
-        The model's outputs joined along the first dim, in the order of the inputs.
+        The model's outputs joined along the first dim, in the order of the inputs. What cannot be joined in a tuple or
+        dict (a cache, a single number) is None there, with a warning.
 
     Raises:
-        JobError: the inputs have no samples, or first dims that differ.
+        JobError: the inputs have no samples, or first dims that differ; the outputs have no tensors, or shapes that differ.
     """
     size = batch_size or run.job.eval_batch_size or run.job.batch_size
     outputs = [call_model(run.model, part) for part in _parts(inputs, size)]
     if not outputs:
         raise JobError("predict was given no samples")
-    return _join(outputs)
+    left_out: dict[str, str] = {}
+    joined = _join(outputs, "", left_out)
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(joined)):
+        raise JobError(
+            f"predict: the model returned no tensor with a row for each sample, but a {type(outputs[0]).__name__}: let it "
+            "return a tensor, or a tuple or dict of tensors, or call run.model on your batches"
+        )
+    if left_out:
+        named = ", ".join(f"{place} ({kind})" for place, kind in left_out.items())
+        tell(f"warning: predict gives None for what has no row for each sample in the model's output: {named}")
+    return joined
 
 
 def _parts(inputs: Any, size: int) -> Iterator[Any]:
@@ -141,12 +153,22 @@ def _parts(inputs: Any, size: int) -> Iterator[Any]:
         yield tree_map(lambda leaf: leaf[start : start + size], tree)  # noqa: B023  # used before the next turn
 
 
-def _join(outputs: list[Any]) -> Any:
+def _join(outputs: list[Any], place: str, left_out: dict[str, str]) -> Any:
+    """The outputs of all batches as one; what has no rows of samples is None, and noted in `left_out`."""
     first = outputs[0]
-    if isinstance(first, Tensor):
+    if isinstance(first, Tensor) and first.dim():
+        if len({output.shape[1:] for output in outputs}) > 1:
+            shapes = sorted({tuple(output.shape) for output in outputs})
+            raise JobError(
+                f"predict: output{place} has shapes {shapes} in different batches, which cannot be joined: "
+                "call predict for one batch (batch_size=...), or let the model return one shape"
+            )
         return torch.cat(outputs)
     if isinstance(first, dict):
-        return {key: _join([output[key] for output in outputs]) for key in first}
+        return {key: _join([output[key] for output in outputs], f"{place}[{key!r}]", left_out) for key in first}
     if isinstance(first, (tuple, list)):
-        return tuple(_join([output[index] for output in outputs]) for index in range(len(first)))
-    raise JobError(f"predict: the model returned a {type(first).__name__}, which cannot be joined over batches")
+        items = range(len(first))
+        return tuple(_join([output[item] for output in outputs], f"{place}[{item}]", left_out) for item in items)
+    if first is not None:
+        left_out[place] = "a single number" if isinstance(first, Tensor) else type(first).__name__
+    return None
