@@ -144,7 +144,8 @@ def test_lists_follow_the_groups(change: str) -> None:
     def train(short: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         parameters = [nn.Parameter(torch.randn(5)) for _ in range(41)]
-        optimizer = torch.optim.Adam([{"params": parameters[:20]}, {"params": parameters[20:40], "lr": 0.1}], lr=0.01)
+        groups: list[dict[str, Any]] = [{"params": parameters[:20]}, {"params": parameters[20:40], "lr": 0.1}]
+        optimizer = torch.optim.Adam(groups, lr=0.01)
         step = OptimizerStep(optimizer) if short else optimizer.step
         first, second = optimizer.param_groups
         for count in range(4):
