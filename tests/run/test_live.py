@@ -111,6 +111,20 @@ def test_a_checkpoint_holds_what_the_loop_noted_of_its_step(
         assert run.state == {"seen": run.steps_taken}
 
 
+def test_the_last_checkpoint_holds_what_was_written_after_the_one_before(tmp_path: Path) -> None:
+    with start(make_job(), device="cpu", out=tmp_path) as run:
+        for batch in run.batches():
+            run.step(batch)
+        run.state["mean"] = torch.zeros(5000)
+        run.save()
+        run.state["mean"][2500] = 1.0  # in the middle, which torch does not print
+        with torch.no_grad():
+            weight = next(run.model.parameters()).mul_(2.0).clone()
+    with start(make_job(), device="cpu", out=tmp_path, resume=True) as run:
+        assert run.state["mean"].sum() == 1.0
+        assert torch.equal(next(run.model.parameters()), weight)
+
+
 def test_steps_on_one_batch_are_in_a_checkpoint_together(tmp_path: Path) -> None:
     with start(make_job(), device="cpu") as run:
         expected = [run.step(batch) for batch in run.batches() for _ in range(2)]
@@ -445,3 +459,34 @@ def test_one_script_has_several_runs_one_after_another(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run 4") == 2
+
+
+NOTED = """
+import sys
+sys.path.insert(0, {here!r})
+import shardwise
+from test_live import make_job
+
+with shardwise.start(make_job(), device="cpu", out={out!r}) as run:
+    for batch in run.batches():
+        run.step(batch)
+    run.save()
+    if run.rank == 0:
+        run.state["note"] = "of one rank"
+"""
+
+
+def test_one_rank_may_note_something_at_the_end(tmp_path: Path) -> None:
+    """It alone would write the last checkpoint, and wait for the others."""
+    script, out = tmp_path / "noted.py", tmp_path / "run"
+    script.write_text(NOTED.format(here=str(Path(__file__).parent), out=str(out)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with start(make_job(), device="cpu", out=out, resume=True) as run:
+        assert run.state == {"note": "of one rank"}

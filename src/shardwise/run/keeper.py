@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from pathlib import Path
 from time import perf_counter
 from typing import Any, final
 
+import torch
+
 from shardwise.data.batch import Batch
 from shardwise.errors import RunFailed, Stopped
+from shardwise.run.assemble import Assembly
 from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.course import end_epoch, evaluate_test, make_equal, note_step, open_books, save_checkpoint, settle
 from shardwise.run.session import Session
@@ -32,7 +36,7 @@ class Keeper:
         self._course.saves_between = True
         self._epoch_began = perf_counter()
         self._ended = False
-        self._saved: tuple[int, int, str] | None = None
+        self._saved: tuple[int, int, int, bytes] | None = None
         self._assembly.clock.restart()
 
     def begin_epoch(self) -> None:
@@ -99,13 +103,24 @@ class Keeper:
         if self._ledger.settle_pending:
             settle(self._assembly, self._course, self._ledger, self._observer)
 
-    def _stands_at(self) -> tuple[int, int, str]:
-        """What a checkpoint would hold: after a step's own, the epoch may end, and the user may note something."""
-        return self._assembly.step, self._course.position.epoch, repr(self._course.state)
+    def _stands_at(self) -> tuple[int, int, int, bytes]:
+        """Tells what a checkpoint would hold: after a step's own, the epoch may end, and the user may note or write something."""
+        a, course = self._assembly, self._course
+        return a.step, course.position.epoch, written(a), pickle.dumps(course.state)
+
+    def _is_saved(self) -> bool:
+        """Whether the last checkpoint holds all there is. The same on all ranks, of which one alone may have noted something."""
+        differs = torch.tensor(float(self._saved != self._stands_at()), device=self._assembly.device)
+        return not self._assembly.world.sum_(differs, "whether a checkpoint is due").item()
 
     def _end(self, *, weights: bool) -> dict[str, Any]:
         self._ended = True
         make_equal(self._assembly)
-        if self._saved != self._stands_at():
+        if not self._is_saved():
             save_checkpoint(self._assembly, self._course)
         return self.session.finish(weights=weights)
+
+
+def written(a: Assembly) -> int:
+    """Grows whenever something writes to a parameter."""
+    return sum(parameter._version for parameter in a.parameters)

@@ -24,7 +24,7 @@ from shardwise.run.course import Position
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder
-from shardwise.run.keeper import Keeper
+from shardwise.run.keeper import Keeper, written
 from shardwise.run.loop import open_epoch
 from shardwise.run.step import take_step
 from shardwise.spec.job import Job
@@ -248,20 +248,15 @@ class LiveRun:
                 if batch is None:
                     return
                 self._under_way = self._given = batch
-                weights = _changes(a) if a.world.size > 1 else 0
+                weights = written(a) if a.world.size > 1 else 0
                 try:
                     yield batch
                 finally:
                     self._given = None
-                if self._under_way is batch and a.world.size > 1 and _changes(a) != weights:
+                if self._under_way is batch and a.world.size > 1 and written(a) != weights:
                     raise JobError(
                         "the weights changed, but the batch was not given to run.step(): with an optimizer.step() of its own, "
                         f"each of {a.world.size} workers trains alone, on its own part of the data. Replace the forward pass, "
                         "backward(), optimizer.step() and zero_grad() by loss = run.step(batch)"
                     )
                 self._done()
-
-
-def _changes(a: Assembly) -> int:
-    """Grows whenever something writes to a parameter."""
-    return sum(parameter._version for parameter in a.parameters)
