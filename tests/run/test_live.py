@@ -399,6 +399,12 @@ def test_only_a_step_can_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert bool(told) is (place == "inside")
 
 
+def _under_torchrun(script: Path) -> subprocess.CompletedProcess[str]:
+    """The script on two workers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+
 OWN_STEPS = """
 import sys
 import shardwise
@@ -416,13 +422,7 @@ def test_a_loop_that_steps_the_optimizer_itself_on_several_workers(tmp_path: Pat
     """Each worker would train a model of its own, and nobody would be told."""
     script = tmp_path / "own_steps.py"
     script.write_text(OWN_STEPS.format(here=str(Path(__file__).parent)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    done = _under_torchrun(script)
     assert done.returncode == 1
     assert "JobError: the weights changed, but the batch was not given to run.step()" in done.stderr
     with start(make_job(), device="cpu") as run:  # one worker may
@@ -450,13 +450,7 @@ def test_one_script_has_several_runs_one_after_another(tmp_path: Path) -> None:
     """torchrun keeps one store, where ranks would find the addresses of a group that is gone."""
     script = tmp_path / "several.py"
     script.write_text(SEVERAL.format(here=str(Path(__file__).parent)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    done = _under_torchrun(script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run 4") == 2
 
@@ -480,13 +474,7 @@ def test_one_rank_may_note_something_at_the_end(tmp_path: Path) -> None:
     """It alone would write the last checkpoint, and wait for the others."""
     script, out = tmp_path / "noted.py", tmp_path / "run"
     script.write_text(NOTED.format(here=str(Path(__file__).parent), out=str(out)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    done = _under_torchrun(script)
     assert done.returncode == 0, done.stderr
     with start(make_job(), device="cpu", out=out, resume=True) as run:
         assert run.state == {"note": "of one rank"}

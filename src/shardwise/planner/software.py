@@ -7,7 +7,7 @@ The logarithm of measured over predicted seconds is taken as
 with `common` ~ N(0, COMMON^2), `own` ~ N(0, OWN^2) whose covariance of two runs falls with their distance, OWN^2 e^-d, and
 noise of variance `KnownRun.noise` (Gaussian process regression: Rasmussen and Williams 2006, chapter 2). So one run moves mostly
 what all runs have in common, several tell what some layouts have of their own, and what nothing is known about stays at 1.
-The three sizes were chosen on tables of published runs while the planner was blind to them (benchmarks/calibration.py).
+The three sizes were chosen on tables of published runs while the planner was blind to them (docs/calibration.md).
 """
 
 import math
