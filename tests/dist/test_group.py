@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,3 +152,42 @@ def test_a_group_of_other_ranks_or_without_the_backend_is_refused() -> None:
     assert first.startswith("the process group that is there already makes this process rank 1 of 2, but RANK and WORLD_SIZE")
     assert "(backend cuda:gloo) cannot send tensors on cpu" in second
     assert second.endswith("Make it with backend 'gloo'.")
+
+
+LATE = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from shardwise.dist.group import process_group
+from shardwise.spec.rank import Rank
+
+rank = Rank(rank=int(sys.argv[1]), local_rank=int(sys.argv[1]), workers=2, local_workers=2, endpoint=sys.argv[2])
+with process_group(rank, "cpu", 60.0):
+    kept = dist.group.WORLD
+    dist.all_reduce(torch.ones(3))
+    for thread in Path("/proc/self/task").iterdir():
+        if "gloo" in (thread / "comm").read_text():
+            os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+    for _ in range(50):
+        dist.all_reduce(torch.ones(3))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system cannot hold single threads up")
+def test_a_process_ends_well_where_its_threads_are_late(tmp_path: Path) -> None:
+    """gloo's threads drop tensors after the collective is over: where they are held up, that was after Python's end."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", LATE, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True
+            )
+            for rank in range(2)
+        ]
+        ended = [(rank.communicate(timeout=100)[1], rank.returncode) for rank in ranks]
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert ended == [("", 0), ("", 0)]

@@ -7,10 +7,12 @@ rank says so, is added here.
 from __future__ import annotations
 
 import itertools
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,12 @@ from shardwise import errors
 from shardwise.spec.rank import Rank
 
 _TIMEOUT_TEXTS = ("timed out", "timeout")
+
+_GLOO_THREAD = "pt_gloo_runloop"
+"""How torch names the threads that run gloo's collectives (ProcessGroupGloo.cpp)."""
+
+_IDLE_SECONDS = 10.0
+_LOOK_SECONDS = 0.005
 
 _numbers = itertools.count()
 """Numbers of the groups that this process makes: all ranks run the same script, so that the n-th is the same one everywhere."""
@@ -53,11 +61,40 @@ def process_group(rank: Rank, device: str, timeout_seconds: float) -> Iterator[N
             yield
         return
     timeout = timedelta(seconds=timeout_seconds)
-    with _timeouts_explained(rank, timeout_seconds):
-        _init(rank, device, timeout)
-        yield
-    # Left out when the block raised: the process is about to end, and leaving a group can wait for ranks that are gone.
-    dist.destroy_process_group()
+    try:
+        with _timeouts_explained(rank, timeout_seconds):
+            _init(rank, device, timeout)
+            yield
+        # Left out when the block raised: the process is about to end, and leaving a group can wait for ranks that are gone.
+        dist.destroy_process_group()
+    finally:
+        await_idle_threads()
+
+
+def await_idle_threads() -> None:
+    """Wait until gloo's threads have let go of the tensors they sent (Linux; at most some seconds, usually 10 ms).
+
+    They outlive the group where anything still refers to it (a device mesh does), and may be about to drop the last
+    reference to a tensor, for which they need Python. If Python ends first, its end ends the process by SIGABRT,
+    "terminate called without an active exception".
+    """
+    deadline, looks = time.monotonic() + _IDLE_SECONDS, 0
+    while looks < 2 and time.monotonic() < deadline:
+        states = [_state(thread) for thread in Path("/proc/self/task").glob("*")]
+        gloo = [state for name, state in states if name == _GLOO_THREAD]
+        if not gloo:
+            return
+        looks = looks + 1 if set(gloo) == {"S"} else 0
+        time.sleep(_LOOK_SECONDS)  # also lets a thread that waits for Python have it
+
+
+def _state(thread: Path) -> tuple[str, str]:
+    """A thread's name, and S where it sleeps, R where it runs or would like to (proc(5))."""
+    try:
+        name, _, rest = (thread / "stat").read_text(encoding="utf-8", errors="replace").partition("(")[2].rpartition(")")
+    except OSError:  # it has just ended
+        return "", ""
+    return name, rest.split()[0]
 
 
 def _check_given(rank: Rank, device: str) -> None:
