@@ -53,6 +53,12 @@ def open_folder(
         if isinstance(agreed, UserError):
             raise agreed
         path, resume = agreed
+        blind = [rank for rank, seen in enumerate(world.gather_objects(Path(path).is_dir())) if not seen]
+        if blind:
+            raise FolderError(
+                f"rank {blind[0]} does not see the run folder {path}, which rank 0 has made: --out must be on a disk that all "
+                "machines share, by the same path on each"
+            )
         yield RunFolder.open(path), resume
         world.barrier()
 
