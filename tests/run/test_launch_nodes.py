@@ -30,6 +30,7 @@ from shardwise.dist.group import process_group
 from shardwise.jobs.digits import digits
 from shardwise.run import choose, rendezvous
 from shardwise.run.claim import open_folder
+from shardwise.run.folder import RunFolder
 from shardwise.run.launch import Nodes, launch
 from shardwise.run.network import interface_towards
 from shardwise.run.pulse import Pulse
@@ -270,6 +271,19 @@ def test_a_run_folder_that_one_machine_does_not_see_is_refused(tmp_path: Path) -
         errors.FolderError, match="rank 1 does not see the run folder run, which rank 0 has made: --out"
     ):
         launch(functools.partial(open_from, places=places), workers=2, threads=1)
+
+
+def goes_on(rank: Rank, place: Path) -> bool:
+    with (
+        process_group(rank, "cpu", SECONDS),
+        open_folder(place, "job", Group.world(), resume=rank.rank == 1) as (_, resume),
+    ):
+        return resume
+
+
+def test_a_run_goes_on_where_one_rank_knows_that_it_was_restarted(tmp_path: Path) -> None:
+    place = RunFolder.create(tmp_path / "run", "job").path
+    assert launch(functools.partial(goes_on, place=place), workers=2, threads=1) is True
 
 
 @pytest.mark.parametrize(("cores", "batch_size", "nodes", "workers"), [(2, 50, 2, 2), (2, 64, 2, 4), (4, 8, 3, 3)])
