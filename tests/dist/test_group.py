@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,9 +21,13 @@ from shardwise.dist.group import process_group
 from shardwise.spec.rank import SERIAL, Rank
 
 
-def in_ranks(function: Callable[[Rank], Any], restarts: tuple[int, ...] = (0,)) -> list[list[Any]]:
-    """Runs function in two forked ranks, once per number of restarts, over ONE store; results by round, then rank."""
+def in_ranks(
+    function: Callable[[Rank], Any], restarts: tuple[int | tuple[int, int], ...] = (0,), launcher: Literal["local", "torchrun"] = "local"
+) -> list[list[Any]]:
+    """Runs function in two forked ranks, once per number of restarts (both ranks' or each one's), over ONE store; results by
+    round, then rank."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"})
     context = multiprocessing.get_context("fork")
     rounds = []
     for number in restarts:
@@ -34,9 +38,9 @@ def in_ranks(function: Callable[[Rank], Any], restarts: tuple[int, ...] = (0,)) 
                 local_rank=index,
                 workers=2,
                 local_workers=2,
-                restarts=number,
-                launcher="local",
-                endpoint=f"127.0.0.1:{store.port}",
+                restarts=number if isinstance(number, int) else number[index],
+                launcher=launcher,
+                endpoint=f"127.0.0.1:{store.port}" if launcher == "local" else None,
             )
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=lambda r, p: p.send(function(r)), args=(rank, theirs))
@@ -52,6 +56,12 @@ def in_ranks(function: Callable[[Rank], Any], restarts: tuple[int, ...] = (0,)) 
             process.join()
         rounds.append(answers)
     return rounds
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "")  # put back at the end
 
 
 def test_one_worker_has_no_group() -> None:
@@ -82,6 +92,29 @@ def test_a_restarted_group_does_not_meet_its_predecessor_in_the_same_store() -> 
         return x.item()
 
     assert in_ranks(meet_and_stay, restarts=(0, 1, 2)) == [[3.0, 3.0]] * 3
+    # torchrun keeps one store too, and counts restarts for each node by itself.
+    assert in_ranks(meet_and_stay, restarts=(0, (0, 1), (1, 1), (2, 1)), launcher="torchrun") == [[3.0, 3.0]] * 4
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_rank_that_only_said_hello_before_it_ended_does_not_count(alone: int) -> None:
+    def meet_late(rank: Rank) -> float | str:
+        try:
+            return meet_if_here(rank)
+        except errors.RunFailed as error:
+            return str(error)
+
+    def meet_if_here(rank: Rank) -> float:
+        if rank.restarts == 0 and rank.rank != alone:
+            return 0.0  # ended before the group was there
+        with process_group(rank, "cpu", 1.0 if rank.restarts == 0 else 15.0):
+            x = torch.ones(1)
+            dist.all_reduce(x)
+        return x.item()
+
+    first, second = in_ranks(meet_late, restarts=(0, 1), launcher="torchrun")
+    assert f"rank {alone} timed out" in first[alone]
+    assert second == [2.0, 2.0]
 
 
 def test_a_rank_that_is_not_joined_says_who_waited() -> None:

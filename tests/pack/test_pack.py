@@ -358,6 +358,17 @@ def test_what_spark_leaves_beside_the_data_is_not_data(kind: Any, name: str, lin
     assert found[0].splits == found[1].splits
 
 
+def test_a_table_with_a_column_in_the_names_of_folders_is_refused(tmp_path: Path) -> None:
+    for value in ("1", "2"):
+        place = tmp_path / "size=3" / "table" / f"x={value}"  # what lies above the source is no part of it
+        place.mkdir(parents=True)
+        (place / "part-0.csv").write_text("z,y\n1,2\n3,4\n")
+    source = tmp_path / "size=3" / "table"
+    with pytest.raises(DataError, match=r"the column x of .*table is in the names of its folders \(x=1\)"):
+        pack(str(source), tmp_path / "out", PackOptions(target="y"))
+    pack(str(source / "x=1"), tmp_path / "out", PackOptions(target="y"))
+
+
 def test_a_mark_of_utf8_is_no_part_of_the_first_column(tmp_path: Path) -> None:
     path = tmp_path / "excel.csv"
     path.write_text('"age",y\n31,1\n32,0\n', encoding="utf-8-sig")

@@ -11,8 +11,10 @@ import pickle
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,8 +25,15 @@ import torch
 import torch.distributed as dist
 
 from shardwise import errors
+from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
+from shardwise.jobs.digits import digits
+from shardwise.run import choose, rendezvous
+from shardwise.run.claim import open_folder
+from shardwise.run.folder import RunFolder
 from shardwise.run.launch import Nodes, launch
+from shardwise.run.network import interface_towards
+from shardwise.run.pulse import Pulse
 from shardwise.spec.rank import Rank
 
 SECONDS = 20.0
@@ -39,7 +48,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_node(worker: Callable[[Rank], Any], nodes: Nodes, namespace: str | None = None, **arguments: Any) -> Node:
+def start_node(
+    worker: Callable[[Rank], Any],
+    nodes: Nodes,
+    namespace: str | None = None,
+    report: Callable[[str], None] = lambda _: None,
+    **arguments: Any,
+) -> Node:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
 
@@ -48,7 +63,7 @@ def start_node(worker: Callable[[Rank], Any], nodes: Nodes, namespace: str | Non
             with Path(f"/var/run/netns/{namespace}").open() as handle:
                 assert ctypes.CDLL(None).setns(handle.fileno(), CLONE_NEWNET) == 0
         try:
-            answer: Any = launch(worker, threads=1, nodes=nodes, report=lambda _: None, **{"workers": 2, **arguments})
+            answer: Any = launch(worker, threads=1, nodes=nodes, report=report, **{"workers": 2, **arguments})
         except errors.ShardwiseError as error:
             answer = error
         theirs.send_bytes(pickle.dumps(answer))
@@ -192,6 +207,94 @@ def test_a_node_without_node_0_says_so() -> None:
         launch(total_of_ranks, workers=2, threads=1, nodes=nodes)
 
 
+def test_nodes_that_start_other_numbers_of_workers_are_told() -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    nodes = [Nodes(count=2, node_rank=node, endpoint=endpoint, join_seconds=10.0) for node in range(2)]
+    started = [start_node(total_of_ranks, here, workers=2 + 2 * here.node_rank) for here in nodes]
+    answers = [str(answer_of(node)) for node in started]
+    assert answers[0].startswith("workers a node is 1 on node 0 and 2 on node 1. Start all nodes with the same")
+    assert answers[1].startswith("workers a node is 2 on node 1 and 1 on node 0.")
+
+
+def test_a_node_is_told_that_node_0_left_while_it_waited_for_others() -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    first = start_node(total_of_ranks, Nodes(count=3, endpoint=endpoint, join_seconds=1.0), workers=3)
+    later = start_node(total_of_ranks, Nodes(count=3, node_rank=1, endpoint=endpoint, join_seconds=SECONDS), workers=3)
+    assert "node 2 of 3 nodes did not come within 1 s" in str(answer_of(first))
+    answer = answer_of(later)
+    assert isinstance(answer, errors.RunFailed)
+    assert f"node 0, which hosts the store at {endpoint}, ended while this node waited" in str(answer)
+
+
+def test_whoever_waits_long_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_QUIET_SECONDS", 0.1)
+    said: list[str] = []
+    endpoint = f"127.0.0.1:{free_port()}"
+    for node in (0, 1):
+        nodes = Nodes(count=2, node_rank=node, endpoint=endpoint, join_seconds=0.5)
+        with pytest.raises(errors.RunFailed):
+            launch(total_of_ranks, workers=2, threads=1, nodes=nodes, report=said.append)
+    assert said == [
+        f"waiting for node 1 to come at {endpoint}, up to 0.5 s",
+        f"waiting for node 0 to answer at {endpoint}, up to 0.5 s",
+    ]
+
+
+def test_node_0_keeps_the_store_until_all_know_that_all_are_done() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set("here/0", "1")
+    store.set("here/1", "1")
+    first = Pulse(store, node=0, nodes=2, workers_per_node=1, lost_after_seconds=SECONDS)
+    store.set("done/1", "1")
+    while not first.all_done():
+        time.sleep(0.01)
+    ending = threading.Thread(target=first.end)
+    ending.start()
+    ending.join(0.5)
+    assert ending.is_alive()
+    store.set("heard/1", "1")
+    ending.join(SECONDS)
+    assert not ending.is_alive()
+
+
+def open_from(rank: Rank, places: list[Path]) -> None:
+    os.chdir(places[rank.rank])
+    with process_group(rank, "cpu", SECONDS), open_folder("run", "job", Group.world(), resume=False):
+        raise AssertionError("a folder that one rank does not see was opened")
+
+
+def test_a_run_folder_that_one_machine_does_not_see_is_refused(tmp_path: Path) -> None:
+    places = [tmp_path / "here", tmp_path / "there"]
+    for place in places:
+        place.mkdir()
+    with pytest.raises(
+        errors.FolderError, match="rank 1 does not see the run folder run, which rank 0 has made: --out"
+    ):
+        launch(functools.partial(open_from, places=places), workers=2, threads=1)
+
+
+def goes_on(rank: Rank, place: Path) -> bool:
+    with (
+        process_group(rank, "cpu", SECONDS),
+        open_folder(place, "job", Group.world(), resume=rank.rank == 1) as (_, resume),
+    ):
+        return resume
+
+
+def test_a_run_goes_on_where_one_rank_knows_that_it_was_restarted(tmp_path: Path) -> None:
+    place = RunFolder.create(tmp_path / "run", "job").path
+    assert launch(functools.partial(goes_on, place=place), workers=2, threads=1) is True
+
+
+@pytest.mark.parametrize(("cores", "batch_size", "nodes", "workers"), [(2, 50, 2, 2), (2, 64, 2, 4), (4, 8, 3, 3)])
+def test_nodes_get_the_same_number_of_workers(
+    monkeypatch: pytest.MonkeyPatch, cores: int, batch_size: int, nodes: int, workers: int
+) -> None:
+    monkeypatch.setattr(choose, "usable_cores", lambda: cores)
+    job = replace(digits(), batch_size=batch_size)
+    assert choose.choose_plan(job, workers=None, threads=None, device="cpu", nodes=nodes).layout.workers == workers
+
+
 def test_a_taken_port_is_said() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -199,6 +302,13 @@ def test_a_taken_port_is_said() -> None:
         nodes = Nodes(count=2, endpoint=f"127.0.0.1:{taken.getsockname()[1]}", join_seconds=5.0)
         with pytest.raises(errors.RunFailed, match="node 0 cannot host the store at"):
             launch(total_of_ranks, workers=2, threads=1, nodes=nodes)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_the_interface_towards_a_host_is_found(host: str) -> None:
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("NOT TESTED: IPv6, which this machine has not")
+    assert interface_towards(host) == "lo"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +340,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces that see each other as 10.213.77.1 and 10.213.77.2."""
+    """Two network namespaces that see each other as 10.213.77.1 and .2, fd77::1 and ::2."""
     names = (f"sw{os.getpid()}a", f"sw{os.getpid()}b")
     try:
         try:
@@ -239,6 +349,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
             ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
             for number, name in enumerate(names, start=1):
                 ip("-n", name, "addr", "add", f"10.213.77.{number}/24", "dev", name)
+                ip("-n", name, "addr", "add", f"fd77::{number}/64", "dev", name, "nodad")
                 ip("-n", name, "link", "set", name, "up")
                 ip("-n", name, "link", "set", "lo", "up")
         except (OSError, subprocess.CalledProcessError) as error:
@@ -249,8 +360,9 @@ def namespaces() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=20)
 
 
-def test_nodes_in_separate_networks_meet(namespaces: tuple[str, str]) -> None:
-    with two_nodes(total_of_ranks, endpoint="10.213.77.1:29500", namespaces=namespaces, workers=4) as nodes:
+@pytest.mark.parametrize("host", ["10.213.77.1", "[fd77::1]"])
+def test_nodes_in_separate_networks_meet(namespaces: tuple[str, str], host: str) -> None:
+    with two_nodes(total_of_ranks, endpoint=f"{host}:29500", namespaces=namespaces, workers=4) as nodes:
         answers = [answer_of(node) for node in nodes]
     assert [(rank.rank, total) for rank, total in answers] == [(0, 10.0), (2, 10.0)]
 

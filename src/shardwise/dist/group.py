@@ -6,9 +6,12 @@ rank says so, is added here.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +31,7 @@ _GLOO_THREAD = "pt_gloo_runloop"
 
 _IDLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.005
+_POLL_SECONDS = 0.01
 
 _numbers = itertools.count()
 """Numbers of the groups that this process makes: all ranks run the same script, so that the n-th is the same one everywhere."""
@@ -125,12 +129,48 @@ def _init(rank: Rank, device: str, timeout: timedelta) -> None:
         # gloo beside it, for what lives on the CPU: flags, counts, checkpoint plans.
         backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
         device_id = torch.device(device, rank.local_rank)
-    # The store's keys carry the numbers of the restart and of the group, because a launcher may keep one store over
-    # restarts and over the runs of one script, and the addresses of ranks and groups that are gone would be found there.
-    store = PrefixStore(f"shardwise/restart/{rank.restarts}/group/{next(_numbers)}", _store(rank, timeout))
+    # A launcher may keep one store over restarts and over the runs of one script: keys of their own keep the addresses of
+    # ranks and groups that are gone from being found.
+    store = _store(rank, timeout)
+    if rank.endpoint is not None:
+        keys = f"restart/{rank.restarts}/group/{next(_numbers)}"
+    else:
+        keys = f"meeting/{_meeting(PrefixStore('shardwise/meet', store), rank, timeout.total_seconds())}"
+    store = PrefixStore(f"shardwise/{keys}", store)
     dist.init_process_group(
         backend, store=store, rank=rank.rank, world_size=rank.workers, timeout=timeout, device_id=device_id
     )
+
+
+def _meeting(store: Store, rank: Rank, timeout_seconds: float) -> str:
+    """A name that the ranks that are here now agree on, and no others before them. Collective.
+
+    The number of the restart is none: torchrun counts the failures of each node's own workers, so that nodes that start again
+    together have different ones. Each rank says hello with a name of its own. Rank 0 proposes a meeting of those it has heard,
+    again whenever another one speaks for a rank, and closes it once all have said that they are in it.
+    """
+    own = uuid.uuid4().hex
+    ranks = range(rank.workers)
+    store.set(f"hello/{rank.rank}", own)
+    proposed: list[str] = []
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        if rank.rank == 0 and store.check([f"hello/{other}" for other in ranks]):
+            heard = [name.decode() for name in store.multi_get([f"hello/{other}" for other in ranks])]
+            if heard != proposed:
+                proposed = heard
+                store.set("proposed", json.dumps(proposed))
+        if store.check(["proposed"]):
+            names = json.loads(store.get("proposed"))
+            if own in names:
+                meeting = hashlib.sha256("".join(names).encode()).hexdigest()
+                store.set(f"in/{meeting}/{rank.rank}", "1")
+                if rank.rank == 0 and store.check([f"in/{meeting}/{other}" for other in ranks]):
+                    store.set(f"closed/{meeting}", "1")
+                if store.check([f"closed/{meeting}"]):
+                    return meeting
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"timed out after {timeout_seconds:g} s: the ranks did not all come to the store")
 
 
 def _store(rank: Rank, timeout: timedelta) -> Store:

@@ -25,7 +25,7 @@ from shardwise.data.readers.tablecode import (
     summarise,
 )
 from shardwise.errors import DataError, JobError
-from shardwise.pack.files import BLOCK_BYTES, Piece, find_data, open_file, read_range
+from shardwise.pack.files import BLOCK_BYTES, Piece, canonical, find_data, open_file, read_range
 from shardwise.pack.parts import Made, Maker, PackOptions, Part, Prepared, Run, cut, fingerprint, numbered
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".data", ".txt")
@@ -111,6 +111,13 @@ def _table_files(source: str) -> list[tuple[str, int]]:
     kinds = {url.endswith(PARQUET_SUFFIXES) for url, _ in found}
     if not found:
         raise DataError(f"{source} has no table: expected {', '.join((*TEXT_SUFFIXES, *PARQUET_SUFFIXES))}")
+    root = canonical(source)
+    for folder in (part for url, _ in found for part in url.removeprefix(root).split("/")[:-1]):
+        if "=" in folder:
+            raise DataError(
+                f"the column {folder.partition('=')[0]} of {source} is in the names of its folders ({folder}) and not in its "
+                "files, from which tables are read: write it without partitionBy, or pack one of the folders"
+            )
     if len(kinds) > 1:
         raise DataError(f"{source} has both text and Parquet tables: give one kind")
     filled = [file for file in found if file[1]]  # a reducer that was given nothing writes an empty file

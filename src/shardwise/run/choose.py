@@ -84,12 +84,13 @@ def choose_plan(job: Job, *, workers: int | None, threads: int | None, device: s
     """A sensible data-parallel plan for this machine.
 
     On accelerators one worker each; on CPU one worker a core, with one thread each, because a core that has its own
-    samples waits less than cores that share every operation; but no worker with fewer than `LEAST_SHARE` samples.
+    samples waits less than cores that share every operation; but no worker with fewer than `LEAST_SHARE` samples. Every node
+    gets the same number.
     """
     reasons = []
     if workers is None:
         units = accelerators() if device != "cpu" else usable_cores()
-        workers = max(1, min(units * nodes, job.batch_size // LEAST_SHARE))
+        workers = nodes * max(1, min(units, job.batch_size // LEAST_SHARE // nodes))
         kind = "accelerators" if device != "cpu" else "cores"
         reasons.append(
             f"{units * nodes} {kind}, global batch {job.batch_size}: {workers} "

@@ -35,13 +35,15 @@ def open_folder(
         out: where; None lets rank 0 make one.
         name: of the job.
         world: all ranks.
-        resume: a run is to go on.
+        resume: a run is to go on; one rank that says so is enough.
         ready: the launching process made the folder and holds its lock; else rank 0 does both.
     """
     if ready:
         yield RunFolder.open(out or ""), resume
         return
     with ExitStack() as stack:
+        # Of nodes that torchrun starts again together, only one whose own worker failed counts a restart.
+        resume = any(world.gather_objects(resume))
         answer: tuple[str, bool] | UserError = ("", False)
         if world.rank == 0:
             try:
@@ -53,6 +55,12 @@ def open_folder(
         if isinstance(agreed, UserError):
             raise agreed
         path, resume = agreed
+        blind = [rank for rank, seen in enumerate(world.gather_objects(Path(path).is_dir())) if not seen]
+        if blind:
+            raise FolderError(
+                f"rank {blind[0]} does not see the run folder {path}, which rank 0 has made: --out must be on a disk that all "
+                "machines share, by the same path on each"
+            )
         yield RunFolder.open(path), resume
         world.barrier()
 

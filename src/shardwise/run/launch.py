@@ -246,8 +246,10 @@ def _agent(crew: Crew, nodes: Nodes, max_restarts: int) -> RankAgent:
         endpoint=nodes.address(),
         run_id=nodes.run_id,
         join_seconds=nodes.join_seconds,
+        workers=crew.local_workers,
         method=crew.start_method,
         cancelled=lambda: bool(crew.signals),
+        report=crew.report,
     )
     spec = WorkerSpec(
         role="worker",
@@ -284,9 +286,10 @@ def _run_agent(agent: RankAgent, signals: list[int]) -> None:
                 thread.join()
     agent.forget_store()
     for error in raised:
-        if isinstance(error, RendezvousError):
+        if isinstance(error, (RendezvousError, errors.UserError)):
             # Its frames hold the store as well.
             traceback.clear_frames(error.__traceback__)
+        if isinstance(error, RendezvousError):
             if isinstance(error, RendezvousGracefulExitError):
                 raise errors.Stopped("stopped while waiting for the other nodes; nothing had started")
             raise errors.RunFailed(str(error))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from pathlib import Path
+from typing import Any
 
 from shardwise import errors
 
@@ -42,16 +44,33 @@ def interface_towards(host: str) -> str | None:
     """
     if sys.platform != "linux":
         return None
+    for family, _, _, _, place in _places(host):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(place)  # a datagram socket: chooses the route, sends nothing
+                own = probe.getsockname()[0]
+        except OSError:
+            continue
+        if family == socket.AF_INET6:
+            return _interface_of_6(own)
+        return next((name for _, name in socket.if_nameindex() if _address_of(name) == own), None)
+    return None
+
+
+def _places(host: str) -> list[Any]:
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # a datagram socket: chooses the route, sends nothing
-            own = probe.getsockname()[0]
+        return socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    except OSError:
+        return []
+
+
+def _interface_of_6(address: str) -> str | None:
+    wanted = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+    try:
+        lines = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()  # address, four numbers, name
     except OSError:
         return None
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == own:
-            return name
-    return None
+    return next((fields[-1] for line in lines if (fields := line.split())[0] == wanted), None)
 
 
 def _address_of(interface: str) -> str | None:

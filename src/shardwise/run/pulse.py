@@ -43,7 +43,7 @@ class Pulse:
         self._lost_after_seconds = lost_after_seconds
         self._proposed: Failure | None = None
         self._agreed: Failure | None = None
-        self._heard = False  # node 0: everybody knows what was agreed
+        self._heard = False  # what was agreed or that all is done: this node has said that it knows; node 0: all have
         self._done = False
         self._all_done = False
         now = time.monotonic()
@@ -56,7 +56,7 @@ class Pulse:
 
     def verdict(self) -> Failure | None:
         """The failure the nodes have agreed on, or the silence of a node this one watches; None while all is well."""
-        if self._agreed is not None:
+        if self._agreed is not None or self._all_done:
             return self._agreed
         now = time.monotonic()
         if now - self._answered_at > self._lost_after_seconds and self._node != 0:
@@ -85,7 +85,8 @@ class Pulse:
     def end(self) -> None:
         """Ends the signs of life. Node 0, which takes the store along, first lets the others hear what was agreed."""
         deadline = time.monotonic() + min(_FAREWELL_SECONDS, self._lost_after_seconds)
-        while self._agreed and self._node == 0 and not self._heard and time.monotonic() < deadline:
+        settled = self._agreed is not None or self._all_done
+        while settled and self._node == 0 and not self._heard and time.monotonic() < deadline:
             time.sleep(0.01)
         self._ended.set()
         self._wake.set()
@@ -100,7 +101,7 @@ class Pulse:
 
     def _beat_forever(self) -> None:
         count = 0
-        while not self._ended.is_set():
+        while not self._ended.is_set() and not self._heard:  # once all is said, node 0 takes the store away
             count += 1
             hurry = self._done or self._proposed is not None or self._agreed is not None
             try:
@@ -128,11 +129,11 @@ class Pulse:
                 self._agreed = Failure.from_json(agreed.decode())
             elif self._store.check(["failure"]):
                 self._agreed = Failure.from_json(self._store.get("failure").decode())
-        if self._agreed is not None:
-            self._store.set(f"heard/{self._node}", "1")
-            self._heard = self._node == 0 and self._store.check([f"heard/{other}" for other in self._watched])
-        elif self._done:
+        if self._agreed is None and self._done:
             self._store.set(f"done/{self._node}", "1")
             if self._node == 0 and self._store.check([f"done/{other}" for other in self._watched]):
                 self._store.set("all_done", "1")
             self._all_done = self._store.check(["all_done"])
+        if self._agreed is not None or self._all_done:
+            self._store.set(f"heard/{self._node}", "1")
+            self._heard = self._node != 0 or self._store.check([f"heard/{other}" for other in self._watched])

@@ -1,6 +1,6 @@
 """The agent: starts the workers of one node, watches them, ends them, and starts them again.
 
-It is torchelastic's SimpleElasticAgent (rendezvous, restarts, the barrier at the end) with our own handling of the
+It is torchelastic's SimpleElasticAgent (rendezvous, restarts) with our own handling of the
 processes, because torchelastic's LocalElasticAgent asks the other workers of a failed group to end with SIGTERM and
 waits for them up to 30 seconds; workers that treat SIGTERM as "save and stop" would start to save, without the rank
 that failed. Here SIGTERM always means the user's wish, a failed group is ended with SIGKILL at once, and a group that
@@ -37,7 +37,6 @@ from shardwise.spec.rank import Rank
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 1.0
 _LINGER_SECONDS = 10.0
-_BARRIER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,7 @@ class RankAgent(SimpleElasticAgent):
     """Runs a crew. Read `failure`, `stopped` and `result` (of the node's first rank, pickled) after `run()`."""
 
     def __init__(self, spec: WorkerSpec, rendezvous: FixedRendezvous, crew: Crew) -> None:
-        # All nodes come to torchelastic's barrier at the end at the same moment, see _monitor_workers.
-        super().__init__(spec, exit_barrier_timeout=_BARRIER_SECONDS)
+        super().__init__(spec)
         self.failure: Failure | None = None
         self.stopped: str | None = None
         self.result: bytes = b""
@@ -148,7 +146,8 @@ class RankAgent(SimpleElasticAgent):
             self._end_lingering()
             return RunResult(state=WorkerState.HEALTHY)
         if self._pulse and not self._pulse.all_done():
-            # A node that is lost now fails the whole group. torchelastic's barrier at the end would wait for it blindly.
+            # A node that is lost now fails the whole group. torchelastic's barrier at the end would wait for it blindly, and
+            # complain where node 0, which hosts the store, is through it first.
             time.sleep(_POLL_SECONDS / 5)
             return RunResult(state=WorkerState.HEALTHY)
         self._conclude()
@@ -165,6 +164,9 @@ class RankAgent(SimpleElasticAgent):
         if self._pulse:
             self._pulse.end()
             self._pulse = None
+
+    def _exit_barrier(self) -> None:
+        """Nothing: all nodes have said that their workers are done, see _monitor_workers."""
 
     def _construct_event(self, state: str, source: EventSource, *_details: object, **_more: object) -> Event:
         # torchelastic's own asks DNS for this machine's full name, for every event of every worker, which takes seconds
