@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from shardwise.data.gather import Arrays
 from shardwise.data.loader import batches
@@ -122,6 +123,45 @@ class _Branches(nn.Module):
         return out
 
 
+class _TwoBuckets(nn.Module):
+    """Gradients of two types make two buckets, the first of which is sent while the backward pass still runs: on some ranks
+    before those messages that BatchNorm sends there, on others after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 6).double()
+        self.norm = nn.BatchNorm1d(6).double()
+        self.always = nn.Linear(6, 3)
+        self.sometimes = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.norm(self.first(x))).float()
+        out: Tensor = self.always(hidden)
+        if (x[:, 0] > 1.0).any():
+            out = out + (x[:, :1] > 1.0) * self.sometimes(hidden)
+        return out.double()
+
+
+class _InPieces(nn.Module):
+    """One backward pass gives the middle layer's parameters a gradient three times, by backward passes inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 6).double()
+        self.middle = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x)).float()
+        for _ in range(3):
+            again = checkpoint(self._again, hidden, use_reentrant=True) if self.training else self._again(hidden)
+            hidden = torch.as_tensor(again)
+        return torch.as_tensor(self.last(hidden)).double()
+
+    def _again(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.middle(hidden))
+
+
 class _Tied(nn.Module):
     def __init__(self, *, sparse: bool = False, tied: bool = True) -> None:
         super().__init__()
@@ -227,6 +267,17 @@ def test_parallel_equals_serial(case: str, size: int, ranks: Callable[..., list[
         torch.testing.assert_close(losses, serial_losses, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(state, serial_state, rtol=1e-10, atol=1e-11)
         torch.testing.assert_close(metrics, serial_metrics, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", [_TwoBuckets, _InPieces])
+def test_buckets_that_are_sent_in_the_backward_pass(
+    model: Callable[[], nn.Module], ranks: Callable[..., list[Any]]
+) -> None:
+    """float32 here, because one bucket alone is sent at the end."""
+    losses, state, _ = _train(_job(model=model))
+    for found, weights, _ in ranks(2, _train, _job(model=model)):
+        torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(weights, state, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "sparse"])

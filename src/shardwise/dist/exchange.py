@@ -94,7 +94,7 @@ class Exchange:
     def __init__(self, memory: mmap.mmap, rank: int, processes: Sequence[int], timeout_seconds: float) -> None:
         ranks = len(processes)
         self._rank, self._ranks, self._processes = rank, ranks, list(processes)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         # Views of the mapping keep it alive; it ends with the process.
         words: NDArray[np.int64] = np.frombuffer(memory, dtype=np.int64, count=2 * ranks * LINE // 8)
         self._arrived = words[: ranks * LINE // 8 : LINE // 8]
@@ -201,7 +201,7 @@ class Exchange:
             if waited > look:
                 look = waited + _LOOK_SECONDS
                 self._check_peers(counters, number)
-            if waited > self._timeout_seconds:
+            if waited > self.timeout_seconds:
                 late = [rank for rank in range(self._ranks) if counters[rank] < number]
                 raise RuntimeError(f"timed out after {waited:.0f} s waiting for ranks {late} in shared memory")
 

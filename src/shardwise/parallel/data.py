@@ -56,11 +56,13 @@ class _Sums:
     Attributes:
         sparse: names and parameters with sparse gradients.
         place: identity of a parameter -> its bucket, where buckets are sent during the backward pass.
+        at_once: whether each gradient comes once in a backward pass, so that it can be sent then; None before a pass showed it.
     """
 
     sparse: list[tuple[str, nn.Parameter]]
     buckets: list[Bucket]
     place: dict[int, Bucket] = field(default_factory=dict)
+    at_once: bool | None = None
 
 
 @final
@@ -73,6 +75,9 @@ class GradientSum:
     Use: `expect()` before the last backward pass of a step, then `finish()` after it. Between the two, buckets are sent
     as soon as their gradients exist. Buckets are always sent in the same order, so ranks whose backward passes differ
     (a branch not taken, no samples at all) still meet in the same collectives.
+
+    Backward passes inside of a backward pass (`torch.utils.checkpoint` with reentrance) give a parameter that is used in
+    several of them its gradient in pieces. The first step shows whether there are any; then buckets are sent after the pass.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class GradientSum:
         self._kept = 1
         self._plans: dict[tuple[bool, ...], _Sums] = {}
         self._watched: set[int] = set()
+        self._come: set[int] = set()
         self._plan()
 
     def keep_plans(self, count: int) -> None:
@@ -119,7 +125,7 @@ class GradientSum:
                 del self._plans[next(iter(self._plans))]
             plan = self._make_plan()
         self._plans[trained] = plan
-        self._trained, self._sparse, self._buckets, self._place = trained, plan.sparse, plan.buckets, plan.place
+        self._trained, self._sums, self._sparse, self._buckets = trained, plan, plan.sparse, plan.buckets
 
     def _make_plan(self) -> _Sums:
         named = [(name, p) for name, p in self._parameters if p.requires_grad]
@@ -148,6 +154,7 @@ class GradientSum:
         if tuple(p.requires_grad for _, p in self._parameters) != self._trained:  # frozen or thawed since
             self._plan()
         self._expecting = True
+        self._come.clear()
         self._next = 0
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
@@ -165,6 +172,8 @@ class GradientSum:
             for bucket in self._buckets:
                 receive(bucket)
         self._expecting = False
+        if self._come and self._sums.at_once is None:
+            self._sums.at_once = True
         for name, parameter in self._sparse:
             self._sum_sparse(name, parameter)
         if self._sharded is not None:
@@ -185,11 +194,20 @@ class GradientSum:
         return flats + [parameter.grad for parameter in alone if parameter.grad is not None]
 
     def _arrived(self, parameter: Tensor) -> None:
-        bucket = self._place.get(id(parameter)) if self._expecting else None
+        bucket = self._sums.place.get(id(parameter)) if self._expecting else None
         if bucket is None:
             return
+        if id(parameter) in self._come:
+            self._sums.at_once = False
+            if bucket.sent is not None:
+                raise PlanError(
+                    f"{bucket.what}: a parameter of shape {tuple(parameter.shape)} was given a gradient once more after it had "
+                    "been sent, which no step before did: torch.utils.checkpoint ran a backward pass inside of the backward "
+                    "pass. Call it with use_reentrant=False"
+                )
+        self._come.add(id(parameter))
         bucket.missing -= 1
-        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+        while self._sums.at_once and self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._send_next()
 
     def _send_next(self) -> None:

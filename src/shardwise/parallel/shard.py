@@ -207,6 +207,11 @@ def shard_model(
     names = unit_names(model, no_units) if stage is None else _stage_units(model, stage)
 
     def split(module: nn.Module, *, again: bool) -> None:
+        for parameter in module.parameters():
+            if (
+                not isinstance(parameter, DTensor) and not parameter.is_contiguous()
+            ):  # FSDP2 takes none, as of channels_last
+                parameter.data = parameter.detach().contiguous()
         module.register_forward_hook(_owned)  # before FSDP2's own hook, which looks at what is returned
         fully_shard(
             module,
