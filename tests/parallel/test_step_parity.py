@@ -269,6 +269,20 @@ def test_parallel_equals_serial(case: str, size: int, ranks: Callable[..., list[
         torch.testing.assert_close(metrics, serial_metrics, rtol=1e-11, atol=1e-12)
 
 
+def _other_formats() -> nn.Module:
+    model: _ConvNet = cast(Any, _ConvNet().double()).to(memory_format=torch.channels_last)
+    model.head.weight = nn.Parameter(model.head.weight.detach().T.contiguous().T)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["data=2", "shard=2"])
+def test_weights_that_lie_otherwise_in_memory(layout: str, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(model=_other_formats, data=_data(image=True))
+    _, state, _ = _train(job)
+    for _, weights, _ in ranks(2, _train, job, None, 5, layout):
+        torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("model", [_TwoBuckets, _InPieces])
 def test_buckets_that_are_sent_in_the_backward_pass(
     model: Callable[[], nn.Module], ranks: Callable[..., list[Any]]
