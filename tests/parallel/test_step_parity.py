@@ -20,6 +20,7 @@ from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.split import is_dtensor
 from shardwise.errors import PlanError
+from shardwise.nn.moe import MoE
 from shardwise.parallel.compose import check_model
 from shardwise.run.alike import next_batch
 from shardwise.run.assemble import assemble, settle_plan
@@ -281,6 +282,54 @@ def test_weights_that_lie_otherwise_in_memory(layout: str, ranks: Callable[..., 
     _, state, _ = _train(job)
     for _, weights, _ in ranks(2, _train, job, None, 5, layout):
         torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
+class _OddShapes(nn.Module):
+    """A parameter that is one number, and one without any, which a module with an empty list of classes has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty = nn.Parameter(torch.zeros(0, 5).double())
+        self.scale = nn.Parameter(torch.tensor(1.5).double())
+        self.body = _mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.body(x) * self.scale + self.empty.sum())
+
+
+class _Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(7, 6), MoE(6, 8, 4, balance=0), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.last(self.experts(self.first(x).tanh().unsqueeze(1)).squeeze(1)))
+
+
+@pytest.mark.parametrize("layout", ["data=2", "shard=2"])
+def test_parameters_that_cannot_be_divided(layout: str, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(model=_OddShapes, clip_norm=0.3)
+    _, state, _ = _train(job)
+    for _, weights, _ in ranks(2, _train, job, None, 5, layout):
+        torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Rprop"])
+def test_optimizers_that_cannot_step_on_dealt_experts_are_refused(name: str, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(model=lambda: _Mixture().double(), optimizer=lambda p: getattr(torch.optim, name)(p, lr=0.01))
+    with pytest.raises(RuntimeError, match=rf"{name} cannot step on parameters that are split by the expert axis"):
+        ranks(2, _train, job, None, 1, "expert=2")
+
+
+def _remarks(layout: str) -> tuple[str, ...]:
+    job = _job(model=lambda: nn.Linear(7, 3, bias=False), optimizer=lambda p: torch.optim.Muon(p, lr=0.01))
+    plan = settle_plan(job, Plan(layout=Layout.parse(layout)))
+    return assemble(job, plan, Group.world(), torch.device("cpu"), total_steps=2).composed.remarks
+
+
+def test_muon_on_parts_is_told(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(2, _remarks, "data=2") == [(), ()]
+    assert all("bfloat16" in remark for (remark,) in ranks(2, _remarks, "shard=2"))
 
 
 @pytest.mark.parametrize("model", [_TwoBuckets, _InPieces])

@@ -240,11 +240,7 @@ def compose(
     """
     state, attached = BatchState(), take_off(model)
     tokens = mesh.group("data", "shard", "context", "expert")
-    communicates = batch_norm == "global" and tokens.size > 1 and bool(batch_norms(model))
-    if communicates:
-        globalize_batch_norm(
-            model, tokens.twin(), state
-        )  # its messages need not be in step with gradients that are ready
+    communicates = batch_norm == "global" and tokens.size > 1 and globalize_batch_norm(model, tokens, state) > 0
     broadcast_state(model, mesh.world)
     on_pieces: Callable[..., Any] | None = None
     if split is not None:
