@@ -125,6 +125,23 @@ def test_the_last_checkpoint_holds_what_was_written_after_the_one_before(tmp_pat
         assert torch.equal(next(run.model.parameters()), weight)
 
 
+def test_what_cannot_be_saved_is_told_at_the_end(tmp_path: Path) -> None:
+    with (
+        pytest.raises(errors.RunFailed, match=r"state/f is a builtins\.function"),
+        start(make_job(), out=tmp_path / "r") as run,
+    ):
+        for batch in run.batches(epochs=1):
+            run.step(batch)
+        run.state["f"] = lambda: 1
+
+
+def test_a_failed_evaluation_leaves_the_model_in_training() -> None:
+    with start(make_job(metrics={"text": lambda *_: "none"}), device="cpu") as run:
+        with pytest.raises(errors.JobError, match="text"):
+            run.evaluate()
+        assert run.model.training
+
+
 def test_steps_on_one_batch_are_in_a_checkpoint_together(tmp_path: Path) -> None:
     with start(make_job(), device="cpu") as run:
         expected = [run.step(batch) for batch in run.batches() for _ in range(2)]
