@@ -284,6 +284,29 @@ def test_weights_that_lie_otherwise_in_memory(layout: str, ranks: Callable[..., 
         torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
 
 
+class _Keeping(torch.optim.Optimizer):
+    """Goes along the difference of two steps' gradients; it keeps the gradient itself, which a plain loop makes anew in each."""
+
+    def __init__(self, params: Any, alias: bool) -> None:
+        super().__init__(params, {"alias": alias})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                last = self.state[parameter].get("last", torch.zeros_like(parameter))
+                parameter.sub_(parameter.grad + 0.5 * (parameter.grad - last), alpha=0.1)
+                self.state[parameter]["last"] = parameter.grad.detach() if group["alias"] else parameter.grad
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_gradients_that_are_kept_stay_as_they_were(alias: bool, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(optimizer=lambda params: _Keeping(params, alias))
+    _, state, _ = _train(job)
+    for _, weights, _ in ranks(2, _train, job):
+        torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
 class _OddShapes(nn.Module):
     """A parameter that is one number, and one without any, which a module with an empty list of classes has."""
 

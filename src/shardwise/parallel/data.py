@@ -13,6 +13,7 @@ pipeline stages, and takes a parameter without gradient for an error unless it m
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast, final
@@ -35,7 +36,11 @@ BUCKET_BYTES = 25 * 1024**2
 
 @dataclass
 class Bucket:
-    """Gradients that travel together, and behind them a flag per parameter."""
+    """Gradients that travel together, and behind them a flag per parameter.
+
+    Attributes:
+        held: references to its memory before a gradient was handed out; 0 before it was filled.
+    """
 
     names: list[str]
     parameters: list[nn.Parameter]
@@ -44,6 +49,7 @@ class Bucket:
     gradients: list[Tensor]
     flags: Tensor
     what: str
+    held: int = 0
     missing: int = 0
     sent: Work | None = None
     absent: list[int] = field(default_factory=list)
@@ -313,6 +319,19 @@ def make_bucket(part: list[tuple[str, nn.Parameter]]) -> Bucket:
     return Bucket(names, parameters, flat, views, gradients, pieces[-1], what)
 
 
+def _holders(bucket: Bucket) -> int:
+    """How many references there are to the gradients that are handed out, and to what they share memory with."""
+    storage = bucket.flat.untyped_storage()
+    return sum(map(sys.getrefcount, bucket.gradients)) + torch._C._storage_Use_Count(storage._cdata)
+
+
+def _leave_to_others(bucket: Bucket) -> None:
+    """Somebody has kept gradients of the step before (an optimizer may): they are theirs, and the next come into new memory."""
+    new = make_bucket(list(zip(bucket.names, bucket.parameters, strict=True)))
+    bucket.flat, bucket.views, bucket.gradients, bucket.flags = new.flat, new.views, new.gradients, new.flags
+    bucket.held = 0
+
+
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
     """A tensor that is split as the parameter is, of which `local` is this rank's part."""
     if not is_dtensor(parameter):
@@ -325,6 +344,10 @@ def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def fill(bucket: Bucket) -> None:
     """Copy this rank's gradients into the bucket; parameters without one count as zero and as not used."""
+    if bucket.held and _holders(bucket) > bucket.held:
+        _leave_to_others(bucket)
+    if not bucket.held:
+        bucket.held = _holders(bucket)
     bucket.absent = [index for index, parameter in enumerate(bucket.parameters) if parameter.grad is None]
     if not bucket.absent:
         gradients = [local_part(parameter.grad) for parameter in bucket.parameters if parameter.grad is not None]
