@@ -366,6 +366,7 @@ def receive(bucket: Bucket) -> None:
     if bucket.sent is None:
         raise AssertionError("a bucket was not sent")
     bucket.sent.wait()
+    bucket.sent = None
     hand_out(bucket)
 
 
