@@ -6,6 +6,7 @@ float64 models make "up to rounding" 1e-12, so that a wrong weighting of a singl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any, cast
 
 import pytest
@@ -305,6 +306,27 @@ def test_gradients_that_are_kept_stay_as_they_were(alias: bool, ranks: Callable[
     _, state, _ = _train(job)
     for _, weights, _ in ranks(2, _train, job):
         torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
+def _compiled() -> tuple[Result, int]:
+    """What training leaves, and how often the compiler was given a view of shared memory; a rank is a process of its own."""
+    views: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        views.extend(node for node in graph.graph.nodes if node.target == "view" and torch.float64 in node.args)
+        return graph.forward
+
+    nn.Module.compile = partialmethod(nn.Module.compile, backend=backend)  # type: ignore[assignment,method-assign]
+    job = _job(model=lambda: nn.Sequential(nn.BatchNorm1d(7), _mlp()).double(), compile=True)
+    return _train(job, steps=4), len(views)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about what it finds in torch itself
+def test_the_compiler_leaves_shared_memory_alone(ranks: Callable[..., list[Any]]) -> None:
+    ((alone, _),) = ranks(1, _compiled)
+    for found, views in ranks(2, _compiled):
+        torch.testing.assert_close(found[1], alone[1], rtol=1e-10, atol=1e-11)
+        assert views == 0
 
 
 class _OddShapes(nn.Module):

@@ -19,6 +19,7 @@ from shardwise.dist.split import is_dtensor, is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.blocks import has_forward
+from shardwise.parallel.compiled import keep_from_messages
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
 from shardwise.parallel.several import as_one, optimizers_in
 from shardwise.parallel.steps import check_apart, check_optimizer, check_step
@@ -322,6 +323,7 @@ def assemble(
         composed = compose(
             model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut, split=split, deferred=deferred
         )
+    keep_from_messages(model, plan)
     if device.type == "cpu":
         keep_freed_memory()
     if own_kernels and deferred is not None:
