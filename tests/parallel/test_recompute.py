@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from shardwise.errors import PlanError
 from shardwise.parallel.blocks import repeated_blocks
@@ -190,6 +191,64 @@ def test_buffers_put_back_are_what_keeps_them_right(fault: str, monkeypatch: pyt
     recompute(model, Plan(recompute="full"))
     twice = passes(model)["blocks.0.norm.num_batches_tracked"] != 2
     assert bool(twice) is (fault == "buffers")
+
+
+class Averages(nn.Module):
+    """Divides by an average that it keeps of its own outputs, which it writes in place or anew."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(4, 4)
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.get_buffer("mean")
+        y = self.linear(x) / mean.clone()
+        new = 0.5 * mean + 0.5 * y.detach().abs().mean(0)
+        if self.kind == "in place":
+            mean.copy_(new)
+        elif self.kind == "anew":
+            self.mean = new
+        return torch.as_tensor(y.tanh())
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("kind", ["in place", "anew", "large", "spectral_norm"])
+def test_what_reads_a_buffer_that_it_writes_reads_the_same_again(kind: str, how: Any) -> None:
+    def block() -> nn.Module:
+        if kind == "spectral_norm":
+            return nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Tanh())
+        return Averages("in place") if kind == "large" else Averages(kind)
+
+    def train(plan: Plan | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(block() for _ in range(3))).double()
+        if plan is not None:
+            recompute(model, plan)
+        for step in range(3):  # gradients add up
+            model(torch.full((5, 4), step + 1.0, dtype=torch.float64).cumsum(0)).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | dict(
+            model.named_buffers()
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "large":
+            patch.setattr("shardwise.parallel.recompute.SMALL", 3)
+        found = train(Plan(recompute=how))
+    expected = train(None)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_large_buffer_that_is_written_later_on_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardwise.parallel.recompute.SMALL", 3)
+    model = nn.Sequential(*(Averages("not") for _ in range(2)))
+    recompute(model, Plan(recompute="full"))
+    model(torch.ones(2, 4)).sum().backward()
+    for block in model:
+        vars(block)["kind"] = "in place"
+    with pytest.raises(PlanError, match=r"module '0' changes its buffer 'mean' in this call"):
+        model(torch.ones(2, 4))
 
 
 def test_blocks_and_units_of_torchs_transformer() -> None:

@@ -6,12 +6,14 @@ float64 models make "up to rounding" 1e-12, so that a wrong weighting of a singl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from shardwise.data.gather import Arrays
 from shardwise.data.loader import batches
@@ -19,6 +21,7 @@ from shardwise.data.source import Splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.split import is_dtensor
 from shardwise.errors import PlanError
+from shardwise.nn.moe import MoE
 from shardwise.parallel.compose import check_model
 from shardwise.run.alike import next_batch
 from shardwise.run.assemble import assemble, settle_plan
@@ -120,6 +123,45 @@ class _Branches(nn.Module):
             chosen = (x[:, :1] > 1.0).double()
             out = out + chosen * self.sometimes(x)
         return out
+
+
+class _TwoBuckets(nn.Module):
+    """Gradients of two types make two buckets, the first of which is sent while the backward pass still runs: on some ranks
+    before those messages that BatchNorm sends there, on others after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 6).double()
+        self.norm = nn.BatchNorm1d(6).double()
+        self.always = nn.Linear(6, 3)
+        self.sometimes = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.norm(self.first(x))).float()
+        out: Tensor = self.always(hidden)
+        if (x[:, 0] > 1.0).any():
+            out = out + (x[:, :1] > 1.0) * self.sometimes(hidden)
+        return out.double()
+
+
+class _InPieces(nn.Module):
+    """One backward pass gives the middle layer's parameters a gradient three times, by backward passes inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 6).double()
+        self.middle = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x)).float()
+        for _ in range(3):
+            again = checkpoint(self._again, hidden, use_reentrant=True) if self.training else self._again(hidden)
+            hidden = torch.as_tensor(again)
+        return torch.as_tensor(self.last(hidden)).double()
+
+    def _again(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.middle(hidden))
 
 
 class _Tied(nn.Module):
@@ -227,6 +269,123 @@ def test_parallel_equals_serial(case: str, size: int, ranks: Callable[..., list[
         torch.testing.assert_close(losses, serial_losses, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(state, serial_state, rtol=1e-10, atol=1e-11)
         torch.testing.assert_close(metrics, serial_metrics, rtol=1e-11, atol=1e-12)
+
+
+def _other_formats() -> nn.Module:
+    model: _ConvNet = cast(Any, _ConvNet().double()).to(memory_format=torch.channels_last)
+    model.head.weight = nn.Parameter(model.head.weight.detach().T.contiguous().T)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["data=2", "shard=2"])
+def test_weights_that_lie_otherwise_in_memory(layout: str, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(model=_other_formats, data=_data(image=True))
+    _, state, _ = _train(job)
+    for _, weights, _ in ranks(2, _train, job, None, 5, layout):
+        torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
+class _Keeping(torch.optim.Optimizer):
+    """Goes along the difference of two steps' gradients; it keeps the gradient itself, which a plain loop makes anew in each."""
+
+    def __init__(self, params: Any, alias: bool) -> None:
+        super().__init__(params, {"alias": alias})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                last = self.state[parameter].get("last", torch.zeros_like(parameter))
+                parameter.sub_(parameter.grad + 0.5 * (parameter.grad - last), alpha=0.1)
+                self.state[parameter]["last"] = parameter.grad.detach() if group["alias"] else parameter.grad
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_gradients_that_are_kept_stay_as_they_were(alias: bool, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(optimizer=lambda params: _Keeping(params, alias))
+    _, state, _ = _train(job)
+    for _, weights, _ in ranks(2, _train, job):
+        torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
+def _compiled() -> tuple[Result, int]:
+    """What training leaves, and how often the compiler was given a view of shared memory; a rank is a process of its own."""
+    views: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        views.extend(node for node in graph.graph.nodes if node.target == "view" and torch.float64 in node.args)
+        return graph.forward
+
+    nn.Module.compile = partialmethod(nn.Module.compile, backend=backend)  # type: ignore[assignment,method-assign]
+    job = _job(model=lambda: nn.Sequential(nn.BatchNorm1d(7), _mlp()).double(), compile=True)
+    return _train(job, steps=4), len(views)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about what it finds in torch itself
+def test_the_compiler_leaves_shared_memory_alone(ranks: Callable[..., list[Any]]) -> None:
+    ((alone, _),) = ranks(1, _compiled)
+    for found, views in ranks(2, _compiled):
+        torch.testing.assert_close(found[1], alone[1], rtol=1e-10, atol=1e-11)
+        assert views == 0
+
+
+class _OddShapes(nn.Module):
+    """A parameter that is one number, and one without any, which a module with an empty list of classes has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty = nn.Parameter(torch.zeros(0, 5).double())
+        self.scale = nn.Parameter(torch.tensor(1.5).double())
+        self.body = _mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.body(x) * self.scale + self.empty.sum())
+
+
+class _Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(7, 6), MoE(6, 8, 4, balance=0), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.last(self.experts(self.first(x).tanh().unsqueeze(1)).squeeze(1)))
+
+
+@pytest.mark.parametrize("layout", ["data=2", "shard=2"])
+def test_parameters_that_cannot_be_divided(layout: str, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(model=_OddShapes, clip_norm=0.3)
+    _, state, _ = _train(job)
+    for _, weights, _ in ranks(2, _train, job, None, 5, layout):
+        torch.testing.assert_close(weights, state, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Rprop"])
+def test_optimizers_that_cannot_step_on_dealt_experts_are_refused(name: str, ranks: Callable[..., list[Any]]) -> None:
+    job = _job(model=lambda: _Mixture().double(), optimizer=lambda p: getattr(torch.optim, name)(p, lr=0.01))
+    with pytest.raises(RuntimeError, match=rf"{name} cannot step on parameters that are split by the expert axis"):
+        ranks(2, _train, job, None, 1, "expert=2")
+
+
+def _remarks(layout: str) -> tuple[str, ...]:
+    job = _job(model=lambda: nn.Linear(7, 3, bias=False), optimizer=lambda p: torch.optim.Muon(p, lr=0.01))
+    plan = settle_plan(job, Plan(layout=Layout.parse(layout)))
+    return assemble(job, plan, Group.world(), torch.device("cpu"), total_steps=2).composed.remarks
+
+
+def test_muon_on_parts_is_told(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(2, _remarks, "data=2") == [(), ()]
+    assert all("bfloat16" in remark for (remark,) in ranks(2, _remarks, "shard=2"))
+
+
+@pytest.mark.parametrize("model", [_TwoBuckets, _InPieces])
+def test_buckets_that_are_sent_in_the_backward_pass(
+    model: Callable[[], nn.Module], ranks: Callable[..., list[Any]]
+) -> None:
+    """float32 here, because one bucket alone is sent at the end."""
+    losses, state, _ = _train(_job(model=model))
+    for found, weights, _ in ranks(2, _train, _job(model=model)):
+        torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(weights, state, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "sparse"])

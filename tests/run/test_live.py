@@ -20,6 +20,7 @@ from torch import nn
 
 from shardwise import errors, metrics
 from shardwise.data import Stream
+from shardwise.dist.collectives import Group
 from shardwise.run import ledger
 from shardwise.run import start as starting
 from shardwise.run.clock import BETWEEN_STEPS
@@ -123,6 +124,23 @@ def test_the_last_checkpoint_holds_what_was_written_after_the_one_before(tmp_pat
     with start(make_job(), device="cpu", out=tmp_path, resume=True) as run:
         assert run.state["mean"].sum() == 1.0
         assert torch.equal(next(run.model.parameters()), weight)
+
+
+def test_what_cannot_be_saved_is_told_at_the_end(tmp_path: Path) -> None:
+    with (
+        pytest.raises(errors.RunFailed, match=r"state/f is a builtins\.function"),
+        start(make_job(), out=tmp_path / "r") as run,
+    ):
+        for batch in run.batches(epochs=1):
+            run.step(batch)
+        run.state["f"] = lambda: 1
+
+
+def test_a_failed_evaluation_leaves_the_model_in_training() -> None:
+    with start(make_job(metrics={"text": lambda *_: "none"}), device="cpu") as run:
+        with pytest.raises(errors.JobError, match="text"):
+            run.evaluate()
+        assert run.model.training
 
 
 def test_steps_on_one_batch_are_in_a_checkpoint_together(tmp_path: Path) -> None:
@@ -453,6 +471,23 @@ def test_one_script_has_several_runs_one_after_another(tmp_path: Path) -> None:
     done = _under_torchrun(script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run 4") == 2
+
+
+def _losses_of_a_short_batch() -> list[float]:
+    world = Group.world()
+    own = {"RANK": world.rank, "LOCAL_RANK": world.rank, "WORLD_SIZE": world.size, "MASTER_ADDR": "-", "MASTER_PORT": 1}
+    os.environ |= {name: str(value) for name, value in own.items()}
+    inputs = torch.arange(45.0, dtype=torch.float64).view(9, 5) / 45
+    job = make_job(model=lambda: nn.Linear(5, 2).double(), data=(inputs, torch.arange(9) % 2), batch_size=8, epochs=1)
+    with start(job, device="cpu") as run:
+        return [run.step(batch) for batch in run.batches()]
+
+
+def test_a_rank_without_samples_in_a_model_of_float64(ranks: Callable[..., list[Any]]) -> None:
+    """What it adds to the loss is of the same type as what the others do."""
+    (alone,) = ranks(1, _losses_of_a_short_batch)
+    for losses in ranks(2, _losses_of_a_short_batch):
+        assert losses == pytest.approx(alone, rel=1e-12)
 
 
 NOTED = """

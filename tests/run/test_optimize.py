@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ TOGETHER: dict[str, Any] = {
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, maximize=True),
     "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "tensor betas": lambda p: torch.optim.Adam(p, betas=(torch.tensor(0.9), torch.tensor(0.999))),
 }
 
 
@@ -53,7 +55,7 @@ def test_short_way_is_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) 
     take = OptimizerStep(short)
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     calls = []
-    monkeypatch.setattr(short, "step", lambda: calls.append("usual way"))
+    monkeypatch.setattr(type(short), "step", lambda _: calls.append("usual way"))
     for _ in range(3):
         _step(model, take)
     assert calls == [], "the short way was not taken: the test would prove nothing"
@@ -82,9 +84,9 @@ def _count_lists(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_small_parameters_in_lists_are_the_same_steps(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes around the widths of vectors, one large; one has no gradient; gradients and groups stay as they were."""
+    """Sizes around the widths of vectors, a large and an empty one without gradient; gradients and groups stay as they were."""
     generator = torch.Generator()
-    sizes = (1, 3, 7, 8, 15, 17, 33, 20_000, 1000, 4097, *range(50, 59))
+    sizes = (0, 3, 7, 8, 15, 17, 33, 20_000, 1000, 4097, *range(50, 59))
     sides: list[tuple[list[nn.Parameter], Any]] = []
     for _ in range(2):
         generator.manual_seed(2)
@@ -100,7 +102,7 @@ def test_small_parameters_in_lists_are_the_same_steps(
         usual.step()
         for side in sides:
             assert all(torch.equal(parameter.grad, own) for parameter, own in zip(side[0][1:], gradients, strict=True))  # type: ignore[arg-type]
-    alone = name in ("nesterov", "tensor lr") or dtype == torch.bfloat16
+    alone = name in ("nesterov", "tensor lr", "tensor betas") or dtype == torch.bfloat16
     assert set(lengths) == (set() if alone else {len(sizes) - 2}), "not the way that was to be compared"
     assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
     assert short.param_groups is groups
@@ -170,6 +172,28 @@ def test_hooks_are_run() -> None:
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     _step(model, OptimizerStep(optimizer))
     assert seen == ["before"]
+
+
+def test_step_that_was_put_into_an_optimizer_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for `optimizer.step` (and keeps averages, say) is called, with a schedule, which wraps it too, and without."""
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    with building_optimizers():
+        optimizer = torch.optim.SGD([parameter], lr=0.5)
+    calls: list[object] = []
+    take = OptimizerStep(optimizer)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    take()
+    monkeypatch.setattr(optimizer, "step", MethodType(calls.append, optimizer))
+    take()
+    monkeypatch.undo()
+    assert len(calls) == 1
+    optimizer.step = MethodType(lambda self: calls.append(self), optimizer)  # type: ignore[method-assign]
+    torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    take()
+    assert len(calls) == 2
+    assert torch.equal(parameter, torch.full((3,), 0.5))
 
 
 def test_own_optimizers_keep_their_step() -> None:

@@ -403,6 +403,14 @@ def test_a_step_leaves_the_others_alone() -> None:
         assert set(run.losses) == {"G"}
 
 
+def test_what_only_one_optimizer_has_is_asked_of_each() -> None:
+    layers = nn.Linear(2, 2), nn.Linear(2, 2)
+    several = Several({"": tuple(torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers)})
+    for ask in (several.state_dict, lambda: several.register_step_post_hook(lambda *_: None)):
+        with pytest.raises(AttributeError, match=r"optimizer\.each"):
+            ask()
+
+
 def test_one_optimizer_by_several_names() -> None:
     """Maximum classifier discrepancy (Saito et al. 2018) steps both parts first, then each by itself."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sqlite3
 import subprocess
@@ -187,6 +188,24 @@ def test_what_is_bound_to_a_function_is_part_of_its_tasks(
             assert list(pool.map(make(by), [1, 2], store=store, resume=True, key=key)) == [by, 2 * by]
     ended = list(pool.map(make(2), [1, 2], store=store, resume=True).outcomes())
     assert [outcome.restored for outcome in ended] == [True, True]
+
+
+def test_sets_inside_of_what_is_bound_are_the_same_in_every_process() -> None:
+    """Their order is another one, and so is what pickle makes of them."""
+    script = """if True:
+        from functools import partial
+        from types import SimpleNamespace
+        from shardwise.tasks.identity import identity_of
+        words = {f"word {number}" for number in range(2000)}
+        for held in (words, SimpleNamespace(few=set("abcdef")), [SimpleNamespace(all=frozenset(words))] * 1001, set("abcdeg")):
+            print(identity_of(partial(print, held)).bound)
+    """
+    told = {
+        subprocess.check_output([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, text=True)
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1
+    assert len(set(told.pop().split())) == 4
 
 
 def test_a_changed_function_and_results_of_other_tasks_are_told(

@@ -145,7 +145,8 @@ class Group:
             return self
         members = c10d.get_process_group_ranks(self.handle)
         handle = c10d.new_group(members, use_local_synchronization=True)
-        return Group(self.rank, self.size, handle, meter=self.meter, name=self.name)
+        twin = Group(self.rank, self.size, handle, meter=self.meter, name=self.name)
+        return twin if self.memory is None else twin.with_shared_memory(self.memory.timeout_seconds)
 
     def gather_objects(self, value: Any, what: str = "") -> list[Any]:
         """Every member's picklable value, in rank order."""

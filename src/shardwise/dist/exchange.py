@@ -57,26 +57,27 @@ class Message:
 
     def __init__(self, exchange: Exchange, number: int, start: int, flat: Tensor, what: str) -> None:
         self.number, self.start, self.stop = number, start, start + LINE + flat.numel() * flat.element_size()
-        self._exchange, self._flat, self._what = exchange, flat, what
-        self._complete = False
+        self._exchange, self._what = exchange, what
+        self._flat: Tensor | None = flat  # None when it is complete: the ring need not keep the tensor alive
 
     def sum_(self) -> None:
         """Wait for all ranks and replace the piece by the sum of theirs; nothing if that was done already."""
-        if self._complete:
+        flat, self._flat = self._flat, None
+        if flat is None:
             return
-        first, *others = self._exchange.read(self.number, self.start, self._flat, self._what)
-        torch.add(first, others[0], out=self._flat)
+        first, *others = self._exchange.read(self.number, self.start, flat, self._what)
+        torch.add(first, others[0], out=flat)
         for other in others[1:]:
-            self._flat.add_(other)
-        self._complete = True
+            flat.add_(other)
         self._exchange.done(self.number)
 
     def gather_into(self, parts: list[Tensor]) -> None:
         """Wait for all ranks and copy their pieces."""
+        assert self._flat is not None
         read = self._exchange.read(self.number, self.start, self._flat, self._what)
         for part, theirs in zip(parts, read, strict=True):
             part.copy_(theirs)
-        self._complete = True
+        self._flat = None
         self._exchange.done(self.number)
 
 
@@ -94,7 +95,7 @@ class Exchange:
     def __init__(self, memory: mmap.mmap, rank: int, processes: Sequence[int], timeout_seconds: float) -> None:
         ranks = len(processes)
         self._rank, self._ranks, self._processes = rank, ranks, list(processes)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         # Views of the mapping keep it alive; it ends with the process.
         words: NDArray[np.int64] = np.frombuffer(memory, dtype=np.int64, count=2 * ranks * LINE // 8)
         self._arrived = words[: ranks * LINE // 8 : LINE // 8]
@@ -201,7 +202,7 @@ class Exchange:
             if waited > look:
                 look = waited + _LOOK_SECONDS
                 self._check_peers(counters, number)
-            if waited > self._timeout_seconds:
+            if waited > self.timeout_seconds:
                 late = [rank for rank in range(self._ranks) if counters[rank] < number]
                 raise RuntimeError(f"timed out after {waited:.0f} s waiting for ranks {late} in shared memory")
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 
+import torch
 from torch import nn
 
+from shardwise.dist.collectives import Group, Work
 from shardwise.errors import PlanError
 from shardwise.spec.plan import Plan
 
@@ -48,6 +51,20 @@ def check_compiled_cut(model: nn.Module, opened: Collection[str]) -> None:
                 "torch.compile out of the model's function and set Job.compile (--compile) instead, which compiles the parts "
                 "of every stage"
             )
+
+
+def keep_from_messages(model: nn.Module, plan: Plan) -> None:
+    """Where something is compiled, let the compiler not look into collectives: it takes numpy's views of shared memory for
+    tensors of its own, and what it writes does not get there."""
+    if plan.compile or _compiled(model):
+        _keep_from_messages()
+
+
+@cache
+def _keep_from_messages() -> None:
+    for kind, names in ((Group, ("sum_", "start_sum_", "gather", "exchange")), (Work, ("wait",))):
+        for name in names:
+            setattr(kind, name, torch.compiler.disable(getattr(kind, name)))
 
 
 def _compiled(model: nn.Module) -> list[str]:

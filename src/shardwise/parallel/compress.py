@@ -107,6 +107,7 @@ class HalfSum:
         for bucket, summed in zip(self._buckets, small, strict=True):
             if bucket.sent is not None:
                 bucket.sent.wait()
+                bucket.sent = None
             if summed is not bucket.flat:
                 bucket.flat.copy_(summed)
             hand_out(bucket)
@@ -123,7 +124,6 @@ class _Matrix:
         n, m = _matrix_shape(parameter)
         self.name = name
         self.parameter = parameter
-        self.summed = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         self.error = parameter.new_zeros((n, m))
         first = torch.randn((m, min(rank, n, m)), generator=generator, dtype=torch.float64)
         self.factor = first.to(parameter)
@@ -151,8 +151,7 @@ class _Matrix:
     def rebuild(self, total: Tensor) -> None:
         """The gradient that stands for the sum, from the sum over ranks of M_i^T P."""
         self.factor.copy_(total)
-        torch.matmul(self.left, total.T, out=self.summed.view(self.error.shape))
-        self.parameter.grad = self.summed
+        self.parameter.grad = (self.left @ total.T).view(self.parameter.shape)
 
 
 @final

@@ -13,6 +13,7 @@ pipeline stages, and takes a parameter without gradient for an error unless it m
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast, final
@@ -35,7 +36,11 @@ BUCKET_BYTES = 25 * 1024**2
 
 @dataclass
 class Bucket:
-    """Gradients that travel together, and behind them a flag per parameter."""
+    """Gradients that travel together, and behind them a flag per parameter.
+
+    Attributes:
+        held: references to its memory before a gradient was handed out; 0 before it was filled.
+    """
 
     names: list[str]
     parameters: list[nn.Parameter]
@@ -44,6 +49,7 @@ class Bucket:
     gradients: list[Tensor]
     flags: Tensor
     what: str
+    held: int = 0
     missing: int = 0
     sent: Work | None = None
     absent: list[int] = field(default_factory=list)
@@ -56,11 +62,13 @@ class _Sums:
     Attributes:
         sparse: names and parameters with sparse gradients.
         place: identity of a parameter -> its bucket, where buckets are sent during the backward pass.
+        at_once: whether each gradient comes once in a backward pass, so that it can be sent then; None before a pass showed it.
     """
 
     sparse: list[tuple[str, nn.Parameter]]
     buckets: list[Bucket]
     place: dict[int, Bucket] = field(default_factory=dict)
+    at_once: bool | None = None
 
 
 @final
@@ -73,6 +81,9 @@ class GradientSum:
     Use: `expect()` before the last backward pass of a step, then `finish()` after it. Between the two, buckets are sent
     as soon as their gradients exist. Buckets are always sent in the same order, so ranks whose backward passes differ
     (a branch not taken, no samples at all) still meet in the same collectives.
+
+    Backward passes inside of a backward pass (`torch.utils.checkpoint` with reentrance) give a parameter that is used in
+    several of them its gradient in pieces. The first step shows whether there are any; then buckets are sent after the pass.
     """
 
     def __init__(
@@ -104,6 +115,7 @@ class GradientSum:
         self._kept = 1
         self._plans: dict[tuple[bool, ...], _Sums] = {}
         self._watched: set[int] = set()
+        self._come: set[int] = set()
         self._plan()
 
     def keep_plans(self, count: int) -> None:
@@ -119,7 +131,7 @@ class GradientSum:
                 del self._plans[next(iter(self._plans))]
             plan = self._make_plan()
         self._plans[trained] = plan
-        self._trained, self._sparse, self._buckets, self._place = trained, plan.sparse, plan.buckets, plan.place
+        self._trained, self._sums, self._sparse, self._buckets = trained, plan, plan.sparse, plan.buckets
 
     def _make_plan(self) -> _Sums:
         named = [(name, p) for name, p in self._parameters if p.requires_grad]
@@ -148,6 +160,7 @@ class GradientSum:
         if tuple(p.requires_grad for _, p in self._parameters) != self._trained:  # frozen or thawed since
             self._plan()
         self._expecting = True
+        self._come.clear()
         self._next = 0
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
@@ -165,6 +178,8 @@ class GradientSum:
             for bucket in self._buckets:
                 receive(bucket)
         self._expecting = False
+        if self._come and self._sums.at_once is None:
+            self._sums.at_once = True
         for name, parameter in self._sparse:
             self._sum_sparse(name, parameter)
         if self._sharded is not None:
@@ -185,11 +200,20 @@ class GradientSum:
         return flats + [parameter.grad for parameter in alone if parameter.grad is not None]
 
     def _arrived(self, parameter: Tensor) -> None:
-        bucket = self._place.get(id(parameter)) if self._expecting else None
+        bucket = self._sums.place.get(id(parameter)) if self._expecting else None
         if bucket is None:
             return
+        if id(parameter) in self._come:
+            self._sums.at_once = False
+            if bucket.sent is not None:
+                raise PlanError(
+                    f"{bucket.what}: a parameter of shape {tuple(parameter.shape)} was given a gradient once more after it had "
+                    "been sent, which no step before did: torch.utils.checkpoint ran a backward pass inside of the backward "
+                    "pass. Call it with use_reentrant=False"
+                )
+        self._come.add(id(parameter))
         bucket.missing -= 1
-        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+        while self._sums.at_once and self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._send_next()
 
     def _send_next(self) -> None:
@@ -295,6 +319,19 @@ def make_bucket(part: list[tuple[str, nn.Parameter]]) -> Bucket:
     return Bucket(names, parameters, flat, views, gradients, pieces[-1], what)
 
 
+def _holders(bucket: Bucket) -> int:
+    """How many references there are to the gradients that are handed out, and to what they share memory with."""
+    storage = bucket.flat.untyped_storage()
+    return sum(map(sys.getrefcount, bucket.gradients)) + torch._C._storage_Use_Count(storage._cdata)
+
+
+def _leave_to_others(bucket: Bucket) -> None:
+    """Somebody has kept gradients of the step before (an optimizer may): they are theirs, and the next come into new memory."""
+    new = make_bucket(list(zip(bucket.names, bucket.parameters, strict=True)))
+    bucket.flat, bucket.views, bucket.gradients, bucket.flags = new.flat, new.views, new.gradients, new.flags
+    bucket.held = 0
+
+
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
     """A tensor that is split as the parameter is, of which `local` is this rank's part."""
     if not is_dtensor(parameter):
@@ -307,6 +344,10 @@ def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def fill(bucket: Bucket) -> None:
     """Copy this rank's gradients into the bucket; parameters without one count as zero and as not used."""
+    if bucket.held and _holders(bucket) > bucket.held:
+        _leave_to_others(bucket)
+    if not bucket.held:
+        bucket.held = _holders(bucket)
     bucket.absent = [index for index, parameter in enumerate(bucket.parameters) if parameter.grad is None]
     if not bucket.absent:
         gradients = [local_part(parameter.grad) for parameter in bucket.parameters if parameter.grad is not None]
@@ -325,6 +366,7 @@ def receive(bucket: Bucket) -> None:
     if bucket.sent is None:
         raise AssertionError("a bucket was not sent")
     bucket.sent.wait()
+    bucket.sent = None
     hand_out(bucket)
 
 

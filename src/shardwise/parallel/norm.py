@@ -41,12 +41,14 @@ def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
 def globalize_batch_norm(model: nn.Module, group: Group, state: BatchState) -> int:
     """Make every BatchNorm layer of `model` use the statistics of the whole group's samples, in place.
 
-    The modules stay what they are (type, names, parameters, buffers); only their `forward` is replaced.
+    The modules stay what they are (type, names, parameters, buffers); only their `forward` is replaced. Collective.
 
     Returns:
         The number of layers changed.
     """
     layers = batch_norms(model)
+    if layers:
+        group = group.twin()  # what layers send must not depend on when gradients of other layers are ready
     for name, module in layers:
         module.forward = functools.partial(_forward, module, group, state, name)  # type: ignore[method-assign]
     return len(layers)

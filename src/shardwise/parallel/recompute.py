@@ -5,8 +5,8 @@ Chen et al. (2016), "Training deep nets with sublinear memory cost". Built on `t
 The modules, their names and hooks stay what they are; only their forward function is replaced.
 
 What torch's function leaves to its user is taken care of here:
-- a forward pass that changes buffers (BatchNorm's running statistics) would change them twice: the second time they are put
-  back;
+- a forward pass that changes buffers (BatchNorm's running statistics, averages of its own) would change them twice, and be
+  computed from other values the second time: then it gets copies of what it began with;
 - a forward pass whose inputs were changed in place since would be computed from other values, without an error: that is
   found out.
 """
@@ -41,7 +41,7 @@ KEPT = frozenset([
 """Operations whose results `selective` keeps: they take nearly all of the time, and what comes between them is cheap."""
 
 SMALL = 1 << 16
-"""Elements of a buffer up to which it is put back in any case: torch's batch_norm writes running statistics without leaving a
+"""Elements of a buffer up to which it is copied in any case: torch's batch_norm writes running statistics without leaving a
 mark on them, by which larger buffers (tables of positions, masks) are told to have changed."""
 
 _MUTATED = "cached during selective activation checkpoint has been mutated"
@@ -176,6 +176,8 @@ class _Recomputation:
     selective: bool
     early_stop: bool
     kept: Recomputed
+    changing: set[tuple[nn.Module, str]] | None = None
+    """Large buffers that its forward pass changes, as its first call has shown."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -197,7 +199,8 @@ class _Call:
     def __init__(self, what: _Recomputation, inputs: list[Tensor]) -> None:
         self._what = what
         self._inputs = [(tensor, _version(tensor)) for tensor in inputs]
-        self._changed: list[tuple[nn.Module, str]] = []
+        self._changed: list[tuple[nn.Module, str, Tensor | None]] = []
+        """Buffers that the forward pass changes, and what was in them before; None where there was none."""
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Around the forward pass, and around its recomputation."""
@@ -209,19 +212,31 @@ class _Call:
 
     @contextmanager
     def _first(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
-        """See which buffers the forward pass changes."""
-        before = {(module, key): (tensor, tensor._version) for module, key, tensor in _buffers(self._what.module)}
+        """See which buffers the forward pass changes, and keep what was in them."""
+        changing = self._what.changing
+        before = {}
+        for module, key, tensor in _buffers(self._what.module):
+            kept = changing is None or (module, key) in changing or tensor.numel() <= SMALL
+            before[module, key] = tensor, tensor._version, tensor.detach().clone() if kept else None
         with inner:
             yield
+        self._what.changing = set() if changing is None else changing
         for module, key, tensor in _buffers(self._what.module):
-            known = before.get((module, key))
-            seen = known is None or known[0] is not tensor or known[1] != tensor._version
-            if seen or tensor.numel() <= SMALL:
-                self._changed.append((module, key))
+            known, version, values = before.get((module, key), (None, 0, None))
+            changed = known is not tensor or version != tensor._version
+            if changed and known is not None and values is None:
+                raise PlanError(
+                    f"plan recompute: module {self._what.name!r} changes its buffer {key!r} in this call, and did not in the "
+                    "first, so that computing it again would begin with other values; leave it out with recompute_modules"
+                )
+            if changed and tensor.numel() > SMALL:
+                self._what.changing.add((module, key))
+            if changed or tensor.numel() <= SMALL:
+                self._changed.append((module, key, values))
 
     @contextmanager
     def _again(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
-        """Leave those buffers as they are."""
+        """Begin with what was in those buffers, and leave them as they are."""
         for given, version in self._inputs:
             if _version(given) != version:
                 raise PlanError(
@@ -230,8 +245,9 @@ class _Call:
                     "leave the module out with recompute_modules"
                 )
         self._what.kept.calls += 1
-        buffers = [(module, key, module._buffers[key]) for module, key in self._changed]
-        values = [None if tensor is None else tensor.detach().clone() for _, _, tensor in buffers]
+        buffers = [(module, key, module._buffers[key]) for module, key, _ in self._changed]
+        for module, key, values in self._changed:
+            module._buffers[key] = None if values is None else values.clone()
         try:
             with inner:
                 yield
@@ -243,11 +259,8 @@ class _Call:
                 "place (as ReLU(inplace=True) does), so that it cannot be kept; use recompute='full'"
             ) from error
         finally:
-            with torch.no_grad():
-                for (module, key, tensor), value in zip(buffers, values, strict=True):
-                    module._buffers[key] = tensor
-                    if tensor is not None and value is not None:
-                        tensor.copy_(value)
+            for module, key, tensor in buffers:
+                module._buffers[key] = tensor
 
 
 def _fits(name: str, pattern: str) -> bool:

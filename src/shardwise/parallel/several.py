@@ -47,6 +47,9 @@ class Several(Optimizer):
         for one in self.each:
             one.zero_grad(set_to_none)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"several optimizers seen as one have no {name}: ask each of them, in optimizer.each")
+
     def __repr__(self) -> str:
         named = (f"{name}: {', '.join(type(one).__name__ for one in each)}" for name, each in self.named.items())
         return f"Several({'; '.join(named)})"

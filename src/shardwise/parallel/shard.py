@@ -51,7 +51,7 @@ def check_shard(model: nn.Module, *, whole: bool = True) -> None:
         _check_parts(model)
     for name in [*unit_names(model), *(part_names(model) if whole else [])]:
         here = model.get_submodule(name).parameters()
-        trained = [p for p in here if p.requires_grad and p.dim() and p not in seen]
+        trained = [p for p in here if p.requires_grad and _is_divisible(p) and p not in seen]
         seen.update(trained)
         types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
         if len(types) > 1:
@@ -201,12 +201,17 @@ def shard_model(
     """
     whole_numbers()
     device_mesh = _mesh(mesh)
-    # A single number cannot be split, and FSDP2 takes none: it stays on every rank and is summed with what is not sharded.
-    ignored = (ignored or set()) | {parameter for parameter in model.parameters() if parameter.dim() == 0}
+    # What cannot be split stays on every rank and is summed with what is not sharded.
+    ignored = (ignored or set()) | {parameter for parameter in model.parameters() if not _is_divisible(parameter)}
     modules = dict(model.named_modules())
     names = unit_names(model, no_units) if stage is None else _stage_units(model, stage)
 
     def split(module: nn.Module, *, again: bool) -> None:
+        for parameter in module.parameters():
+            if (
+                not isinstance(parameter, DTensor) and not parameter.is_contiguous()
+            ):  # FSDP2 takes none, as of channels_last
+                parameter.data = parameter.detach().contiguous()
         module.register_forward_hook(_owned)  # before FSDP2's own hook, which looks at what is returned
         fully_shard(
             module,
@@ -239,6 +244,11 @@ def shard_model(
             meter_collectives(_parameter_groups(module), mesh.meter, mesh.layout.data, order)
     held = dict.fromkeys(parameter for name in names for parameter in model.get_submodule(name).parameters())
     return Sharded(model, names, mesh.group("data", "shard", "context", "expert"), held.keys() - ignored, order)
+
+
+def _is_divisible(parameter: nn.Parameter) -> bool:
+    """FSDP2 takes no single number, and no tensor without numbers."""
+    return parameter.dim() > 0 and parameter.numel() > 0
 
 
 def _owned(module: nn.Module, args: Any, output: Any) -> Any:

@@ -31,12 +31,13 @@ def check_step(optimizer: Optimizer, axis: str) -> None:
             )
 
 
-def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool]) -> tuple[str, ...]:
+def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool], axis: str = "tensor") -> tuple[str, ...]:
     """Refuse an optimizer that cannot step on split parameters, before the first step.
 
     Args:
         optimizer: over the parameters, which may still be whole.
         is_split: tells of a parameter whether it is or will be split.
+        axis: by which.
 
     Returns:
         What will not equal the serial run, one sentence each.
@@ -45,19 +46,23 @@ def check_optimizer(optimizer: Optimizer, is_split: Callable[[Tensor], bool]) ->
         PlanError: torch does not do this optimizer's step on DTensors, or not with `foreach=True` or `fused=True` where
             whole and split parameters are in one group.
     """
-    if not any(is_split(parameter) for group in optimizer.param_groups for parameter in group["params"]):
-        return ()
-    check_step(optimizer, "tensor")
+    splitting = [
+        one
+        for one in optimizers_in(optimizer)
+        if any(is_split(p) for group in one.param_groups for p in group["params"])
+    ]
+    for one in splitting:
+        check_step(one, axis)
     name = type(optimizer).__name__
     for index, group in enumerate(optimizer.param_groups):
         together = [option for option in ("foreach", "fused") if group.get(option)]
-        kinds = {is_split(parameter) for parameter in group["params"]}
+        kinds = {is_split(parameter) for parameter in group["params"] if parameter.dim()}
         if together and len(kinds) == 2:
             raise PlanError(
                 f"parameter group {index} of {name} has {together[0]}=True and holds whole and split parameters, which torch "
                 f"cannot step together: leave out {together[0]}, or give split and whole parameters in groups of their own"
             )
-    if any(isinstance(one, torch.optim.Muon) for one in optimizers_in(optimizer)):
+    if any(isinstance(one, torch.optim.Muon) for one in splitting):
         return (
             "Muon orthogonalises its updates in bfloat16: with split parameters they agree with a serial run to that",
         )

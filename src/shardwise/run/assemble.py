@@ -15,13 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.dist.collectives import Group
 from shardwise.dist.mesh import SAMPLE_AXES, Mesh
 from shardwise.dist.meter import Meter
-from shardwise.dist.split import is_elsewhere
+from shardwise.dist.split import is_dtensor, is_elsewhere
 from shardwise.errors import JobError, PlanError
 from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.blocks import has_forward
+from shardwise.parallel.compiled import keep_from_messages
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
 from shardwise.parallel.several import as_one, optimizers_in
-from shardwise.parallel.steps import check_apart, check_step
+from shardwise.parallel.steps import check_apart, check_optimizer, check_step
 from shardwise.run.blame import readable_failure
 from shardwise.run.build import build_model, build_to_look_at, build_together, giving_back, without_memory
 from shardwise.run.clock import PhaseClock
@@ -322,12 +323,14 @@ def assemble(
         composed = compose(
             model, plan, mesh, batch_norm=job.batch_norm, checked=checked, cut=cut, split=split, deferred=deferred
         )
+    keep_from_messages(model, plan)
     if device.type == "cpu":
         keep_freed_memory()
     if own_kernels and deferred is not None:
         use_fast_kernels(model)  # not sooner: what computes initial weights a second time must be what did it first
     optimizer = build_optimizer(job, model)
-    composed.remarks += remarks + check_tensor_optimizer(optimizer, model, split)
+    split_by = " and ".join(axis for axis in ("shard", "tensor", "expert") if plan.layout.degrees[axis] > 1)
+    composed.remarks += remarks + check_optimizer(optimizer, is_dtensor, split_by)
     scheduler = build_schedules(job, optimizer, total_steps)
     parameters = tuple(parameter for parameter in model.parameters() if not is_elsewhere(parameter))
     composed.keep_plans(len(job.turns))

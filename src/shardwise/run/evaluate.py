@@ -82,13 +82,15 @@ def evaluation_sums(
     )
     stream = alike(stream, source, a.world, a.samples, a.device)
     batches = iter(lambda: next_batch(stream, a.samples, a.device), None)
-    if a.composed.stages is not None:
-        _through_stages(a, a.composed.stages, batches, totals)
-    else:
-        _on_whole_model(a, batches, totals)
+    try:
+        if a.composed.stages is not None:
+            _through_stages(a, a.composed.stages, batches, totals)
+        else:
+            _on_whole_model(a, batches, totals)
+    finally:
+        for module, training in modes:
+            module.training = training
     a.reports.sum_(totals)
-    for module, training in modes:
-        module.training = training
     if a.plan.layout.shard > 1:
         from shardwise.parallel.shard import split_again  # FSDP2 takes most of a second to load
 

@@ -36,7 +36,7 @@ class Keeper:
         self._course.saves_between = True
         self._epoch_began = perf_counter()
         self._ended = False
-        self._saved: tuple[int, int, int, bytes] | None = None
+        self._saved: tuple[int, int, int, object] | None = None
         self._assembly.clock.restart()
 
     def begin_epoch(self) -> None:
@@ -103,10 +103,15 @@ class Keeper:
         if self._ledger.settle_pending:
             settle(self._assembly, self._course, self._ledger, self._observer)
 
-    def _stands_at(self) -> tuple[int, int, int, bytes]:
+    def _stands_at(self) -> tuple[int, int, int, object]:
         """Tells what a checkpoint would hold: after a step's own, the epoch may end, and the user may note or write something."""
         a, course = self._assembly, self._course
-        return a.step, course.position.epoch, written(a), pickle.dumps(course.state)
+        state: object
+        try:
+            state = pickle.dumps(course.state)
+        except Exception:  # noqa: BLE001  # runs the values' own code
+            state = object()  # equal to nothing: the attempt to save it says what cannot be saved
+        return a.step, course.position.epoch, written(a), state
 
     def _is_saved(self) -> bool:
         """Whether the last checkpoint holds all there is. The same on all ranks, of which one alone may have noted something."""

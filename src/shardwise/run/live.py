@@ -166,7 +166,8 @@ class LiveRun:
         if batch is not self._given:
             self._between()
         result = take_step(self.assembly, batch, objective)
-        parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()])
+        # A rank without samples does not know in which type the others compute.
+        parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()]).double()
         total, *each = self.assembly.reports.sum_(parts).tolist()
         self._losses.update(zip(result.losses, each, strict=True))
         if batch is self._under_way:

@@ -77,7 +77,7 @@ class _Step:
     def __call__(self) -> None:
         """Update the parameters once."""
         optimizer: Any = self._optimizer
-        if _has_hooks(optimizer):
+        if _has_hooks(optimizer) or not _has_own_step(optimizer):
             optimizer.step()
             return
         groups = optimizer.param_groups
@@ -112,7 +112,7 @@ def _in_lists(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Those that are stepped on one by one, and then lists of the others, where these pay."""
     single: list[nn.Parameter] = []
     lists: list[list[nn.Parameter]] = []
-    size = LIST_BYTES
+    size = 0
     for parameter in parameters:
         plain = type(parameter).__name__ in _PLAIN and parameter.device.type == "cpu"
         own = parameter.numel() * parameter.element_size()
@@ -120,7 +120,7 @@ def _in_lists(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         if not plain or own > SMALL_BYTES or parameter.dtype not in (torch.float32, torch.float64):
             single.append(parameter)
             continue
-        if size + own > LIST_BYTES:
+        if not lists or size + own > LIST_BYTES:
             lists.append([])
             size = 0
         lists[-1].append(parameter)
@@ -132,7 +132,7 @@ def _in_lists(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 def _allows_lists(group: dict[str, Any]) -> bool:
     if group["foreach"] is not None or group["fused"] or group["differentiable"] or group.get("nesterov"):
         return False  # the user's choice; or torch would add the momentum of Nesterov to the gradients themselves
-    if not isinstance(group["lr"], float | int):
+    if not all(isinstance(number, float | int) for number in (group["lr"], *group.get("betas", ()))):
         return False
     gradients = [parameter.grad for parameter in group["params"]]
     return all(gradient is None or gradient.layout is torch.strided for gradient in gradients)
@@ -149,6 +149,12 @@ def _plain_step(optimizer: Optimizer) -> Callable[[Any], Any] | None:
     code = getattr(step, "__code__", None)
     wrapped = step is not cls.step
     return step if wrapped and code is not None and code.co_name == "step" else None
+
+
+def _has_own_step(optimizer: Optimizer) -> bool:
+    """Whether nobody but a schedule, which only notes that there was a step, has put another step function into it."""
+    step = vars(optimizer).get("step")
+    return step is None or getattr(step, "__wrapped__", None) is type(optimizer).step
 
 
 def _has_hooks(optimizer: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import pickle
 import sys
 import types
@@ -100,17 +101,20 @@ class _Walk:
 
     def _container(self, value: Any) -> str:
         kind = type(value)
-        if kind in (list, tuple, dict, set, frozenset) and len(value) > _MOST_MEMBERS:
+        if kind in (set, frozenset):
+            return self.members(value)
+        if kind in (list, tuple, dict) and len(value) > _MOST_MEMBERS:
             return self._object(value)
         if kind in (list, tuple):
             return _digest(kind.__name__, *map(self.value, value))
         if kind is dict:
             return _digest("dict", *(self.value(part) for item in value.items() for part in item))
-        if kind in (set, frozenset):
-            return _digest(kind.__name__, *sorted(map(self.value, value)))
         if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
             return self.callable(value)
         return self._object(value)
+
+    def members(self, value: Any) -> str:
+        return _digest(type(value).__name__, *sorted(map(self.value, value)))
 
     def _object(self, value: Any) -> str:
         hashed = hashlib.sha256()
@@ -120,11 +124,25 @@ class _Walk:
             return False
 
         try:
-            hashed.update(pickle.dumps(value, 5, buffer_callback=take))
+            file = io.BytesIO()
+            _Pickler(file, take, self).dump(value)
+            hashed.update(file.getbuffer())
         except Exception:  # noqa: BLE001  # runs the object's own code; locks, open files and the like cannot be told apart
             inside = vars(value) if hasattr(value, "__dict__") else {}
             return _digest("object", _name(type(value)), self.value(dict(inside)))
         return _digest("object", hashed.digest())
+
+
+@final
+class _Pickler(pickle.Pickler):
+    """Writes a digest of the members for each set."""
+
+    def __init__(self, file: io.BytesIO, take: Callable[[pickle.PickleBuffer], bool], walk: _Walk) -> None:
+        super().__init__(file, 5, buffer_callback=take)
+        self._walk = walk
+
+    def persistent_id(self, value: Any) -> str | None:
+        return self._walk.members(value) if type(value) in (set, frozenset) else None
 
 
 def _content(cell: types.CellType) -> Any:
