@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -440,6 +441,9 @@ def test_encoding_gives_back_the_same_values() -> None:
         "kinds": [(1, (2,)), {3, 1}, frozenset({"x"}), deque([1, 2]), b"\x00\xff", torch.float16, torch.device("cpu")],
         "keys": {1: "int", (2, 3): "tuple", "a/b": "slash", "$": "tag"},
         "counter": Counter({3: 2}),
+        "arrays": [np.arange(6, dtype="int16").reshape(2, 3)[:, ::-1], np.array(2.5)],
+        "newest": deque([1, 2, 3], maxlen=3),
+        "scalars": [np.int64(3), np.float32(0.1), np.bool_(True)],
         "tensors": ({7: torch.arange(3)}, [torch.tensor(2.0)]),
     }
     found: dict[str, Tensor] = {}
@@ -447,7 +451,11 @@ def test_encoding_gives_back_the_same_values() -> None:
     assert sorted(tensor_paths(record, "v")) == sorted(found)
     back = decode(record, "v", found)
     assert torch.equal(back["tensors"][0][7], torch.arange(3))
-    assert len(found) == 2
+    assert len(found) == 4
+    assert back["newest"].maxlen == 3
+    for one, other in zip(back.pop("arrays"), cast("Any", value.pop("arrays")), strict=True):
+        assert one.dtype == other.dtype
+        assert one.tolist() == other.tolist()
     for side in (value, back):
         side.pop("tensors")
     assert back == value

@@ -43,6 +43,12 @@ def own_contrastive(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return contrastive(model(batch[0]), batch[1])
 
 
+def scaled(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Of one sample there is no deviation: a part of it gives no number."""
+    each = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return (each * (each.detach() - each.detach().mean()) / each.detach().std()).mean()
+
+
 def noisy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(F.dropout(model(batch[0]), 0.5), batch[1])
 
@@ -67,6 +73,7 @@ def _job(**changes: Any) -> shardwise.Job:
         {"loss": class_weighted},
         {"loss": some_ignored},
         {"objective": own_contrastive},
+        {"objective": scaled},
     ],
 )
 def test_refused_where_batches_are_split(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import click
 @click.option("--all", "every", is_flag=True, help="Prove every layout of up to --workers workers; print the matrix.")
 @click.option("--workers", type=int, metavar="N", help="Number of workers; with --all the most of them.")
 @click.option("--steps", type=int, default=3, show_default=True, metavar="K", help="Optimizer steps to compare.")
+@click.option("--resume", is_flag=True, help="Go on from a checkpoint in the middle of the plan's steps.")
 @click.option("--batch-size", type=int, metavar="N", help="Samples per step over all workers together.")
 @click.option("--micro-batch", type=int, metavar="N", help="Samples per worker and forward pass; gradients accumulate.")
 @click.option("--seed", type=int, metavar="N", help="Of initial weights and sample order.")

@@ -78,7 +78,7 @@ class Batch:
         targets: the same for the targets, None where the data has none.
         count: true samples of this rank, 0 for a phantom.
         global_count: true samples of all ranks together; -1 for a `ragged` batch.
-        index: step within the epoch, from 0.
+        index: step within the epoch, from 0; -1 for a batch that a loop of the user's made.
         indices: global sample index of each sample of this rank, int64 (count,); None for streams.
         phantom: this rank's share is empty, and `inputs` and `targets` hold one real sample, so that the rank can walk
             through the collectives of a forward and backward pass; its loss must be multiplied by zero.

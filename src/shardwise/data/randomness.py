@@ -15,6 +15,7 @@ from shardwise.errors import JobError
 
 _TRANSFORM_STREAM = 2
 _SAMPLE_STREAM = 3
+_LOOP_STREAM = 4
 
 
 @final
@@ -58,6 +59,16 @@ class BatchRandom:
         """Standard normal (Box and Muller), float32 of shape (N, *shape); platforms may differ in the last bit."""
         radius = torch.sqrt(-2.0 * torch.log1p(-self.uniform(*shape).double()))
         return (radius * torch.cos(2.0 * torch.pi * self.uniform(*shape).double())).float()
+
+
+def loop_random(seed: int, *place: int, indices: NDArray[np.int64]) -> BatchRandom:
+    """Random numbers for what a loop of the user's own makes.
+
+    Args:
+        place: whole numbers >= 0 that say where in the loop they are drawn.
+        indices: the number of each sample, or of what else there are many of, int64 (N,).
+    """
+    return BatchRandom(stream_key(_LOOP_STREAM, seed), stream_key(*place), indices)
 
 
 def seed_generators(*words: int) -> None:

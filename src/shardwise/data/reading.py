@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shardwise.data.batch import Batch
 from shardwise.data.order import epoch_order
+from shardwise.errors import JobError
 from shardwise.spec.shares import share_bounds
 
 
@@ -71,6 +72,21 @@ class Source(ABC):
     @abstractmethod
     def read(self, reading: Reading) -> Generator[Batch, None, None]:
         """This rank's batches in step order. Closing the generator ends everything it started."""
+
+
+@final
+class NoData(Source):
+    """What a job has that makes its data in the loop."""
+
+    @property
+    def length(self) -> int | None:
+        return None
+
+    def read(self, reading: Reading) -> Generator[Batch, None, None]:
+        raise JobError(
+            "the job has no data: give data=, or let the loop make its own, `for number in run.rounds(): "
+            "run.step(run.batch(inputs, targets))`"
+        )
 
 
 @final

@@ -94,6 +94,11 @@ def _as_source(data: Any) -> Source:
         return Samples(data)
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, _ARRAYS) for part in data):
         return Arrays(tuple(data))
+    if data is None:
+        raise JobError(
+            "the job has no data, which a loop of your own (shardwise.start) can do without, where it makes its own: train, "
+            "prove, bench, and plans with tensor, pipeline or context need some, such as a few samples like those of the loop"
+        )
     if isinstance(data, DataLoader):
         raise JobError(
             "data is a DataLoader: give its data set, data=loader.dataset, and batch_size= beside it; shardwise deals out the "

@@ -40,6 +40,7 @@ class Setting:
     Attributes:
         folder: of this proof, for the records of its runs.
         cores: serial runs at the same time.
+        resumes: the candidate goes on from a checkpoint in the middle.
         seed: in place of the job's own.
     """
 
@@ -53,6 +54,7 @@ class Setting:
     timeout_seconds: float
     report: Callable[[str], None]
     fault: Fault | None = None
+    resumes: bool = False
     seed: int | None = None
 
     def task(self, name: str, plan: Plan, **changes: Any) -> Task:
@@ -207,7 +209,7 @@ def run_candidate(
     Raises:
         RunFailed: a worker failed.
     """
-    task = setting.task(name, plan, fault=setting.fault, double=double, evaluates=evaluates)
+    task = setting.task(name, plan, fault=setting.fault, double=double, evaluates=evaluates, resumes=setting.resumes)
     worker = functools.partial(run_rank, task=task)
     workers, threads = plan.layout.workers, plan.threads or 1
     if workers == 1:

@@ -30,7 +30,21 @@ def check_guards(candidate: Record, yardstick: Yardstick, layout: Layout, sample
     if recomputed:
         text = f"forward passes of modules were computed again {sum(recomputed)} times"
         guards.append(Guard(name="recomputed", passed=sum(recomputed) > 0, text=text))
+    if candidate.reports[0].resumed_after:
+        guards.append(_restored(candidate))
     return guards
+
+
+def _restored(candidate: Record) -> Guard:
+    reports = candidate.reports
+    after, steps = reports[0].resumed_after, len(reports[0].losses)
+    lost = [(report.rank, key) for report in reports for key in report.lost]
+    if lost:
+        rank, key = lost[0]
+        text = f"{len({key for _, key in lost})} tensors and numbers did not come back from a checkpoint, {key} on rank {rank}"
+        return Guard(name="checkpoint", passed=False, text=text)
+    text = f"a checkpoint after step {after} of {steps} gave back {max(each.restored for each in reports)} tensors and numbers"
+    return Guard(name="checkpoint", passed=True, text=f"{text} bit for bit")
 
 
 def _moved(candidate: Record, yardstick: Yardstick) -> Guard:

@@ -29,6 +29,7 @@ def prove_all(
     device: str = "cpu",
     threads: int | None = None,
     recompute: str | None = None,
+    resume: bool = False,
     reference: Callable[[], Job] | None = None,
     timeout_seconds: float = 600.0,
     report: Callable[[str], None] = print_report,
@@ -70,6 +71,7 @@ def prove_all(
             steps=steps,
             device=device,
             reference=reference,
+            resume=resume,
             timeout_seconds=timeout_seconds,
             report=report,
         )

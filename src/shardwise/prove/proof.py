@@ -25,6 +25,7 @@ from shardwise.prove.record import Record
 from shardwise.prove.runs import Fault
 from shardwise.prove.trial import Trial, look_again, run_trial
 from shardwise.run.apart import call_in_child
+from shardwise.run.checkpoint import warm_up
 from shardwise.run.choose import choose_device, usable_cores
 from shardwise.run.launch import current_rank, print_report
 from shardwise.run.options import TrainOptions, resolve_plan
@@ -45,6 +46,7 @@ def prove(
     threads: int | None = None,
     recompute: str | None = None,
     reference: Callable[[], Job] | None = None,
+    resume: bool = False,
     timeout_seconds: float = 600.0,
     report: Callable[[str], None] = print_report,
     fault: Fault | None = None,
@@ -59,6 +61,7 @@ def prove(
         threads: compute threads per worker.
         recompute: instead of what the plan says.
         reference: picklable function that builds the job again, for workers that cannot inherit it (on accelerators).
+        resume: save a checkpoint after half of the plan's steps, and take the others with everything built anew from it.
         timeout_seconds: how long a collective may wait for a missing rank.
         report: receives messages for people, such as the traceback of a worker.
         fault: changes each worker's assembled run; only to see the proof fail.
@@ -77,6 +80,7 @@ def prove(
             steps=steps,
             device=device,
             reference=reference,
+            resume=resume,
             timeout_seconds=timeout_seconds,
             report=report,
             fault=fault,
@@ -120,6 +124,7 @@ def make_setting(
     steps: int,
     device: str = "cpu",
     reference: Callable[[], Job] | None = None,
+    resume: bool = False,
     timeout_seconds: float = 600.0,
     report: Callable[[str], None] = print_report,
     fault: Fault | None = None,
@@ -131,6 +136,10 @@ def make_setting(
     """
     if steps < 1:
         raise UserError(f"steps={steps}: a proof compares at least 1 optimizer step")
+    if resume:
+        if steps < 2:
+            raise UserError(f"resume with steps={steps}: a checkpoint in the middle takes at least 2 optimizer steps")
+        warm_up().join()  # here once, or in every worker
     splits: Splits = as_splits(job.data)
     return Setting(
         job=job,
@@ -143,6 +152,7 @@ def make_setting(
         timeout_seconds=timeout_seconds,
         report=report,
         fault=fault,
+        resumes=resume,
     )
 
 
@@ -151,7 +161,7 @@ def judge_any(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequenc
     verdict = judge(setting, plan.exact(), yardstick, notes)
     if plan.exact() == plan or not verdict.proved:
         return verdict
-    trial = run_trial(setting, replace(plan, precision="fp32", compile=False), yardstick)
+    trial = run_trial(replace(setting, resumes=False), replace(plan, precision="fp32", compile=False), yardstick)
     return measured_distance(verdict, plan, yardstick, trial.candidate, trial.comparisons, trial.faults)
 
 
@@ -201,6 +211,12 @@ def judge(setting: Setting, plan: Plan, yardstick: Yardstick, notes: Sequence[st
 
 
 def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) -> list[Finding]:
+    if setting.resumes:
+        setting = replace(setting, resumes=False)
+        whole = run_trial(setting, plan, yardstick)
+        if whole.passed:
+            return [_lost(trial)]
+        trial = whole
     pieces, failure = _pieces(setting, plan)
     evidence = Evidence(
         layout=plan.layout,
@@ -221,6 +237,20 @@ def _culprits(setting: Setting, plan: Plan, trial: Trial, yardstick: Yardstick) 
     if failure:
         named.append(Finding(pattern="no parts", message=failure))
     return named
+
+
+def _lost(trial: Trial) -> Finding:
+    """What a checkpoint did not give back, of a plan that is right without one."""
+    lost = list(dict.fromkeys(key for report in trial.candidate.reports for key in report.lost))
+    if lost:
+        what = f"what was read from it is not what was saved: {listed(lost)}"
+    else:
+        what = (
+            "all tensors and numbers came back, so the training depends on something that a checkpoint does not hold, such as a "
+            "Python attribute of a module (register a buffer, or give the module get_extra_state)"
+        )
+    message = f"the same steps without a checkpoint in the middle pass; {what}"
+    return Finding(pattern="checkpoint", message=message, parameters=tuple(lost))
 
 
 def blame_axes(setting: Setting, plan: Plan, yardstick: Yardstick) -> tuple[tuple[str, ...], str]:

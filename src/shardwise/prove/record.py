@@ -51,6 +51,9 @@ class RankReport:
         metrics: results of the evaluation, by name.
         evaluation: why its results cannot be compared; "" where they can.
         coupled: names of metrics that are no means over samples.
+        resumed_after: steps before the checkpoint that the run went on from; 0 where there was none.
+        restored: tensors and numbers that were held against what was saved.
+        lost: keys of those that were something else.
     """
 
     rank: int
@@ -73,6 +76,9 @@ class RankReport:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluation: str = ""
     coupled: set[str] = field(default_factory=set)
+    resumed_after: int = 0
+    restored: int = 0
+    lost: list[str] = field(default_factory=list)
 
 
 @final
@@ -90,9 +96,9 @@ class Recorder:
             self.tensors[f"{moment}/{key}"] = whole(tensor)
         optimizer = collected.structure["optimizer"]
         for index, group in enumerate(optimizer["groups"]):
-            self._take_numbers(f"{moment}/options/{index}", group["options"])
+            self.take_numbers(f"{moment}/options/{index}", group["options"])
         for name, state in optimizer["state"].items():
-            self._take_numbers(f"{moment}/optimizer/{name}", state)
+            self.take_numbers(f"{moment}/optimizer/{name}", state)
         self.report.aliases = dict(collected.structure["aliases"])
         self.report.buffers = set(collected.structure["buffers"])
 
@@ -128,7 +134,8 @@ class Recorder:
         world.barrier()
         return reports
 
-    def _take_numbers(self, path: str, value: Any) -> None:
+    def take_numbers(self, path: str, value: Any) -> None:
+        """Note the numbers in plain data."""
         for key, number in _numbers(path, value):
             self.tensors[key] = torch.tensor(number, dtype=torch.float64)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import final
 
@@ -25,6 +27,7 @@ from shardwise.parallel.norm import batch_norms
 from shardwise.prove.evaluation import take_evaluation
 from shardwise.prove.quiet import Quiet, in_double, noted_draws, silence
 from shardwise.prove.record import RankReport, Recorder
+from shardwise.prove.resumed import Middle
 from shardwise.run.alike import next_batch
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.loop import open_epoch, total_steps
@@ -49,6 +52,7 @@ class Task:
         order: the samples of each batch change places, by this seed; None leaves them. Serial runs only.
         seed: in place of the job's own; None keeps it.
         evaluates: look at the test split at the end.
+        resumes: after half of the steps, save a checkpoint and go on from it with everything built anew.
         greatest: torch's random functions give the greatest number that they can, or the least; None lets them draw.
         fault: changes the assembled run, for tests of the proof itself.
     """
@@ -64,6 +68,7 @@ class Task:
     order: int | None = None
     seed: int | None = None
     evaluates: bool = True
+    resumes: bool = False
     greatest: bool | None = None
     timeout_seconds: float = 600.0
     fault: Fault | None = None
@@ -89,8 +94,6 @@ def take_record(task: Task, device: torch.device) -> list[RankReport]:
     job, splits = open_job(task)
     silenced: list[str] = []
     a = prepare(task, job, splits, device, silenced)
-    if task.fault is not None:
-        task.fault(a)
     axes = [axis for axis, degree in task.plan.layout.degrees.items() if degree > 1]
     report = RankReport(a.world.rank, coordinates={axis: a.mesh.coordinate(axis) for axis in axes})
     report.modules, report.has_batch_norm = silenced, bool(batch_norms(a.model))
@@ -100,7 +103,15 @@ def take_record(task: Task, device: torch.device) -> list[RankReport]:
     # Runs of a training are processes of their own, whose generators of Python and NumPy start anywhere. Those of a proof
     # are forked from one process and would draw alike.
     seed_generators(os.getpid())
-    _walk(a, task, splits, recorder)
+    middle = task.steps // 2 if task.resumes else 0
+    if middle:
+        _walk(a, task, splits, recorder, 0, middle)
+        saved = Middle(a, splits, Path(task.folder))
+        del a
+        gc.collect()  # two models at once might not fit
+        a = prepare(task, job, splits, device, silenced)
+        saved.take_up(a, report)
+    _walk(a, task, splits, recorder, middle, task.steps)
     a.average()
     recorder.take_state("final", a)
     if task.evaluates and splits.test is not None and splits.test.length:
@@ -135,11 +146,13 @@ def prepare(task: Task, job: Job, splits: Splits, device: torch.device, silenced
     a = assemble(job, task.plan, Group.world(), device, total_steps=total)
     if task.double:
         torch.set_default_dtype(torch.float64)  # this process ends with the run
+    if task.fault is not None:
+        task.fault(a)
     return a
 
 
-def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
-    """Take the steps; note gradients of the first and the loss of each."""
+def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder, start: int, stop: int) -> None:
+    """Take the steps from `start` to `stop`; note gradients of the first and last of all, and the loss of each."""
     report = recorder.report
     quiet = Quiet(double=task.double, greatest=task.greatest)
     turns = a.turns
@@ -152,9 +165,10 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
         return replace(turn, update=note_then_update)
 
     # Not a hook of the optimizer: with one, the step goes another way than in training (see run/optimize.py).
-    a.turns = {name: noted_first(turn) for name, turn in turns.items()}
-    taken = 0
-    for batch in walk_batches(a, splits, task.steps):
+    if not start:
+        a.turns = {name: noted_first(turn) for name, turn in turns.items()}
+    taken = start
+    for batch in islice(walk_batches(a, splits, task.steps), start, stop):
         recorder.take_samples(batch)
         moment = "gradient" if taken == 0 else "last" if taken == task.steps - 1 else None
         noted = functools.partial(recorder.take_gradients, moment, a.model) if moment else None
@@ -168,9 +182,10 @@ def _walk(a: Assembly, task: Task, splits: Splits, recorder: Recorder) -> None:
         taken += 1
     if taken == 0:
         raise DataError("the training split gave no batch: the data is empty")
-    report.silenced, report.random = quiet.silenced, quiet.random
+    report.silenced |= quiet.silenced
+    report.random |= quiet.random
     if a.composed.recomputed is not None:
-        report.recomputed = a.composed.recomputed.calls
+        report.recomputed = (report.recomputed or 0) + a.composed.recomputed.calls
 
 
 def walk_batches(a: Assembly, splits: Splits, steps: int) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any, final
 
 from shardwise.data.batch import Batch
+from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits
 from shardwise.errors import CheckpointError, RunFailed
 from shardwise.parallel.replicas import check_replicas
@@ -58,12 +59,14 @@ class Position:
         batch: global batches of this epoch already trained on.
         loss_sum: of the losses of this epoch times their samples.
         samples: samples of this epoch already trained on.
+        rounds: rounds that are over, of a loop that makes its own data.
     """
 
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
     samples: int = 0
+    rounds: int = 0
 
 
 @final
@@ -194,13 +197,19 @@ def _look_at_losses(a: Assembly, course: Course, settled: Settlement) -> None:
     step = a.step - len(losses) + wrong
     named = {name: each[wrong] for name, each in settled.objectives.items()}
     whose = [name for name, loss in named.items() if loss is not None and not abs(loss) < float("inf")]
-    found = not_finite(a.job, course.splits, step) if a.world.rank == 0 and not named else ""
+    found = not_finite(a.job, course.splits, step) if a.world.rank == 0 and not named and _in_order(a, course) else ""
     advice = "lower the learning rate or clip the gradients"
     if found:
         advice = "leave them out or put numbers in their place"
     of = f" of {' and '.join(whose)}" if whose else ""
     became = f"the loss{of} became {losses[wrong]} at step {step + 1}"
     warn(course, f"{became}{', because ' + found if found else ''}: the training goes on, but {advice}")
+
+
+def _in_order(a: Assembly, course: Course) -> bool:
+    """Whether each step was on the next batch of the data, so that its number tells which."""
+    each, position = steps_per_epoch(course.splits.train, a.job.batch_size), course.position
+    return each is not None and position.epoch * each + position.batch == a.step
 
 
 def make_equal(a: Assembly) -> None:

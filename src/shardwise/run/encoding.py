@@ -1,7 +1,7 @@
 """Plain Python values as JSON and named tensors: what a checkpoint keeps of progress, schedulers and optimizer options.
 
 JSON values stand for themselves. What JSON lacks is an object with the key `$`: tuples, sets, counters, complex
-numbers, bytes, floats without digits, dicts whose keys are no text, and tensors, which are kept apart under the path
+numbers, bytes, floats without digits, dicts whose keys are no text, and tensors and arrays, which are kept apart under the path
 that leads to them.
 """
 
@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON data of `value`.
 
     Args:
-        value: numbers, text, tensors, and lists, tuples, sets and dicts of these.
+        value: numbers, text, tensors, arrays, and lists, tuples, sets and dicts of these.
         path: name of the value; items are `path/key` and `path/index`.
         tensors: receives each tensor (detached, not copied) under its path.
 
@@ -41,13 +42,19 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value.detach()
         return {_TAG: "tensor"}
+    if isinstance(value, np.number | np.bool_):
+        return encode(value.item(), path, tensors)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        tensors[path] = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+        return {_TAG: "array"}
     if isinstance(value, list):
         return _items(value, path, tensors)
     if isinstance(value, tuple | set | frozenset | deque):
         # A named tuple is kept as a plain one: its class belongs to the code, not to the data.
         kind = "tuple" if isinstance(value, tuple) else type(value).__name__
         items = sorted(value, key=repr) if isinstance(value, set | frozenset) else list(value)
-        return {_TAG: kind, "items": _items(items, path, tensors)}
+        record = {_TAG: kind, "items": _items(items, path, tensors)}
+        return {**record, "maxlen": value.maxlen} if isinstance(value, deque) else record
     if isinstance(value, dict):
         return _encode_dict(value, path, tensors)
     if isinstance(value, complex):
@@ -58,7 +65,7 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {_TAG: type(value).__name__, "value": str(value)}
     raise CheckpointError(
         f"{path} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint keeps numbers, text, tensors, "
-        "and lists, tuples, sets and dicts of these; keep such values instead, or make the object anew after a resume"
+        "arrays, and lists, tuples, sets and dicts of these; keep such values instead, or make the object anew after a resume"
     )
 
 
@@ -84,7 +91,7 @@ def tensor_paths(record: Any, path: str) -> Iterator[str]:
             yield from tensor_paths(item, f"{path}/{index}")
     elif isinstance(record, dict):
         tag = record.get(_TAG)
-        if tag == "tensor":
+        if tag in ("tensor", "array"):
             yield path
         elif tag in ("dict", "counter"):
             for index, (key, item) in enumerate(record["items"]):
@@ -108,6 +115,10 @@ def decode(record: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
         return {key: decode(item, f"{path}/{key}", tensors) for key, item in record.items()}
     if tag == "tensor":
         return tensors[path]
+    if tag == "array":
+        return tensors[path].numpy()
+    if tag == "deque":
+        return deque(decode(record["items"], path, tensors), record.get("maxlen"))
     if tag in ("dict", "counter"):
         pairs = {
             decode(key, f"{path}/{index}/key", tensors): decode(item, f"{path}/{index}/value", tensors)
@@ -119,7 +130,7 @@ def decode(record: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
     return _decode_scalar(tag, record["value"], path)
 
 
-_COLLECTIONS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
+_COLLECTIONS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def _decode_scalar(tag: str, value: Any, path: str) -> Any:

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
+from zlib import crc32
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardwise.data.batch import Batch
 from shardwise.data.loader import steps_per_epoch
+from shardwise.data.randomness import BatchRandom, loop_random
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import FolderError, JobError
 from shardwise.run.alike import next_batch
 from shardwise.run.assemble import Assembly
 from shardwise.run.batches import Batches, batches_left
+from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.course import Position
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder
 from shardwise.run.keeper import Keeper, written
 from shardwise.run.loop import open_epoch
-from shardwise.run.step import take_step
+from shardwise.run.made import MADE, check_objectives, make_batch
+from shardwise.run.step import seed_step, take_step
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
+from shardwise.spec.shares import share_bounds
 
 
 @final
@@ -49,6 +56,9 @@ class LiveRun:
     _position: Position = field(default_factory=Position)
     _under_way: Batch | None = None
     _given: Batch | None = None
+    _round: int | None = None
+    _checked: set[str] = field(default_factory=set)
+    _draws: Counter[tuple[int, ...]] = field(default_factory=Counter)
     _losses: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -88,7 +98,7 @@ class LiveRun:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Your own values, plain ones and small tensors, that go into checkpoints and come back with `resume`.
+        """Your own values (numbers, text, tensors, arrays, collections of these): in checkpoints, and back with `resume`.
 
         Rank 0's are kept, as they are when the loop asks for its next batch, ends, or calls `save`.
         """
@@ -144,11 +154,96 @@ class LiveRun:
             else:
                 self._position.epoch, self._position.batch = self.epoch + 1, 0
 
+    def rounds(self, count: int | None = None) -> Iterator[int]:
+        """Numbers of the rounds of a loop that makes its own data, from 0, or from the round that a resumed run comes to next.
+
+        A round is what the loop likes: a step of an environment and a training step, or many episodes and many steps on them.
+        Checkpoints are written, and the run is stopped, between rounds only, so that a resumed run begins at the top of the loop.
+        torch's generators are set there from (seed, round, rank).
+
+        Args:
+            count: rounds in all, with those before; None for as many as the job's `steps` take, or without an end.
+
+        Raises:
+            Stopped: as `batches`.
+        """
+        if self._round is not None or self._given is not None:
+            raise JobError(
+                "rounds() was asked for within a round or batch: only the outermost loop can be gone on with"
+            )
+        position = self._position
+        self._between()
+        while (count is None or position.rounds < count) and not self._steps_done():
+            number, step, weights = position.rounds, self.assembly.step, self._written()
+            self._seed(number)
+            self._round = number
+            try:
+                yield number
+            finally:
+                self._round = None
+            if self.assembly.step == step:
+                self._check_written(weights)
+            position.rounds = number + 1
+            self._between()
+
+    def batch(self, inputs: Any, targets: Any = None, *, part: bool = False) -> Batch:
+        """A global batch that the loop made, for `step`. Collective.
+
+        Args:
+            inputs: a tensor or array with a row for each sample, or a tuple or dict of these. The whole batch, the same on
+                every worker, which takes its part of it.
+            targets: the same, or None.
+            part: these are samples of this worker's own, as many as it has; those of all workers, in rank order, are the batch.
+                None for inputs if it has none. Where nobody has any, `global_count` is 0, and there is nothing to step on.
+
+        Raises:
+            JobError: they are no tensors of one length.
+            DataError: workers gave different samples where they should give the same.
+        """
+        self.assembly.clock.mark("other")  # the loop's own time, of which nobody waits for data
+        self.assembly.clock.begin_step(self.assembly.step)
+        made = make_batch(self.assembly, inputs, targets, part=part)
+        self.assembly.clock.mark("data")
+        self.assembly.clock.current = BETWEEN_STEPS
+        return made
+
+    def share(self, count: int) -> range:
+        """Which of so many environments, episodes or samples are this worker's, so that each is one worker's."""
+        bounds = share_bounds(count, self.assembly.samples.size, self.assembly.division)
+        return range(*bounds[self.assembly.samples.rank])
+
+    def random(self, numbers: int | Iterable[int], name: str = "") -> BatchRandom:
+        """Random numbers, the same for the same numbers on every worker, and under any number of workers.
+
+        They are a function of (the job's seed, round, step, name, how many times this was called there with that name), and of
+        each number.
+
+        Args:
+            numbers: of environments or samples, such as `run.share(64)`; or how many there are.
+            name: what they are for.
+        """
+        rows = np.arange(numbers) if isinstance(numbers, int) else np.fromiter(numbers, np.int64)
+        place = (
+            self._position.rounds if self._round is None else self._round,
+            self.assembly.step,
+            crc32(name.encode()),
+        )
+        self._draws = Counter({key: calls for key, calls in self._draws.items() if key[:2] == place[:2]})
+        self._draws[place] += 1
+        return loop_random(self.job.seed, *place, self._draws[place], indices=rows)
+
+    def sum(self, value: Tensor | float) -> Tensor | float:
+        """The sum of a number or tensor over the workers that hold other samples, the same on all of them. Collective."""
+        if isinstance(value, Tensor):
+            return self.assembly.samples.sum_(value.detach().clone(), "a sum of the loop's own")
+        total = torch.tensor(value, dtype=torch.float64, device=self.assembly.device)
+        return float(self.assembly.samples.sum_(total, "a sum of the loop's own"))
+
     def step(self, batch: Batch, objective: str | None = None) -> float:
         """One exact global step; returns the mean loss over the global batch, the same on every rank. Collective.
 
         Args:
-            batch: from `batches`.
+            batch: from `batches` or `batch`.
             objective: of a job with several, the one to take; its optimizers step. None takes all in their order, a step of
                 their optimizers each, and returns the sum of the losses. `losses` has each of them.
 
@@ -161,16 +256,18 @@ class LiveRun:
         if not isinstance(batch, Batch):
             raise JobError(
                 f"step() was given a {type(batch).__name__}: give it what batches() gives; data of your own, also the data set "
-                "of a DataLoader, goes to start(data=...)"
+                "of a DataLoader, goes to start(data=...), and what the loop makes to batch(inputs, targets)"
             )
-        if batch is not self._given:
+        if batch.index == MADE:
+            self._check_made(batch, objective)
+        elif batch is not self._given:
             self._between()
         result = take_step(self.assembly, batch, objective)
         # A rank without samples does not know in which type the others compute.
         parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()]).double()
         total, *each = self.assembly.reports.sum_(parts).tolist()
         self._losses.update(zip(result.losses, each, strict=True))
-        if batch is self._under_way:
+        if batch is self._under_way or batch.index == MADE:
             self._done()
         if self._keeper is not None:
             self._keeper.stepped(batch, result)
@@ -225,17 +322,50 @@ class LiveRun:
         self._stack.__exit__(kind, error, trace)
 
     def _between(self) -> None:
-        if self._keeper is not None:
+        if self._keeper is not None and self._round is None:
             self._keeper.between()
+
+    def _seed(self, place: int) -> None:
+        """Set torch's generators, so that what the loop draws from here on is drawn again after a resume."""
+        a = self.assembly
+        seed_step(a.job.seed, a.step, a.reports.rank, a.device, turn=f"loop {place}")
+
+    def _check_made(self, batch: Batch, objective: str | None) -> None:
+        """Refuse what no step can be taken on."""
+        if not batch.global_count:
+            raise JobError("step() was given a batch without samples on any worker: ask for batch.global_count first")
+        if self._keeper is not None and self._round is None and self._given is None:
+            raise JobError(
+                "step() was given a batch that the loop made, outside of rounds: a run with a folder must know between which "
+                "steps it may be saved, and begin again when it is resumed: write the loop as `for number in run.rounds():`"
+            )
+        names = {*self.assembly.turns} if objective is None else {objective} & {*self.assembly.turns}
+        if batch.largest > 1 and (new := names - self._checked):
+            self._checked |= new
+            check_objectives(self.assembly, batch, sorted(new))
+
+    def _written(self) -> int:
+        return written(self.assembly) if self.workers > 1 else 0
+
+    def _check_written(self, weights: int) -> None:
+        """A batch or round went by without a step: refuse weights that were changed in it on several workers."""
+        if self._written() != weights:
+            raise JobError(
+                "the weights changed, but the batch was not given to run.step(): with an optimizer.step() of its own, "
+                f"each of {self.workers} workers trains alone, on its own part of the data. Replace the forward pass, "
+                "backward(), optimizer.step() and zero_grad() by loss = run.step(batch)"
+            )
 
     def _steps_done(self) -> bool:
         return self.job.steps is not None and self.assembly.step >= self.job.steps
 
     def _done(self) -> None:
-        """The batch that was given out last is trained on, or passed over."""
+        """The batch that was given out last is trained on, or passed over; the round that is under way is not to come again."""
         if self._under_way is not None:
             self._position.batch += 1
             self._under_way = None
+        if self._round is not None:
+            self._position.rounds = self._round + 1
 
     def _epoch(self) -> Iterator[Batch]:
         a, clock = self.assembly, self.assembly.clock
@@ -249,15 +379,12 @@ class LiveRun:
                 if batch is None:
                     return
                 self._under_way = self._given = batch
-                weights = written(a) if a.world.size > 1 else 0
+                weights = self._written()
+                self._seed(self._position.batch)
                 try:
                     yield batch
                 finally:
                     self._given = None
-                if self._under_way is batch and a.world.size > 1 and written(a) != weights:
-                    raise JobError(
-                        "the weights changed, but the batch was not given to run.step(): with an optimizer.step() of its own, "
-                        f"each of {a.world.size} workers trains alone, on its own part of the data. Replace the forward pass, "
-                        "backward(), optimizer.step() and zero_grad() by loss = run.step(batch)"
-                    )
+                if self._under_way is batch:
+                    self._check_written(weights)
                 self._done()

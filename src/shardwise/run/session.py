@@ -182,7 +182,7 @@ def open_session(rank: Rank, work: Work, stop: StopRequest, *, shown: Display | 
         assembly.looks_at_losses = True
         peers = world.gather_objects(this_peer(world.rank))
         checkpoint = latest(folder) if resume else None
-        position, progress = _go_on(assembly, checkpoint, splits.train, balance=work.balance)
+        position, progress = go_on(assembly, checkpoint, splits.train, balance=work.balance)
         course = stack.enter_context(_open_course(work, folder, assembly, position, progress, stop, shown))
         course.one_clock = len({peer.clock for peer in peers}) == 1
         if recorder is not None and not recorder.recording.all_steps:
@@ -258,7 +258,7 @@ def _open_course(
         )
 
 
-def _go_on(
+def go_on(
     assembly: Assembly, checkpoint: Path | None, train: Source, *, balance: bool
 ) -> tuple[Position, dict[str, Any]]:
     """Take up a checkpoint, where there is one: where the training stands, and all that was noted of its progress."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from shardwise.data.reading import NoData
 from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
@@ -50,7 +51,8 @@ def start(
     In a plain process this is a run on one worker; the same script under `torchrun --nproc-per-node N` is a run on N.
 
     Args:
-        job: what to train; or give its fields as keyword arguments. `epochs` may be left out there (1 is taken).
+        job: what to train; or give its fields as keyword arguments. `epochs` may be left out there (1 is taken), and so may
+            `data`, where the loop makes its own.
         plan: a plan or layout; the running number of workers as data parallelism by default.
         device: `auto`, `cpu`, or an accelerator.
         out: the run folder, for checkpoints, events and the final weights; None keeps nothing.
@@ -78,7 +80,7 @@ def start(
     )
     settled = resolve_plan(job, options, device=kind, world=rank.workers)
     check_job(job, settled)
-    splits = as_splits(job.data)
+    splits = Splits(NoData()) if job.data is None else as_splits(job.data)
     check_division(splits, settled)
     with ExitStack() as stack:
         stack.callback(give_freed_memory_back)  # the process is its owner's again
@@ -148,8 +150,8 @@ def _job_of(given: dict[str, Any]) -> Job:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise JobError(f"start has no argument {unknown[0]!r}; a job has {', '.join(known)}")
-    values = dict(given)
-    if values.get("epochs") is None and values.get("steps") is None:
+    values = {"data": None, **given}
+    if values["data"] is not None and values.get("epochs") is None and values.get("steps") is None:
         values["epochs"] = 1
     model = values.get("model")
     if isinstance(model, nn.Module):

@@ -142,7 +142,7 @@ def _passes(a: Assembly, turn: Turn, batch: Batch, parts: list[Batch]) -> tuple[
     return _objective_passes(a, turn.name, turn.objective, batch, parts)
 
 
-def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU, *, turn: int = 0) -> None:
+def seed_step(seed: int, step: int, rank: int, device: torch.device = CPU, *, turn: int | str = 0) -> None:
     """Set torch's generators from (seed, step, rank, turn), so that resuming needs no saved generator state.
 
     `torch.manual_seed` does the same for every kind of device there might be, and takes a quarter of a millisecond.

@@ -25,7 +25,7 @@ class Job:
     Attributes:
         model: builds the module; called on every rank after the random generator was set from `seed`.
         data: anything `shardwise.data.as_splits` accepts: a `Splits`, one source, `(inputs, targets)` arrays, a torch
-            `Dataset` or `IterableDataset`, or `{"train": ..., "test": ...}` of these.
+            `Dataset` or `IterableDataset`, or `{"train": ..., "test": ...}` of these. None for a loop that makes its own.
         loss: `(output, target)` -> mean over the samples of that batch (or over `weight`); not given with `objective`.
         objective: `(model, batch)` -> mean over the samples, or a `(sum, count)` pair of scalars, for models that
             compute their own loss; `batch` is the batch as the data source gives it, `(inputs, targets)`. A dict of
@@ -35,7 +35,7 @@ class Job:
             together, or a dict with an optimizer or list for each name of `objective`.
         batch_size: samples per optimizer step over all workers together, whatever the plan.
         epochs: passes over the training split; or
-        steps: optimizer steps in all. Exactly one of the two.
+        steps: optimizer steps in all. Exactly one of the two; without data there are no epochs, and `steps` may be left out.
         metrics: name -> `(output, target)` -> mean over the samples, or a `(sum, count)` pair. Evaluated on the test
             split.
         schedule: `(optimizer, total_steps)` -> learning-rate scheduler, stepped once per optimizer step. With several
@@ -136,7 +136,9 @@ class Job:
                 f"Job has {given} of loss and objective: give loss=(output, target) -> mean, or objective=(model, batch)"
             )
         _check_names(self)
-        if (self.epochs is None) == (self.steps is None):
+        if self.data is None and self.epochs is not None:
+            raise JobError(f"Job has epochs={self.epochs} and no data to pass over: give data, or steps, or neither")
+        if (self.epochs is None) == (self.steps is None) and self.data is not None:
             given = "neither" if self.epochs is None else "both"
             raise JobError(f"Job has {given} of epochs and steps: give exactly one")
         if self.weight is not None and self.objective is not None:
