@@ -448,6 +448,8 @@ def same(model: Any) -> Any:
         (lambda: start(gan(objective={"D": tell_apart, "X": deceive})), r"for D, G, and Job has objectives D, X"),
         (lambda: start(gan(objective=deceive, clip_norm=None)), r"for D, G, and Job has one objective"),
         (lambda: start(gan(optimizer=lambda model: same(model))), r"the same parameter of shape \(16, 6\)"),
+        (lambda: start(gan(optimizer=lambda m: same(m))), "given a list of the parameters .*: name its argument `model`"),
+        (lambda: train(gan(optimizer=lambda m: m.D), plan="serial"), "given a list of the parameters .*: name its argument"),
         (lambda: start(gan(optimizer=lambda model: [])), "must return a torch.optim.Optimizer, or a list or dict"),
         (lambda: start(gan(optimizer=lambda model: {"D": 1, "G": 2})), "returned a dict with something else in it"),
         (lambda: start(gan(), plan="pipeline=1,data=1").step(first_batch(), "X"), "no objective 'X': the job has D, G"),
