@@ -335,6 +335,24 @@ def kept(out: Path, **options: Any) -> LiveRun:
     return start(gan(), device="cpu", out=out, **options)
 
 
+def test_steps_count_batches_however_many_are_taken_on_each(tmp_path: Path) -> None:
+    job = gan(epochs=None, steps=8, schedule=lambda optimizer, total: CosineAnnealingLR(optimizer, total))
+    assert len(train(job, plan="serial", out=tmp_path / "train").history) == 8
+    with start(job, device="cpu", out=tmp_path / "loop") as run:
+        batches = run.batches()
+        assert len(batches) == 8
+        for _, batch in zip(range(3), batches, strict=False):
+            run.step(batch, "D")
+            run.step(batch, "G")
+    with start(job, device="cpu", out=tmp_path / "loop", resume=True) as run:
+        assert len(run.batches()) == 5
+        for batch in run.batches():
+            run.step(batch, "D")
+            run.step(batch, "G")
+        assert run.steps_taken == 16
+        assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.0] * 2)
+
+
 def test_a_resumed_run_has_all_optimizers_and_schedules_bit_for_bit(tmp_path: Path) -> None:
     with kept(tmp_path / "whole") as run:
         expected = walk(run)

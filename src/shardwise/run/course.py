@@ -56,12 +56,14 @@ class Position:
     Attributes:
         epoch: passes completed before this one.
         batch: global batches of this epoch already trained on.
+        batches: the same of all epochs.
         loss_sum: of the losses of this epoch times their samples.
         samples: samples of this epoch already trained on.
     """
 
     epoch: int = 0
     batch: int = 0
+    batches: int = 0
     loss_sum: float = 0.0
     samples: int = 0
 

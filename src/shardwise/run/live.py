@@ -120,10 +120,8 @@ class LiveRun:
             each=steps_per_epoch(self.splits.train, self.job.batch_size),
             epochs=None if limit is None else limit - (self.epoch - first_epoch),
             batch=self._position.batch,
-            steps_left=None if steps is None else steps - self.assembly.step,
+            steps_left=None if steps is None else steps - self._steps(),
         )
-        if steps is not None and self.job.turns:
-            total = None  # a batch may take several of them
         return Batches(self._batches(epochs, first_epoch, limit), total)
 
     def _batches(self, epochs: int | None, first_epoch: int, limit: int | None) -> Generator[Batch, None, None]:
@@ -227,13 +225,18 @@ class LiveRun:
         if self._keeper is not None:
             self._keeper.between()
 
+    def _steps(self) -> int:
+        """What `Job.steps` counts: of several objectives each batch is one, as in `train`, however many are taken on it."""
+        return self._position.batches if self.job.turns else self.assembly.step
+
     def _steps_done(self) -> bool:
-        return self.job.steps is not None and self.assembly.step >= self.job.steps
+        return self.job.steps is not None and self._steps() >= self.job.steps
 
     def _done(self) -> None:
         """The batch that was given out last is trained on, or passed over."""
         if self._under_way is not None:
             self._position.batch += 1
+            self._position.batches += 1
             self._under_way = None
 
     def _epoch(self) -> Iterator[Batch]:
