@@ -418,6 +418,45 @@ with shardwise.start(make_job(), device="cpu") as run:
 """
 
 
+ONE_EVALUATES = """
+import torch
+from torch import nn
+import shardwise
+
+inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+with shardwise.start(
+    model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)),
+    data=(inputs, (inputs[:, 0] > 0).long()),
+    loss=nn.functional.cross_entropy,
+    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    batch_size=8,
+) as run:
+    for batch in run.batches():
+        run.step(batch)
+        if run.rank == 0:
+            run.model.eval()
+            run.model(inputs[:2])
+            if run.steps_taken == 1:
+                run.model.train()
+"""
+
+
+def test_a_worker_that_trains_in_evaluation_mode_alone(tmp_path: Path) -> None:
+    """It would train without dropout, and nobody would be told."""
+    script = tmp_path / "one_evaluates.py"
+    script.write_text(ONE_EVALUATES)
+    done = _under_torchrun(script)
+    assert done.returncode == 1
+    assert "JobError: step 3: the model is in training mode (model.train()) on some workers and" in done.stderr
+    exec(ONE_EVALUATES, {})  # one worker may
+
+
+def test_what_a_run_is_shown_as(tmp_path: Path) -> None:
+    with start(make_job(), device="cpu", out=tmp_path / "run") as run:
+        run.step(next(run.batches()))
+        assert repr(run) == f"LiveRun({tmp_path / 'run'}: {run.job.name}, serial, 1 worker, 1 steps, 0 epochs)"
+
+
 def test_a_loop_that_steps_the_optimizer_itself_on_several_workers(tmp_path: Path) -> None:
     """Each worker would train a model of its own, and nobody would be told."""
     script = tmp_path / "own_steps.py"

@@ -32,7 +32,7 @@ from shardwise.spec.plan import Plan
 
 
 @final
-@dataclass
+@dataclass(repr=False)
 class LiveRun:
     """A training whose loop the user writes. Made by `start`; use it as a context manager, or call `close`.
 
@@ -50,6 +50,12 @@ class LiveRun:
     _under_way: Batch | None = None
     _given: Batch | None = None
     _losses: dict[str, float] = field(default_factory=dict)
+    _modules: list[nn.Module] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        where = "" if self.folder is None else f"{self.folder.path}: "
+        workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        return f"LiveRun({where}{self.job.name}, {self.plan.layout}, {workers}, {self.steps_taken} steps, {self.epoch} epochs)"
 
     @property
     def model(self) -> nn.Module:
@@ -164,8 +170,11 @@ class LiveRun:
         if batch is not self._given:
             self._between()
         result = take_step(self.assembly, batch, objective)
-        parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()])
-        total, *each = self.assembly.reports.sum_(parts).tolist()
+        loss = result.loss_sum.detach() / result.weight
+        learning = self._learning()
+        parts = torch.stack([loss, *result.losses.values(), loss.new_tensor(learning)])
+        total, *each, of_all = self.assembly.reports.sum_(parts).tolist()
+        self._check_mode(learning, of_all)
         self._losses.update(zip(result.losses, each, strict=True))
         if batch is self._under_way:
             self._done()
@@ -220,6 +229,21 @@ class LiveRun:
         if self._keeper is not None:
             self._keeper.failed(error)
         self._stack.__exit__(kind, error, trace)
+
+    def _learning(self) -> float:
+        """How many modules are in training mode; stages of a pipeline have each their own."""
+        if self.workers == 1 or self.assembly.composed.stages is not None:
+            return 0.0
+        self._modules = self._modules or list(self.model.modules())
+        return float(sum(module.training for module in self._modules))
+
+    def _check_mode(self, learning: float, of_all: float) -> None:
+        if of_all != learning * self.assembly.reports.size:
+            raise JobError(
+                f"step {self.steps_taken}: the model is in training mode (model.train()) on some workers and in evaluation mode "
+                "(model.eval()) on others: worker 0 that draws a picture in evaluation mode, for one, puts it back before the "
+                "next step"
+            )
 
     def _between(self) -> None:
         if self._keeper is not None:
