@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -439,6 +440,28 @@ with shardwise.start(
             if run.steps_taken == 1:
                 run.model.train()
 """
+
+
+OTHER_RATE = """
+import sys
+import shardwise
+sys.path.insert(0, {here!r})
+from test_live import make_job
+
+with shardwise.start(make_job(), device="cpu") as run:
+    for batch in run.batches():
+        run.step(batch)
+        if run.rank == 0:
+            run.optimizer.param_groups[0]["lr"] *= 0.5
+"""
+
+
+def test_copies_that_are_not_equal_are_told_without_a_folder_too(tmp_path: Path) -> None:
+    script = tmp_path / "other_rate.py"
+    script.write_text(OTHER_RATE.format(here=str(Path(__file__).parent)))
+    done = _under_torchrun(script)
+    assert done.returncode == 1
+    assert re.search(r"RunFailed: after step \d+ the workers' copies of .* are no longer equal", done.stderr)
 
 
 def test_a_worker_that_trains_in_evaluation_mode_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from shardwise.errors import FolderError, JobError
 from shardwise.run.alike import next_batch
 from shardwise.run.assemble import Assembly
 from shardwise.run.batches import Batches, batches_left
-from shardwise.run.course import Position
+from shardwise.run.course import Position, make_equal
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder
@@ -208,7 +208,7 @@ class LiveRun:
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as a safetensors file. Collective; rank 0 writes."""
-        self.assembly.average()
+        make_equal(self.assembly)
         save_weights(self.assembly.model, Path(path))
 
     def close(self) -> None:
@@ -225,6 +225,8 @@ class LiveRun:
             with self._stack:
                 if self._keeper is not None:
                     self._keeper.finish()
+                else:
+                    make_equal(self.assembly)
             return
         if self._keeper is not None:
             self._keeper.failed(error)
