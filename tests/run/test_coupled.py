@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardwise
+from shardwise.data.order import epoch_order
 from shardwise.errors import PlanError
 from shardwise.run.assemble import check_job
 from shardwise.run.coupled import MOST_BYTES
@@ -108,6 +109,23 @@ def test_a_sorted_data_set_shows_its_classes() -> None:
     """The first samples in the order of the training are not all of one class."""
     with pytest.raises(PlanError, match="the loss couples samples"):
         check_job(_job(data=(INPUTS, CLASSES.sort().values), loss=class_weighted), Plan(layout=Layout(data=2)))
+
+
+def test_an_objective_that_compares_samples_of_one_class() -> None:
+    """The first 4 samples of the training are of 4 classes."""
+    order = epoch_order(20, seed=0, epoch=0)
+    classes = torch.zeros(20, dtype=torch.int64)
+    classes[torch.from_numpy(order)] = torch.arange(20) % 6
+
+    def furthest_of_class(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        output: Tensor = model(batch[0])
+        same = batch[1][:, None] == batch[1]
+        furthest = (torch.cdist(output, output) * same).amax(1)
+        return furthest.mean() + output.square().mean()
+
+    with pytest.raises(PlanError, match="the loss couples samples: for 8 samples"):
+        check_job(_job(data=(INPUTS, classes), objective=furthest_of_class), Plan(layout=Layout(data=2)))
+    check_job(_job(data=(INPUTS, torch.arange(20)), objective=furthest_of_class), Plan(layout=Layout(data=2)))
 
 
 class _Counts(nn.Module):

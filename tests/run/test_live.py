@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -434,6 +435,67 @@ with shardwise.start(make_job(), device="cpu") as run:
         run.model(batch.inputs).sum().backward()
         run.optimizer.step()
 """
+
+
+ONE_EVALUATES = """
+import torch
+from torch import nn
+import shardwise
+
+inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+with shardwise.start(
+    model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)),
+    data=(inputs, (inputs[:, 0] > 0).long()),
+    loss=nn.functional.cross_entropy,
+    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    batch_size=8,
+) as run:
+    for batch in run.batches():
+        run.step(batch)
+        if run.rank == 0:
+            run.model.eval()
+            run.model(inputs[:2])
+            if run.steps_taken == 1:
+                run.model.train()
+"""
+
+
+OTHER_RATE = """
+import sys
+import shardwise
+sys.path.insert(0, {here!r})
+from test_live import make_job
+
+with shardwise.start(make_job(), device="cpu") as run:
+    for batch in run.batches():
+        run.step(batch)
+        if run.rank == 0:
+            run.optimizer.param_groups[0]["lr"] *= 0.5
+"""
+
+
+def test_copies_that_are_not_equal_are_told_without_a_folder_too(tmp_path: Path) -> None:
+    script = tmp_path / "other_rate.py"
+    script.write_text(OTHER_RATE.format(here=str(Path(__file__).parent)))
+    done = _under_torchrun(script)
+    assert done.returncode == 1
+    assert re.search(r"RunFailed: after step \d+ the workers' copies of .* are no longer equal", done.stderr)
+
+
+def test_a_worker_that_trains_in_evaluation_mode_alone(tmp_path: Path) -> None:
+    """It would train without dropout, and nobody would be told."""
+    script = tmp_path / "one_evaluates.py"
+    script.write_text(ONE_EVALUATES)
+    done = _under_torchrun(script)
+    assert done.returncode == 1
+    assert "JobError: step 3: the model is in training mode (model.train()) on some workers and" in done.stderr
+    exec(ONE_EVALUATES, {})  # one worker may
+
+
+def test_what_a_run_is_shown_as(tmp_path: Path) -> None:
+    with start(make_job(), device="cpu", out=tmp_path / "run") as run:
+        run.step(next(run.batches()))
+        assert repr(run) == f"LiveRun({tmp_path / 'run'}: {run.job.name}, serial, 1 worker, 1 steps, 0 epochs)"
 
 
 def test_a_loop_that_steps_the_optimizer_itself_on_several_workers(tmp_path: Path) -> None:

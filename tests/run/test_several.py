@@ -335,6 +335,24 @@ def kept(out: Path, **options: Any) -> LiveRun:
     return start(gan(), device="cpu", out=out, **options)
 
 
+def test_steps_count_batches_however_many_are_taken_on_each(tmp_path: Path) -> None:
+    job = gan(epochs=None, steps=8, schedule=lambda optimizer, total: CosineAnnealingLR(optimizer, total))
+    assert len(train(job, plan="serial", out=tmp_path / "train").history) == 8
+    with start(job, device="cpu", out=tmp_path / "loop") as run:
+        batches = run.batches()
+        assert len(batches) == 8
+        for _, batch in zip(range(3), batches, strict=False):
+            run.step(batch, "D")
+            run.step(batch, "G")
+    with start(job, device="cpu", out=tmp_path / "loop", resume=True) as run:
+        assert len(run.batches()) == 5
+        for batch in run.batches():
+            run.step(batch, "D")
+            run.step(batch, "G")
+        assert run.steps_taken == 16
+        assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.0] * 2)
+
+
 def test_a_resumed_run_has_all_optimizers_and_schedules_bit_for_bit(tmp_path: Path) -> None:
     with kept(tmp_path / "whole") as run:
         expected = walk(run)
@@ -456,6 +474,8 @@ def same(model: Any) -> Any:
         (lambda: start(gan(objective={"D": tell_apart, "X": deceive})), r"for D, G, and Job has objectives D, X"),
         (lambda: start(gan(objective=deceive, clip_norm=None)), r"for D, G, and Job has one objective"),
         (lambda: start(gan(optimizer=lambda model: same(model))), r"the same parameter of shape \(16, 6\)"),
+        (lambda: start(gan(optimizer=lambda m: same(m))), "given a list of the parameters .*: name its argument `model`"),
+        (lambda: train(gan(optimizer=lambda m: m.D), plan="serial"), "given a list of the parameters .*: name its argument"),
         (lambda: start(gan(optimizer=lambda model: [])), "must return a torch.optim.Optimizer, or a list or dict"),
         (lambda: start(gan(optimizer=lambda model: {"D": 1, "G": 2})), "returned a dict with something else in it"),
         (lambda: start(gan(), plan="pipeline=1,data=1").step(first_batch(), "X"), "no objective 'X': the job has D, G"),

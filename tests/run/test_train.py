@@ -396,6 +396,37 @@ class _CountsSamples(nn.Module):
         return out
 
 
+class _Carries(nn.Linear):
+    """Carries a state from batch to batch: of its own samples, or of its calls."""
+
+    def __init__(self, *, of_samples: bool) -> None:
+        super().__init__(9, 4)
+        self.of_samples, self.state = of_samples, torch.zeros(())
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return {"state": self.state}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.state = state["state"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = 0.5 * self.state + (x.detach().sum() if self.of_samples else 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("of_samples", [True, False])
+def test_extra_state_that_workers_have_each_their_own_is_told(tmp_path: Path, *, of_samples: bool) -> None:
+    """A resumed run would go on with that of one worker on all, without a word."""
+    job = _job(model=lambda: nn.Sequential(_Carries(of_samples=of_samples)), epochs=None, steps=3)
+    _train(job, tmp_path / "run", checkpoint_every="1")
+    told = (
+        (tmp_path / "run" / "events.jsonl")
+        .read_text()
+        .count("the extra state (get_extra_state) of '0' is not the same on")
+    )
+    assert told == of_samples
+
+
 def test_buffer_that_drifts_apart_is_an_error(tmp_path: Path) -> None:
     job = _job(model=_CountsSamples)
     with pytest.raises(RunFailed, match="after step 1 the workers' copies of seen are no longer equal"):

@@ -138,9 +138,10 @@ class Exchange:
             if (theirs, checksum) != own:
                 raise RunFailed(
                     f"the workers did not come to the same message: of {self._ranks} that share it, number {self._rank} came to "
-                    f"{what or f'one of {like.numel()} numbers'}, and number {rank} to another. They took different branches: a "
-                    "layer that needs all workers (BatchNorm, experts) is left out at random, or by the values of samples. Call "
-                    "it on all workers in every step, and multiply what it returns by 0 or 1"
+                    f"{what or f'one of {like.numel()} numbers'}, and number {rank} to another. They took different branches. "
+                    "One worker alone calls the model in training mode, or leaves it in evaluation mode: call model.eval() before "
+                    "and model.train() after. Or a layer that needs all workers (BatchNorm, experts) is left out at random, or by "
+                    "the values of samples: call it on all workers in every step, and multiply what it returns by 0 or 1"
                 )
         return [self._view(rank, start, like) for rank in range(self._ranks)]
 

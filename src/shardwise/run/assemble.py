@@ -31,7 +31,14 @@ from shardwise.run.heap import keep_freed_memory
 from shardwise.run.optimize import building_optimizers
 from shardwise.run.record import Recorder
 from shardwise.run.rehearse import rehearse
-from shardwise.run.tryout import check_sequences, check_tensor_optimizer, find_cut, find_tensor_split, training_samples
+from shardwise.run.tryout import (
+    OBJECTIVE_SAMPLES,
+    check_sequences,
+    check_tensor_optimizer,
+    find_cut,
+    find_tensor_split,
+    training_samples,
+)
 from shardwise.run.turns import Schedules, Turn, build_schedules, check_names, check_turns, make_turns
 from shardwise.spec.job import Job
 from shardwise.spec.layout import AXES
@@ -149,7 +156,15 @@ def build_optimizer(job: Job, model: nn.Module) -> Optimizer:
     """
     argument: Any = model if _first_argument(job.optimizer) == "model" else list(model.parameters())
     with building_optimizers():
-        given = job.optimizer(argument)
+        try:
+            given = job.optimizer(argument)
+        except (AttributeError, TypeError) as error:
+            if isinstance(argument, list) and str(error).startswith(("'list' object", "list indices")):
+                raise JobError(
+                    f"Job.optimizer is given a list of the parameters and takes it for something else ({error}): name its "
+                    "argument `model` (lambda model: ...), and it is given the module"
+                ) from error
+            raise
     optimizer = as_one(given)
     if optimizer is None:
         raise JobError(
@@ -273,6 +288,9 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
             if loss_in_parts and samples is not None:
                 for single in job.singles:
                     check_loss(single, plan, model, samples)
+                    if single.objective is not None:
+                        more = min(OBJECTIVE_SAMPLES, job.batch_size)
+                        check_loss(single, plan, model, training_samples(job, more))
 
 
 def _check_called(job: Job, model: nn.Module) -> None:

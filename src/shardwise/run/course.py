@@ -22,6 +22,7 @@ from shardwise.run.folder import RunFolder
 from shardwise.run.ledger import Ledger, Settlement
 from shardwise.run.observe import Observer
 from shardwise.run.progress import Display
+from shardwise.run.state import extra_state_sums
 from shardwise.run.step import StepResult
 from shardwise.run.trace import Tracer
 from shardwise.spec.events import CheckpointEvent, EpochEvent, EvaluationEvent, Event, WarningEvent
@@ -57,6 +58,7 @@ class Position:
     Attributes:
         epoch: passes completed before this one.
         batch: global batches of this epoch already trained on.
+        batches: the same of all epochs.
         loss_sum: of the losses of this epoch times their samples.
         samples: samples of this epoch already trained on.
         rounds: rounds that are over, of a loop that makes its own data.
@@ -64,6 +66,7 @@ class Position:
 
     epoch: int = 0
     batch: int = 0
+    batches: int = 0
     loss_sum: float = 0.0
     samples: int = 0
     rounds: int = 0
@@ -103,6 +106,7 @@ class Course:
     evaluated_step: int = -1
     last_save: float = field(default_factory=perf_counter)
     warned_loss: bool = False
+    warned_extra: bool = False
     one_clock: bool = True
     tracer: Tracer | None = None
     balancer: Balancer | None = None
@@ -268,6 +272,7 @@ def save_checkpoint(a: Assembly, course: Course) -> None:
     if a.composed.compressed is not None:
         progress["compression"] = a.composed.compressed.share_out()
     try:
+        _look_at_extra_state(a, course)
         path = save(
             course.folder,
             step=a.step,
@@ -287,6 +292,22 @@ def save_checkpoint(a: Assembly, course: Course) -> None:
         CheckpointEvent(step=a.step, path=str(path.relative_to(course.folder.path)), seconds=perf_counter() - began)
     )
     a.clock.restart()
+
+
+def _look_at_extra_state(a: Assembly, course: Course) -> None:
+    """A checkpoint keeps one extra state of each module: tell where workers have others. Collective."""
+    every = a.world.gather_objects(extra_state_sums(a.model)) if a.world.size > 1 else []
+    first = {name: sums for of_rank in reversed(every) for name, sums in of_rank.items()}
+    differing = sorted({name for of_rank in every for name, sums in of_rank.items() if sums != first[name]})
+    if differing and not course.warned_extra:
+        course.warned_extra = True
+        named = ", ".join(repr(name) for name in differing[:5])
+        warn(
+            course,
+            f"the extra state (get_extra_state) of {named} is not the same on all workers, and "
+            "checkpoints keep that of one: a resumed run goes on with it on all. Keep what all workers share there; what "
+            "belongs to a worker's samples (a state carried from batch to batch) is kept right on one worker only",
+        )
 
 
 def _save_due_by_time(course: Course) -> bool:

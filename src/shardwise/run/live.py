@@ -25,11 +25,12 @@ from shardwise.run.alike import next_batch
 from shardwise.run.assemble import Assembly
 from shardwise.run.batches import Batches, batches_left
 from shardwise.run.clock import BETWEEN_STEPS
-from shardwise.run.course import Position
+from shardwise.run.conduct import Conduct
+from shardwise.run.course import Position, make_equal
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder
-from shardwise.run.keeper import Keeper, written
+from shardwise.run.keeper import Keeper
 from shardwise.run.loop import open_epoch
 from shardwise.run.made import MADE, check_objectives, make_batch
 from shardwise.run.step import seed_step, take_step
@@ -39,7 +40,7 @@ from shardwise.spec.shares import share_bounds
 
 
 @final
-@dataclass
+@dataclass(repr=False)
 class LiveRun:
     """A training whose loop the user writes. Made by `start`; use it as a context manager, or call `close`.
 
@@ -56,10 +57,19 @@ class LiveRun:
     _position: Position = field(default_factory=Position)
     _under_way: Batch | None = None
     _given: Batch | None = None
+    _made: Batch | None = None
     _round: int | None = None
     _checked: set[str] = field(default_factory=set)
     _draws: Counter[tuple[int, ...]] = field(default_factory=Counter)
     _losses: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._conduct = Conduct(self.assembly)
+
+    def __repr__(self) -> str:
+        where = "" if self.folder is None else f"{self.folder.path}: "
+        workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        return f"LiveRun({where}{self.job.name}, {self.plan.layout}, {workers}, {self.steps_taken} steps, {self.epoch} epochs)"
 
     @property
     def model(self) -> nn.Module:
@@ -130,10 +140,8 @@ class LiveRun:
             each=steps_per_epoch(self.splits.train, self.job.batch_size),
             epochs=None if limit is None else limit - (self.epoch - first_epoch),
             batch=self._position.batch,
-            steps_left=None if steps is None else steps - self.assembly.step,
+            steps_left=None if steps is None else steps - self._steps(),
         )
-        if steps is not None and self.job.turns:
-            total = None  # a batch may take several of them
         return Batches(self._batches(epochs, first_epoch, limit), total)
 
     def _batches(self, epochs: int | None, first_epoch: int, limit: int | None) -> Generator[Batch, None, None]:
@@ -174,7 +182,7 @@ class LiveRun:
         position = self._position
         self._between()
         while (count is None or position.rounds < count) and not self._steps_done():
-            number, step, weights = position.rounds, self.assembly.step, self._written()
+            number, step, weights = position.rounds, self.assembly.step, self._conduct.written()
             self._seed(number)
             self._round = number
             try:
@@ -182,7 +190,7 @@ class LiveRun:
             finally:
                 self._round = None
             if self.assembly.step == step:
-                self._check_written(weights)
+                self._conduct.check_written(weights)
             position.rounds = number + 1
             self._between()
 
@@ -260,12 +268,19 @@ class LiveRun:
             )
         if batch.index == MADE:
             self._check_made(batch, objective)
+            if batch is not self._made:
+                self._made = batch
+                self._position.batches += 1
         elif batch is not self._given:
             self._between()
         result = take_step(self.assembly, batch, objective)
+        learning = self._conduct.learning()
+        loss = result.loss_sum.detach() / result.weight
         # A rank without samples does not know in which type the others compute.
-        parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()]).double()
-        total, *each = self.assembly.reports.sum_(parts).tolist()
+        values = [loss, *result.losses.values(), torch.tensor(learning, device=loss.device)]
+        parts = torch.stack([value.double() for value in values])
+        total, *each, of_all = self.assembly.reports.sum_(parts).tolist()
+        self._conduct.check_mode(learning, of_all)
         self._losses.update(zip(result.losses, each, strict=True))
         if batch is self._under_way or batch.index == MADE:
             self._done()
@@ -299,7 +314,7 @@ class LiveRun:
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as a safetensors file. Collective; rank 0 writes."""
-        self.assembly.average()
+        make_equal(self.assembly)
         save_weights(self.assembly.model, Path(path))
 
     def close(self) -> None:
@@ -316,6 +331,8 @@ class LiveRun:
             with self._stack:
                 if self._keeper is not None:
                     self._keeper.finish()
+                else:
+                    make_equal(self.assembly)
             return
         if self._keeper is not None:
             self._keeper.failed(error)
@@ -344,25 +361,18 @@ class LiveRun:
             self._checked |= new
             check_objectives(self.assembly, batch, sorted(new))
 
-    def _written(self) -> int:
-        return written(self.assembly) if self.workers > 1 else 0
-
-    def _check_written(self, weights: int) -> None:
-        """A batch or round went by without a step: refuse weights that were changed in it on several workers."""
-        if self._written() != weights:
-            raise JobError(
-                "the weights changed, but the batch was not given to run.step(): with an optimizer.step() of its own, "
-                f"each of {self.workers} workers trains alone, on its own part of the data. Replace the forward pass, "
-                "backward(), optimizer.step() and zero_grad() by loss = run.step(batch)"
-            )
+    def _steps(self) -> int:
+        """What `Job.steps` counts: of several objectives each batch is one, as in `train`, however many are taken on it."""
+        return self._position.batches if self.job.turns else self.assembly.step
 
     def _steps_done(self) -> bool:
-        return self.job.steps is not None and self.assembly.step >= self.job.steps
+        return self.job.steps is not None and self._steps() >= self.job.steps
 
     def _done(self) -> None:
         """The batch that was given out last is trained on, or passed over; the round that is under way is not to come again."""
         if self._under_way is not None:
             self._position.batch += 1
+            self._position.batches += 1
             self._under_way = None
         if self._round is not None:
             self._position.rounds = self._round + 1
@@ -379,12 +389,12 @@ class LiveRun:
                 if batch is None:
                     return
                 self._under_way = self._given = batch
-                weights = self._written()
+                weights = self._conduct.written()
                 self._seed(self._position.batch)
                 try:
                     yield batch
                 finally:
                     self._given = None
                 if self._under_way is batch:
-                    self._check_written(weights)
+                    self._conduct.check_written(weights)
                 self._done()

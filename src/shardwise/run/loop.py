@@ -106,7 +106,7 @@ def _run_batches(a: Assembly, course: Course, ledger: Ledger, observer: Observer
                 settle(a, course, ledger, observer)
             return not course.stopped
         result = take_step(a, batch)
-        position.batch += 1
+        position.batch, position.batches = position.batch + 1, position.batches + 1
         note_step(a, course, ledger, observer, batch, result, last=end_step is not None and a.step >= end_step)
         if course.stopped or a.division != division:
             return False

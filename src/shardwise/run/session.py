@@ -22,6 +22,7 @@ from shardwise.data.source import Source, Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.meter import Meter
 from shardwise.errors import CheckpointError, PlanError, RunFailed
+from shardwise.run.alone import look_at_samples
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.balance import Balancer
 from shardwise.run.checkpoint import latest, load
@@ -322,7 +323,8 @@ def _announce(session: Session, checkpoint: Path | None, *, resume: bool) -> Non
         course.display.say(str(assembly.composed.stages.part.table))
     if assembly.composed.split is not None:
         course.display.say(assembly.composed.split.summary + f" (the table is in {course.folder.path / SPLIT_TABLE})")
-    for remark in assembly.composed.remarks:
+    known = look_at_samples(assembly.job, course.splits) if assembly.world.rank == 0 else ()
+    for remark in (*assembly.composed.remarks, *known):
         warn(course, remark)
 
 

@@ -16,6 +16,7 @@ from shardwise.data.source import Splits, as_splits
 from shardwise.dist.collectives import Group
 from shardwise.dist.group import process_group
 from shardwise.errors import JobError
+from shardwise.run.alone import look_at_samples
 from shardwise.run.assemble import assemble, check_is_job, check_job
 from shardwise.run.balance import check_division
 from shardwise.run.choose import choose_device
@@ -104,7 +105,7 @@ def _without_folder(job: Job, plan: Plan, splits: Splits, device: torch.device) 
     assembly = assemble(job, plan, Group.world(), device, total_steps=total)
     assembly.looks_at_losses = True
     if assembly.world.rank == 0:
-        for remark in assembly.composed.remarks:
+        for remark in (*assembly.composed.remarks, *look_at_samples(job, splits)):
             tell(f"warning: {remark}")
     return LiveRun(job, plan, splits, assembly)
 

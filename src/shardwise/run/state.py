@@ -10,6 +10,7 @@ Buffers are kept whether persistent or not: one that a forward pass changes is p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from shardwise.dist.split import is_dtensor
 from shardwise.errors import CheckpointError
+from shardwise.parallel.replicas import checksum
 from shardwise.parallel.several import Several
 from shardwise.run.encoding import encode
 from shardwise.run.names import named_tensors, own_model, own_name, reshard
@@ -171,6 +173,16 @@ def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if type(module).get_extra_state is not nn.Module.get_extra_state
     }
+
+
+def extra_state_sums(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """By the names of modules with extra state, what tells whether another worker has the same."""
+    sums: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, module in modules_with_extra_state(own_model(model)).items():
+        tensors: dict[str, Tensor] = {}
+        plain = json.dumps(encode(module.get_extra_state(), f"extra/{name}", tensors), sort_keys=True)
+        sums[name] = plain, tuple(int(checksum(tensor)) for tensor in tensors.values() if not is_dtensor(tensor))
+    return sums
 
 
 def _extra_state(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:

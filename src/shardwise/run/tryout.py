@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 SAMPLES = 4
 """Samples that a model is tried out on: more than one, so that samples and features can be told apart."""
 
+OBJECTIVE_SAMPLES = 16
+"""Samples that show whether an objective compares samples of one class: of 10 classes, 4 samples hold two of one in half of the
+cases, 16 always. Losses of outputs are looked at in the steps too, objectives are not: that would be a pass of the model more."""
+
 
 def first_samples(job: Job) -> Batch:
     """The first samples of the training data, as evaluation would give them."""
@@ -38,11 +42,11 @@ def first_samples(job: Job) -> Batch:
         return next(stream)
 
 
-def training_samples(job: Job) -> Batch:
+def training_samples(job: Job, count: int = SAMPLES) -> Batch:
     """The first samples that the training comes to, as evaluation would give them: of a data set that is sorted by class, not
     all of one."""
     reading = Reading(
-        batch_size=SAMPLES,
+        batch_size=count,
         seed=job.seed,
         epoch=0,
         rank=0,
