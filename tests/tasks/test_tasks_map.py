@@ -292,6 +292,77 @@ def test_a_slow_input_holds_up_no_results(pool: Pool) -> None:
         assert taken < 500
 
 
+def test_a_live_source_may_wait_for_the_results_of_its_own_items(pool: Pool) -> None:
+    told = threading.Event()
+    answers = []
+
+    def asks() -> Iterator[int]:
+        for item in range(3):
+            yield item
+            answers.append(told.wait(30))
+            told.clear()
+
+    got = []
+    for result in pool.map(double, tasks.live(asks())):
+        got.append(result)
+        told.set()
+    assert got == [0, 2, 4]
+    assert answers == [True, True, True]
+
+
+def test_a_live_source_is_read_no_further_than_the_window(pool: Pool) -> None:
+    taken = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal taken
+        for number in range(1, 51):
+            taken = number
+            yield number
+
+    with pool.map(double, tasks.live(counted()), window=3) as results:
+        for given, result in enumerate(results):
+            assert result == 2 * (given + 1)
+            assert taken <= given + 3
+    assert taken == 50
+
+
+def test_a_live_source_that_breaks_raises_after_the_results_of_what_it_gave(pool: Pool) -> None:
+    def arrivals() -> Iterator[int]:
+        yield from (1, 2)
+        raise OSError("the connection was lost")
+
+    got = []
+    with pytest.raises(OSError, match="connection was lost"):
+        for result in pool.map(str, tasks.live(arrivals())):
+            got.append(result)  # what comes before the error
+    assert got == ["1", "2"]
+    assert list(pool.map(str, tasks.live([]))) == []
+
+
+def test_a_live_source_goes_to_one_map(pool: Pool) -> None:
+    source = tasks.live(itertools.count())
+    with pool.map(double, source) as results:
+        assert next(results) == 0
+    with pytest.raises(UserError, match="make another"):
+        pool.map(double, source)
+
+
+def test_a_live_source_that_waits_for_ever_does_not_hold_up_the_end_of_the_program() -> None:
+    script = """
+import threading
+from shardwise import tasks
+
+def arrivals():
+    yield 1
+    threading.Event().wait()
+
+with tasks.map(str, tasks.live(arrivals()), workers=1) as results:
+    print(next(results))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1\n", "")
+
+
 def test_an_input_that_breaks_raises_after_the_results_of_what_it_gave(pool: Pool) -> None:
     def arrivals() -> Iterator[int]:
         yield from (1, 2)

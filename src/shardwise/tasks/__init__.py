@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardwise.tasks.pool import Pool
     from shardwise.tasks.results import Results
     from shardwise.tasks.results import map_items as map
+    from shardwise.tasks.source import live
 
 _WHERE = {
     "Graph": "tasks.graph:Graph",
@@ -23,6 +24,7 @@ _WHERE = {
     "Results": "tasks.results:Results",
     "TaskFailed": "errors:TaskFailed",
     "TaskFailure": "tasks.outcome:TaskFailure",
+    "live": "tasks.source:live",
     "map": "tasks.results:map_items",
     "register_joblib": "tasks.joblib_backend:register_joblib",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "Results",
     "TaskFailed",
     "TaskFailure",
+    "live",
     "map",
     "register_joblib",
 ]

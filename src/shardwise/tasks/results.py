@@ -15,6 +15,7 @@ from shardwise.tasks.options import Options
 from shardwise.tasks.outcome import Outcome
 from shardwise.tasks.pool import Pool, name_of
 from shardwise.tasks.progress import Counts, make_meter
+from shardwise.tasks.source import Live
 from shardwise.tasks.store import Record, Store, open_store
 from shardwise.tasks.task import Ending, Task
 
@@ -61,6 +62,7 @@ class Results(Iterator[Any]):
         self._name = name_of(function)
         self._ordered, self._return = ordered, errors == "return"
         self._cost, self._key = cost, key
+        self._live = items if isinstance(items, Live) else None
         self._items = iter(items)
         self._total = len(items) if isinstance(items, Sized) else None
         self._window = window
@@ -72,7 +74,7 @@ class Results(Iterator[Any]):
         self._arrived: deque[int] = deque()
         self._fed = self._given = 0
         self._exhausted = self._closed = False
-        self._broken: Exception | None = None
+        self._broken: BaseException | None = None
         self._counts = Counts(total=self._total)
         self._meter = make_meter(show=progress, name=self._name)
         pool.capacity.check(options.need)
@@ -139,7 +141,10 @@ class Results(Iterator[Any]):
         return outcome_of(ending, index, f"{self._name}[{index}]", restored=restored)
 
     def _step(self) -> None:
-        self._engine.step(self._meter.patience)
+        if self._live is None or self._exhausted or self._open or self._engine.busy:
+            self._engine.step(self._meter.patience)  # a live source wakes it
+        else:
+            self._live.wait(self._meter.patience)
         if self._store is not None:
             self._store.commit()
         self._show()
@@ -150,7 +155,23 @@ class Results(Iterator[Any]):
         counts.waiting = self._engine.ready.waiting()
         self._meter.update(counts)
 
+    def _feed_live(self, source: Live) -> None:
+        for item in source.take(self._room(), self._engine.backend.wake):
+            self._take_in(item)
+        if source.ended:
+            self._exhausted, self._broken = True, source.error
+
+    def _take_in(self, item: Any) -> None:
+        try:
+            self._add(item)
+        except BaseException:
+            self.close()  # the item was taken, and its result will never come
+            raise
+
     def _feed(self) -> None:
+        if self._live is not None:
+            self._feed_live(self._live)
+            return
         room = self._room()
         while room > 0 and not self._exhausted:
             asked = time.monotonic()
@@ -162,11 +183,7 @@ class Results(Iterator[Any]):
             except Exception as error:  # noqa: BLE001  # the user's own code; raised after the results of what it gave
                 self._exhausted, self._broken = True, error
                 return
-            try:
-                self._add(item)
-            except BaseException:
-                self.close()  # the item was taken, and its result will never come
-                raise
+            self._take_in(item)
             room -= 1
             if time.monotonic() - asked > SLOW_SECONDS:
                 # A source that makes us wait must hold up neither the tasks nor the results that are there.
@@ -243,6 +260,8 @@ class Results(Iterator[Any]):
         if self._closed:
             return
         self._closed = True
+        if self._live is not None:
+            self._live.close()
         left, self._open = list(self._open), {}
         for task in left:
             self._engine.cancel(task)
@@ -300,7 +319,8 @@ def map_items(
 
     Args:
         function: called with one item; may be a lambda or a local function.
-        items: any iterable. One without a length is read only as far as needed to keep the workers busy.
+        items: any iterable. One without a length is read only as far as needed to keep the workers busy, and while it waits
+            for its next item nothing else goes on, unless it is given as `tasks.live(items)`.
         options: what each task needs; or give its fields as keyword arguments: `cores=2, timeout="10m", retries=1`.
         ordered: results in the order of the items; else as they come.
         errors: `raise` raises a TaskFailed at the place of a failed item and cancels the rest; `return` gives its
