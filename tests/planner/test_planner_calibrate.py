@@ -227,6 +227,36 @@ def test_tables_of_measured_runs_are_read(tmp_path: Path) -> None:
     assert found[2].out_of_memory
 
 
+def test_words_for_nothing_are_blank_in_measured_cells_too(tmp_path: Path) -> None:
+    rows = [
+        {**row(0), "status": "n/a", "step_seconds": "N/A", "memory_gib": 40},
+        {**row(1), "status": "ok", "step_seconds": 2.0, "memory_gib": "-"},
+        {**row(2), "status": "unknown", "step_seconds": "?", "memory_gib": ""},
+    ]
+    found = read_measured(write_runs(tmp_path / "runs.csv", rows))
+    assert [(item.step_seconds, item.memory_bytes) for item in found] == [(None, 40 * 2**30), (2.0, None)]
+
+
+def test_rows_left_out_for_their_status_are_told(tmp_path: Path) -> None:
+    rows = [
+        {**row(0), "status": "ok", "step_seconds": 2.0},
+        {**row(1), "status": "CUDA OOM"},
+        {**row(2), "status": "success", "step_seconds": 2.0},
+        {**row(3), "status": "success", "step_seconds": 2.0},
+        {**row(4), "status": "-", "step_seconds": 2.0},
+        {**row(5), "status": "OOM"},
+    ]
+    table = str(write_runs(tmp_path / "table.csv", [{**row(0)}]))
+    mixed = str(write_runs(tmp_path / "mixed.csv", rows))
+    answer = CliRunner().invoke(predict_command, ["--table", table, "--measured", mixed])
+    assert answer.exit_code == 0, answer.output
+    note = "nothing is learned from rows with status 'cuda oom' (1 row), 'success' (2 rows): write ok or oom"
+    assert f"note: of {mixed} {note}" in answer.stderr
+    known = str(write_runs(tmp_path / "known.csv", [rows[0], rows[4], rows[5]]))
+    answer = CliRunner().invoke(predict_command, ["--table", table, "--measured", known])
+    assert answer.exit_code == 0 and "nothing is learned" not in answer.stderr
+
+
 @pytest.mark.parametrize(
     ("cells", "words"),
     [

@@ -41,7 +41,7 @@ def calibrated(
         return problem, None
     samples = []
     if measured is not None:
-        note_misspelt(measured)
+        note_unread(measured)
         samples = sample(read_measured(measured), place, problem=problem)
     for path, seconds in steps:
         if not (math.isfinite(seconds) and seconds > 0):
@@ -87,11 +87,26 @@ def calibrate_table(measured: Path, machine: Machine | None, known: set[str]) ->
     from shardwise.planner.learned import learned_record
     from shardwise.planner.measured import read_measured
 
-    note_misspelt(measured)
+    note_unread(measured)
     samples = sample(read_measured(measured), machine)
     check_hardware(samples, known, "and the table")
     software = calibrate(samples, str(measured))
     return software, learned_record(software, samples)
+
+
+def note_unread(path: Path) -> None:
+    """A line about columns that look misspelt, and one about rows of measured runs left out for their status."""
+    from shardwise.planner.measured import other_statuses
+
+    note_misspelt(path)
+    rows = ", ".join(
+        f"{status!r} ({count} row{'s' if count > 1 else ''})" for status, count in sorted(other_statuses(path).items())
+    )
+    if rows:
+        click.echo(
+            f"note: of {path} nothing is learned from rows with status {rows}: write ok or oom if they ran or ran out of memory",
+            err=True,
+        )
 
 
 def note_misspelt(path: Path) -> None:

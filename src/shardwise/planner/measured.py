@@ -1,20 +1,25 @@
 """Runs that a user measured, in the columns of docs/predict.md: what they were, and what came out."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.errors import DataError
-from shardwise.planner.runs import Row, read_table, rows_of
+from shardwise.planner.runs import BLANKS, Row, read_table, rows_of
 
 GIB = 2**30
 MOST = 200
 """Rows at most: solving for their weights takes a second, and more teach next to nothing."""
 
 OUT_OF_MEMORY = ("oom", "out of memory")
-RAN = ("", "ok")
+RAN = (*BLANKS, "ok")
 """Of rows with any other status nothing is learned."""
+
+
+UNMEASURED = tuple(word for word in BLANKS if word != "nan")
+"""Cells in which nothing was measured; a NaN is what went wrong while measuring."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def read_measured(path: Path) -> list[MeasuredRow]:
 
 def _measured(row: Row, cells: Mapping[str, str], where: str) -> MeasuredRow | None:
     """What was measured of one row; None for one without."""
-    status = cells.get("status", "").strip().lower()
+    status = _status(cells)
     if status in OUT_OF_MEMORY:
         return MeasuredRow(row, None, None, out_of_memory=True)
     if status not in RAN:
@@ -72,9 +77,24 @@ def _measured(row: Row, cells: Mapping[str, str], where: str) -> MeasuredRow | N
     return MeasuredRow(row, step, None if memory is None else memory * GIB)
 
 
+def other_statuses(path: Path) -> Counter[str]:
+    """Status -> rows that have it, of those from which nothing is learned for their status.
+
+    Raises:
+        DataError: as `read_table`.
+    """
+    header, lines = read_table(path)
+    found = Counter(_status(dict(zip(header, cells, strict=False))) for _, cells in lines)
+    return Counter({status: rows for status, rows in found.items() if status not in (*RAN, *OUT_OF_MEMORY)})
+
+
+def _status(cells: Mapping[str, str]) -> str:
+    return cells.get("status", "").strip().lower()
+
+
 def _positive(cells: Mapping[str, str], column: str, where: str) -> float | None:
     text = cells.get(column, "").strip()
-    if not text:
+    if text.lower() in UNMEASURED:
         return None
     try:
         value = float(text)
