@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from shardwise.bench.cases import Wanted
 from shardwise.bench.compare import compare, comparison_lines
 from shardwise.bench.execute import Attempt
 from shardwise.bench.known import Known
-from shardwise.bench.reading import RankReading, Reading, _parts
+from shardwise.bench.reading import RankReading, Reading, _parts, read_run
 from shardwise.bench.result import PARTS, Bench, Case, Course, Spread
 from shardwise.bench.text import heading, result_lines
 from shardwise.bench.why import crowd_remark, find_losses
@@ -296,3 +298,21 @@ def test_spread() -> None:
     spread = Spread.of([3.0, 1.0, 2.0])
     assert spread == Spread(2.0, 1.0, 3.0, 3)
     assert math.isclose(spread.median, 2.0)
+
+
+def test_a_run_of_few_steps_and_long_evaluations_is_read_right(tmp_path: Path) -> None:
+    """The 10th percentile is no number below all steps, and a core is never busy for more than all of a step."""
+    walls = [1.0, 1.0, 0.1, 1.0]
+    steps, now = [], 0.0
+    for wall in walls:
+        row = {"began": now, "ended": now + wall, "busy": {"forward": wall}, "waited": {}, "arrived": None}
+        steps.append({**row, "traffic_bytes": 0, "payload_bytes": 0})
+        now += wall + 10.0  # an evaluation after each step
+    machine = [[row["began"], index * 2.0, index * 2.0, 0.0] for index, row in enumerate(steps)]
+    (tmp_path / "records").mkdir()
+    (tmp_path / "run.json").write_text('{"version": 1, "name": "made"}')
+    (tmp_path / "events.jsonl").touch()
+    (tmp_path / "records" / "rank-00000.json").write_text(json.dumps({"steps": steps, "machine": machine}))
+    found = read_run(tmp_path, ranks=1, warm_up=2, device="cpu")
+    assert 0.1 <= found.step_low_seconds <= found.step_high_seconds <= 1.0
+    assert found.ranks[0].core_seconds == pytest.approx(found.step_seconds)

@@ -165,6 +165,7 @@ class LiveRun:
             )
         if batch is not self._given:
             self._between()
+        self.assembly.clock.mark("other")  # what the loop did since
         result = take_step(self.assembly, batch, objective)
         parts = torch.stack([result.loss_sum.detach() / result.weight, *result.losses.values()])
         total, *each = self.assembly.reports.sum_(parts).tolist()
@@ -242,6 +243,7 @@ class LiveRun:
             self._keeper.begin_epoch()
         with closing(open_epoch(a, self.splits, epoch=self.epoch, start=self._position.batch)) as stream:
             while True:
+                clock.mark("other")  # what the loop did after its step
                 clock.begin_step(a.step)
                 batch = next_batch(stream, a.samples, a.device)
                 clock.mark("data")
