@@ -85,11 +85,12 @@ def _feed(sink: Sink, run: FollowedRun, event: Event) -> None:
 
 def document(watcher: Watcher) -> dict[str, object]:
     """All runs as JSON data, and in what they differ."""
+    from shardwise.monitor.runs import printable
     from shardwise.monitor.state import differing_settings
 
     runs = watcher.newest_first()
     return {
-        "place": str(watcher.place),
+        "place": printable(watcher.place),
         "runs": [{**run.state.snapshot(), "skipped_lines": run.skipped, "error": run.error} for run in runs],
         "differing_settings": differing_settings([run.state for run in runs]),
     }

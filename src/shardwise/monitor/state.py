@@ -80,6 +80,7 @@ class RunState:
     step: int = 0
     epoch: int = 0
     started: float | None = None
+    begun: float | None = None
     last: float | None = None
     end: str = ""
     message: str = ""
@@ -91,7 +92,6 @@ class RunState:
     stall: StallEvent | None = None
     straggler: StragglerEvent | None = None
     sweep: SweepEvent | None = None
-    samples_total: int = 0
     malformed: int = 0
     objectives: dict[str, float] = field(default_factory=dict)
     losses: Curve = field(default_factory=Curve)
@@ -103,13 +103,17 @@ class RunState:
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     _samples: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_TABLES))
     _tables: deque[RanksEvent] = field(default_factory=lambda: deque(maxlen=_RECENT_TABLES))
+    _epochs: list[tuple[int, int]] = field(default_factory=list)
+    _evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
-    def apply(self, event: Event) -> None:
-        """Take in one event. One whose fields are not of their kind is counted in `malformed`, and is not half taken."""
+    def apply(self, event: Event) -> bool:
+        """Take in one event. One whose fields do not go together is counted in `malformed`, and is not half taken."""
         try:
             self._apply(event)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError):
             self.malformed += 1
+            return False
+        return True
 
     def _apply(self, event: Event) -> None:
         t = float(event.t)
@@ -121,10 +125,12 @@ class RunState:
             self._table(event)
         elif isinstance(event, EpochEvent):
             self.epoch = int(event.epoch) + 1
+            self._epochs.append((int(event.step), self.epoch))
         elif isinstance(event, EvaluationEvent):
+            self._evaluations.append((event.step, event.metrics))
+            self.metrics.update(event.metrics)
             for name, value in event.metrics.items():
-                self.metrics[name] = float(value)
-                self.metric_curves.setdefault(name, Curve()).add(int(event.step) - 1, float(value))
+                self.metric_curves.setdefault(name, Curve()).add(event.step - 1, value)
         elif isinstance(event, ExpertsEvent):
             self.experts = event
         elif isinstance(event, SummaryEvent):
@@ -147,13 +153,18 @@ class RunState:
 
     def _begin(self, event: RunEvent) -> None:
         first_step = int(event.first_step)
-        for curve in (self.losses, self.step_curve, self.norms, *self.objective_curves.values()):
+        curves = (*self.objective_curves.values(), *self.metric_curves.values())
+        for curve in (self.losses, self.step_curve, self.norms, *curves):
             curve.forget_from(first_step)
+        self._epochs = [each for each in self._epochs if each[0] <= first_step]
+        self.epoch = self._epochs[-1][1] if self._epochs else 0
+        self._evaluations = [each for each in self._evaluations if each[0] <= first_step]
+        self.metrics = {name: value for _, each in self._evaluations for name, value in each.items()}
         self.name, self.settings, self.plan = str(event.name), dict(event.settings), dict(event.plan)
         self.host, self.device, self.ranks = str(event.host), str(event.device), int(event.ranks)
         self.batch_size, self.total_steps = event.batch_size, event.total_steps
         self.first_step = self.step = first_step
-        self.started = float(event.t) if self.started is None else self.started
+        self.begun, self.started = event.t, event.t if self.started is None else self.started
         self.end, self.message, self.stall, self.straggler = "", "", None, None
         self._seconds.clear()
         self._samples.clear()
@@ -163,7 +174,7 @@ class RunState:
         losses, seconds = [float(loss) for loss in event.losses], [float(each) for each in event.seconds]
         first = int(event.first_step)
         named = [
-            (str(name), offset, float(loss))
+            (name, offset, float(loss))
             for name, each in event.objectives.items()
             for offset, loss in enumerate(each)
             if loss is not None
@@ -176,7 +187,6 @@ class RunState:
             self.objective_curves.setdefault(name, Curve()).add(first + offset, loss)
         self._seconds.extend(seconds)
         self._samples.append((int(event.samples), sum(seconds)))
-        self.samples_total += int(event.samples)
         self.step = first + len(losses)
         if losses:
             self.loss = losses[-1]
@@ -187,9 +197,8 @@ class RunState:
         self.stall = None
 
     def _table(self, event: RanksEvent) -> None:
-        ranks = len(event.samples)
-        columns: list[list[float]] = [*event.phase_seconds.values(), event.late_seconds, event.cpu_seconds]
-        if any(len(column) != ranks for column in columns) or len(event.memory_bytes) != ranks:
+        columns = [*event.phase_seconds.values(), *(each for each in vars(event).values() if isinstance(each, list))]
+        if any(len(column) != len(event.samples) for column in columns):
             raise ValueError("lists of different lengths")
         self._tables.append(event)
         self._settle_straggler()

@@ -51,12 +51,12 @@ def comparison(states: Sequence[RunState], now: float) -> RenderableType:
         )
         status = state.status(now)
         table.add_row(
-            state.path,
+            Text(state.path),
             f"[{_STYLES.get(status, 'none')}]{status}[/]",
-            str(state.plan.get("layout", "")),
+            Text(str(state.plan.get("layout", ""))),
             _progress(state),
             _number(state.loss),
-            ", ".join(f"{name} {value:.4f}" for name, value in state.metrics.items()),
+            Text(", ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())),
             _rate(state.samples_per_second),
             _seconds(state.step_seconds),
         )
@@ -152,14 +152,14 @@ def _one(state: RunState, now: float) -> list[RenderableType]:
 
     lines = Text("\n".join(headline(state, now)))
     grave = state.status(now) in ("stalled", "failed")
-    parts: list[RenderableType] = [Panel(lines, border_style="red" if grave else "none", title=state.path)]
+    parts: list[RenderableType] = [Panel(lines, border_style="red" if grave else "none", title=Text(state.path))]
     rows = state.rank_rows()
     if rows:
         parts.append(ranks_table(rows))
     if state.experts is not None:
         table = _table("tokens of each expert", ["layer", "load", "dropped"])
         for name, tokens in state.experts.tokens.items():
-            table.add_row(name, " ".join(map(str, tokens)), str(state.experts.dropped.get(name, 0)))
+            table.add_row(Text(name), " ".join(map(str, tokens)), str(state.experts.dropped.get(name, 0)))
         parts.append(table)
     notes = list(state.notes)[-_SHOWN_NOTES:]
     parts.append(Text("\n".join(note_line(note) for note in notes)))

@@ -24,7 +24,8 @@ function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (typeof value !== "number") return String(value);
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(digits - 2);
+  const most = Number.isInteger(value) || digits === 0 ? 1e15 : 1e6; // counts are written out
+  if (size !== 0 && (size < 1e-3 || size >= most)) return value.toExponential(Math.max(1, digits - 2));
   return value.toLocaleString("en", { maximumFractionDigits: size >= 100 ? 0 : digits });
 }
 
@@ -210,7 +211,7 @@ function showAlert(run) {
   if (!run.stall) return;
   byId("positions").replaceChildren(...run.stall.positions.map((position) => {
     const box = make("div");
-    box.append(make("h3", `rank ${position.rank}: ${position.where || "unknown"}`), make("pre", (position.stack || []).join("\n") || "no stack"));
+    box.append(make("h3", `rank ${position.rank}: ${position.where || "unknown"}`), make("pre", [position.stack || []].flat().join("\n") || "no stack"));
     return box;
   }));
 }
