@@ -12,6 +12,7 @@ import pytest
 
 from shardwise.bench.analyse import Context, Measurement, judge, make_cases
 from shardwise.bench.cases import Wanted
+from shardwise.bench.command import _doubts
 from shardwise.bench.compare import compare, comparison_lines
 from shardwise.bench.execute import Attempt
 from shardwise.bench.known import Known
@@ -133,6 +134,25 @@ def test_a_slow_rank_is_named_with_its_phase() -> None:
     assert finding.kind == "slow rank"
     assert "rank 1 is slower" in finding.message and "backward pass" in finding.message
     assert "10.0 ms late" in finding.message
+
+
+def test_what_a_slow_rank_loses_is_not_told_twice() -> None:
+    """It sleeps in its forward pass: nothing is wrong with the size of its batch."""
+    slow = rank_reading(slowest=1.0, late=0.008, forward=10, backward=2.5, optimizer=0.5)
+    fast = rank_reading(slowest=0.0, forward=2, backward=2.5, optimizer=0.5, waiting=7, communication=1)
+    alone, both = cases(measured("data=2", reading(fast, slow)))
+    assert kinds(both, alone) == ["slow rank", "communication"]
+    said = find_losses(both, alone, cores=CORES, device="cpu")[1].message
+    assert "4.50 ms of compute for 500 us of communication" in said
+
+
+def test_a_plan_that_died_after_a_round_is_told() -> None:
+    died = measured("data=2", reading(*[rank_reading(forward=5)] * 2))
+    died.failed = ("failed", "rank 1 was killed\nby signal 9", "")
+    assert any(
+        "data=2 threads=1 failed after 1 round" in said and "rank 1 was killed" in said
+        for said in _doubts(cases(died), "cpu")
+    )
 
 
 def test_an_uneven_pipeline_is_told_as_one() -> None:
