@@ -192,3 +192,14 @@ def test_a_curve_ends_where_the_run_stands() -> None:
     for step in range(1001):
         curve.add(step, float(step))
     assert curve.points()[-1][0] == 1000
+
+
+def test_a_run_of_a_newer_version_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "a", [run_event()], end='\n{"v":99,"t":1,"kind":"run"}\n')
+    watcher = Watcher(folder)
+    watcher.poll()
+    assert watcher.runs["a"].state.status() == "unreadable"
+    assert "is in event format 99" in Hub(watcher).view()["run"]["error"]
+    assert _run(["watch", str(folder), "--text", "--once"]) == 0
+    text = capsys.readouterr().out
+    assert "unreadable" in text and "event format" in text

@@ -91,7 +91,7 @@ def document(watcher: Watcher) -> dict[str, object]:
     runs = watcher.newest_first()
     return {
         "place": printable(watcher.place),
-        "runs": [{**run.state.snapshot(), "skipped_lines": run.skipped, "error": run.error} for run in runs],
+        "runs": [{**run.state.snapshot(), "skipped_lines": run.skipped} for run in runs],
         "differing_settings": differing_settings([run.state for run in runs]),
     }
 
@@ -100,7 +100,7 @@ def _show_text(watcher: Watcher, listeners: list[Callable[[FollowedRun, Event], 
     from rich.console import Console
     from rich.live import Live
 
-    from shardwise.monitor.state import note_of
+    from shardwise.monitor.notes import note_of
     from shardwise.monitor.text import note_line, render
 
     console = Console()

@@ -25,7 +25,6 @@ class FollowedRun:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name  # which can be printed
-        self.error = ""
         self.state = RunState(path=name)
         self._reader = EventReader(folder / EVENTS)
         self._identity: tuple[int, int] | None = None
@@ -47,7 +46,7 @@ class FollowedRun:
                 if self.state.apply(event):
                     yield event
         except (FolderError, OSError) as error:
-            self.error = str(error)
+            self.state.error = str(error)
 
     @property
     def skipped(self) -> int:

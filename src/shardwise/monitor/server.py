@@ -69,10 +69,9 @@ class Hub:
             runs = self._watcher.newest_first()
             chosen = next((run for run in runs if run.name == name), runs[0] if runs else None)
             short = [run.state.snapshot(curves=False) for run in runs]
-            for record, run in zip(short, runs, strict=True):
+            for record in short:
                 for key in ("notes", "rank_rows", "settings", "experts"):
                     del record[key]
-                record["error"] = run.error
             return {
                 "place": printable(self._watcher.place),
                 "runs": short,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from shardwise.monitor.state import Note, RunState, differing_settings
+from shardwise.monitor.notes import Note
+from shardwise.monitor.state import RunState, differing_settings
 from shardwise.spec.observations import PHASES
 from shardwise.units import format_bytes, format_seconds
 
@@ -104,6 +105,8 @@ def headline(state: RunState, now: float) -> list[str]:
         lines.append(f"STRAGGLER: {state.straggler.message}")
     if state.message:
         lines.append(f"FAILED: {state.message}")
+    if state.error:
+        lines.append(f"UNREADABLE: {state.error}")
     if state.malformed:
         lines.append(f"{state.malformed} events could not be understood and were left out")
     return lines

@@ -87,8 +87,8 @@ function showRuns(view) {
   const rows = view.runs.map((run, index) => {
     const button = make("button", run.path, { id: `choose ${run.path}`, type: "button", "aria-pressed": String(run.path === view.run.path) });
     button.addEventListener("click", () => connect(run.path));
-    return [button, make("span", run.error ? "unreadable" : run.status, { class: `status ${run.status}` }), run.plan, progress(run),
-      number(run.loss), ...metrics.map((name) => number(run.metrics[name])), number(run.samples_per_second, 0),
+    return [button, make("span", run.status, { class: `status ${run.status}` }), run.plan, progress(run),
+      number(run.loss), ...metrics.map((name) => number(Object.hasOwn(run.metrics, name) ? run.metrics[name] : null)), number(run.samples_per_second, 0),
       seconds(run.step_seconds), ...names.map((name) => String(view.differing[name][index] ?? "–"))];
   });
   keepingFocus(() => table(byId("runs"), "Runs, the latest first, with the settings in which they differ", columns, rows));
@@ -203,7 +203,7 @@ function showExperts(run) {
 }
 
 function showAlert(run) {
-  const words = [run.stall && run.stall.message, run.straggler && run.straggler.message, run.message].filter(Boolean).join(" ");
+  const words = [run.stall && run.stall.message, run.straggler && run.straggler.message, run.message, run.error].filter(Boolean).join(" ");
   const alert = byId("alert");
   alert.hidden = !words;
   if (alert.textContent !== words) alert.textContent = words;
