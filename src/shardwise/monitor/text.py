@@ -46,23 +46,28 @@ def comparison(states: Sequence[RunState], now: float) -> RenderableType:
     table = _table("runs", ["run", "status", "plan", "step", "loss", "test", "samples/s", "step time"])
     lines = []
     different = differing_settings(list(states))
-    for column, state in enumerate(states):
+    for index, state in enumerate(states):
         settings = ", ".join(
-            f"{name}={values[column]}" for name, values in different.items() if values[column] is not None
+            f"{name}={values[index]}" for name, values in different.items() if values[index] is not None
         )
         status = state.status(now)
         table.add_row(
             Text(state.path),
             f"[{_STYLES.get(status, 'none')}]{status}[/]",
             Text(str(state.plan.get("layout", ""))),
-            _progress(state),
+            _progress(state).replace(" (", "\n(").replace(" trials", "\ntrials"),
             _number(state.loss),
-            Text(", ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())),
+            Text("\n".join(f"{name} {value:.4f}" for name, value in state.metrics.items())),
             _rate(state.samples_per_second),
             _seconds(state.step_seconds),
         )
         if settings:
             lines.append(Text(f"{state.path}: {settings}"))
+    for column in table.columns:  # where it is too wide, names are folded, and no number is
+        column.no_wrap = column.header not in ("run", "test")
+        column.min_width = (
+            max(map(len, " ".join(map(str, column.cells)).split()), default=0) if column.header == "test" else None
+        )
     return Group(table, *([Text("where they differ"), *lines, Text("")] if lines else []))
 
 
@@ -186,6 +191,8 @@ def ranks_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['core_wait']:.0%}",
             format_bytes(row["memory_bytes"]),
         )
+    for column in table.columns:  # where it is too wide, headings are folded, and no number is
+        column.min_width = max(map(len, map(str, column.cells)))
     return table
 
 
