@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardwise.errors import UserError
-from shardwise.units import format_seconds
+from shardwise.units import MIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from shardwise.spec.events import Event
 
 POLL_SECONDS = 0.5
+LARGE_BYTES = 64 * MIB
+"""Of events, which take some seconds to read (20 MiB a second on the CPU this was written on)."""
 _ENDED = ("finished", "stopped", "failed")
 
 
@@ -70,6 +72,8 @@ def watch(
                 listener(run, event)
 
         watcher = Watcher(place if place is not None else Path("runs"), tell)
+        if (size := watcher.size_bytes()) > LARGE_BYTES:
+            print(f"{format_bytes(size)} of events are read first", file=sys.stderr, flush=True)
         if as_json:
             watcher.poll()
             print_json(document(watcher))

@@ -32,9 +32,8 @@ class FollowedRun:
 
     def poll(self) -> Iterator[Event]:
         """Events that are new since the last call; a file that cannot be read is told in `error`."""
-        try:
-            status = (self.folder / EVENTS).stat()
-        except OSError:
+        status = _events_status(self.folder)
+        if status is None:
             return
         identity = (status.st_dev, status.st_ino)
         if self._identity not in (None, identity) or status.st_size < self._size:
@@ -80,6 +79,11 @@ class Watcher:
     def single(self) -> bool:
         """The place is itself a run folder."""
         return _is_run(self.place)
+
+    def size_bytes(self) -> int:
+        """Of all event files."""
+        found = map(_events_status, find_runs(self.place))
+        return sum(status.st_size for status in found if status is not None)
 
     def poll(self) -> bool:
         """Read what is new everywhere; returns whether there was anything."""
@@ -154,10 +158,15 @@ def printable(path: str | Path) -> str:
 
 
 def _written(folder: Path) -> float:
+    status = _events_status(folder)
+    return 0.0 if status is None else status.st_mtime
+
+
+def _events_status(folder: Path) -> os.stat_result | None:
     try:
-        return (folder / EVENTS).stat().st_mtime
+        return (folder / EVENTS).stat()
     except OSError:
-        return 0.0
+        return None
 
 
 def _is_run(folder: Path) -> bool:

@@ -112,7 +112,7 @@ class RunState:
             self.experts = event
         elif isinstance(event, SummaryEvent):
             self.end = "stopped" if event.summary.get("stopped") else "finished"
-            self.stall = None
+            self.stall = self.straggler = None
         elif isinstance(event, FailureEvent):
             self.end, self.message, self.stall = "failed", str(event.message), None
         elif isinstance(event, StallEvent):
