@@ -75,6 +75,9 @@ class NoClock:
     def mark(self, phase: str) -> None:
         """Nothing."""
 
+    def stepped(self) -> None:
+        """Nothing."""
+
     def end_step(self) -> None:
         """Nothing."""
 
@@ -112,7 +115,9 @@ class Side:
             a.clock.mark("data")
             if self.observer is not None:
                 self.observer.gauge.samples += batch.count
-            self.ledger.add(take_step(a, batch))
+            result = take_step(a, batch)
+            a.clock.stepped()
+            self.ledger.add(result)
             if self.ledger.due:
                 settled = self.ledger.settle()
                 if self.observer is not None:

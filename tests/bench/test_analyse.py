@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shardwise.bench.analyse import Context, Measurement, judge, make_cases
 from shardwise.bench.cases import Wanted
+from shardwise.bench.command import _doubts
 from shardwise.bench.compare import compare, comparison_lines
 from shardwise.bench.execute import Attempt
 from shardwise.bench.known import Known
-from shardwise.bench.reading import RankReading, Reading, _parts
+from shardwise.bench.reading import RankReading, Reading, _parts, read_run
 from shardwise.bench.result import PARTS, Bench, Case, Course, Spread
 from shardwise.bench.text import heading, result_lines
 from shardwise.bench.why import crowd_remark, find_losses
@@ -131,6 +134,25 @@ def test_a_slow_rank_is_named_with_its_phase() -> None:
     assert finding.kind == "slow rank"
     assert "rank 1 is slower" in finding.message and "backward pass" in finding.message
     assert "10.0 ms late" in finding.message
+
+
+def test_what_a_slow_rank_loses_is_not_told_twice() -> None:
+    """It sleeps in its forward pass: nothing is wrong with the size of its batch."""
+    slow = rank_reading(slowest=1.0, late=0.008, forward=10, backward=2.5, optimizer=0.5)
+    fast = rank_reading(slowest=0.0, forward=2, backward=2.5, optimizer=0.5, waiting=7, communication=1)
+    alone, both = cases(measured("data=2", reading(fast, slow)))
+    assert kinds(both, alone) == ["slow rank", "communication"]
+    said = find_losses(both, alone, cores=CORES, device="cpu")[1].message
+    assert "4.50 ms of compute for 500 us of communication" in said
+
+
+def test_a_plan_that_died_after_a_round_is_told() -> None:
+    died = measured("data=2", reading(*[rank_reading(forward=5)] * 2))
+    died.failed = ("failed", "rank 1 was killed\nby signal 9", "")
+    assert any(
+        "data=2 threads=1 failed after 1 round" in said and "rank 1 was killed" in said
+        for said in _doubts(cases(died), "cpu")
+    )
 
 
 def test_an_uneven_pipeline_is_told_as_one() -> None:
@@ -296,3 +318,21 @@ def test_spread() -> None:
     spread = Spread.of([3.0, 1.0, 2.0])
     assert spread == Spread(2.0, 1.0, 3.0, 3)
     assert math.isclose(spread.median, 2.0)
+
+
+def test_a_run_of_few_steps_and_long_evaluations_is_read_right(tmp_path: Path) -> None:
+    """The 10th percentile is no number below all steps, and a core is never busy for more than all of a step."""
+    walls = [1.0, 1.0, 0.1, 1.0]
+    steps, now = [], 0.0
+    for wall in walls:
+        row = {"began": now, "ended": now + wall, "busy": {"forward": wall}, "waited": {}, "arrived": None}
+        steps.append({**row, "traffic_bytes": 0, "payload_bytes": 0})
+        now += wall + 10.0  # an evaluation after each step
+    machine = [[row["began"], index * 2.0, index * 2.0, 0.0] for index, row in enumerate(steps)]
+    (tmp_path / "records").mkdir()
+    (tmp_path / "run.json").write_text('{"version": 1, "name": "made"}')
+    (tmp_path / "events.jsonl").touch()
+    (tmp_path / "records" / "rank-00000.json").write_text(json.dumps({"steps": steps, "machine": machine}))
+    found = read_run(tmp_path, ranks=1, warm_up=2, device="cpu")
+    assert 0.1 <= found.step_low_seconds <= found.step_high_seconds <= 1.0
+    assert found.ranks[0].core_seconds == pytest.approx(found.step_seconds)

@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,9 @@ def test_in_a_browser(address: str, runs: Path) -> None:
         straggler = StragglerEvent(
             step=20, rank=1, phase="backward", cause="waiting", lost_seconds=0.01, step_seconds=0.02, message=STRAGGLER
         )
-        append(runs / "live", steps_event(10), ranks_event(10, slow=0.01), straggler)
+        append(runs / "live", replace(steps_event(10), samples=32_000_000), ranks_event(10, slow=0.01), straggler)
         expect(page.get_by_text("step 20 of 100")).to_be_visible()
+        expect(page.get_by_text("160,001,600", exact=True).first).to_be_visible()
         expect(page.get_by_role("alert")).to_contain_text(STRAGGLER)
         log = page.get_by_role("log")
         expect(log).to_contain_text(STRAGGLER)

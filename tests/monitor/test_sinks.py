@@ -14,7 +14,7 @@ from shardwise.cli.main import _run
 from shardwise.monitor.sinks import COLUMNS, rows
 from shardwise.spec.observations import ExpertsEvent
 
-from .made import finished, write
+from .made import finished, ranks_event, write
 
 OWN = """
 import json
@@ -95,3 +95,10 @@ def test_what_cannot_be_written_is_refused(where: str, tmp_path: Path, monkeypat
     (tmp_path / "mine.py").write_text(OWN)
     write(tmp_path / "runs" / "a", finished())
     assert _run(["watch", "runs", "--json", "--export", where]) == 2
+
+
+def test_seconds_of_ranks_are_those_of_a_step() -> None:
+    found = {(row.name, row.rank): row.value for row in rows(ranks_event(0, 10, slow=0.01))}
+    assert found["seconds/backward", 1] == pytest.approx(0.011)
+    assert found["late_seconds", 1] == pytest.approx(0.01)
+    assert found["core_wait_seconds", 1] == pytest.approx(0.001)

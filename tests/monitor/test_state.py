@@ -201,3 +201,37 @@ def test_curves_stay_small_and_keep_their_extremes() -> None:
     assert sparkline([1.0] * 3) == "▁▁▁"
     assert sparkline([0.0, 1.0]) == "▁█"
     assert sparkline([]) == ""
+
+
+def test_numbers_are_not_broken_over_lines(tmp_path: Path) -> None:
+    """In a pipe a line has 80 columns; names give way."""
+    write(tmp_path / "a-run-with-a-rather-long-name" / "trials" / "0001", finished())
+    write(tmp_path / "b", [run_event(total_steps=123_000, batch_size=1), *finished()[1:]])
+    watcher = Watcher(tmp_path)
+    watcher.poll()
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render([run.state for run in watcher.newest_first()], 2001.0))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for words in ("100/123,000", "0.0200", "3,200", "data=2", "finished", "accuracy", "0.9375", "10.0"):
+        assert words in text, words
+
+
+def test_a_run_that_has_ended_holds_nobody_up() -> None:
+    straggler = StragglerEvent(step=100, rank=1, phase="backward", cause="core", lost_seconds=0.01, step_seconds=0.02)
+    *begun, summary = finished()
+    state = _state(*begun, straggler)
+    assert state.straggler is straggler
+    state.apply(summary)
+    assert state.straggler is None
+
+
+def test_much_to_read_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "r", finished())
+    assert _run(["watch", str(folder), "--json"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("shardwise.cli.watch.LARGE_BYTES", 100)
+    assert _run(["watch", str(folder), "--json"]) == 0
+    answer = capsys.readouterr()
+    assert "KiB of events are read first" in answer.err and json.loads(answer.out)

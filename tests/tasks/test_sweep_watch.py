@@ -84,7 +84,9 @@ def test_watch_shows_the_sweep_and_its_trainings(job: str, tmp_path: Path) -> No
     assert sorted(run["path"] for run in trainings) == ["trials/0000", "trials/0002"]
     assert {run["status"] for run in trainings} == {"finished"} and all(run["sweep"] is None for run in trainings)
     # The sweep makes no difference between runs; its trainings do.
-    assert {name: set(values) for name, values in document["differing_settings"].items()} == {}
+    assert {name: set(values) for name, values in document["differing_settings"].items()} == {
+        "set.lr": {None, 0.5, 0.01}
+    }
     assert find_runs(tmp_path / "runs") == [out, out / "trials" / "0000", out / "trials" / "0002"]
     text = CliRunner().invoke(shardwise, ["watch", str(out), "--text"])  # ends by itself, for the sweep has ended
     assert text.exit_code == 0

@@ -186,6 +186,10 @@ def _doubts(cases: list[Case], device: str) -> list[str]:
     """What makes the numbers less certain than they look."""
     crowd = crowd_remark(cases, usable_cores()) if device == "cpu" else ""
     found = [crowd] if crowd else []
+    for case in cases:
+        if case.step_seconds is not None and case.outcome != "measured":
+            rounds = f"{case.step_seconds.rounds} round{'' if case.step_seconds.rounds == 1 else 's'}"
+            found.append(f"{case.name} {case.outcome} after {rounds}, which its numbers are of: {case.reason}")
     wide = [case.name for case in cases if case.step_seconds is not None and _width(case.step_seconds) > UNSTEADY]
     if wide:
         found.append(

@@ -82,7 +82,7 @@ def read_run(out: Path, *, ranks: int, warm_up: int, device: str) -> Reading:
     warm_up = min(warm_up, count // 2)
     steady = [rows[warm_up:count] for rows in steps]
     walls = [row["ended"] - row["began"] for row in steady[0]]
-    tenths = statistics.quantiles(walls, n=10) if len(walls) > 1 else [walls[0]] * 9
+    tenths = statistics.quantiles(walls, n=10, method="inclusive") if len(walls) > 1 else [walls[0]] * 9
     own = [[_own_seconds(row, device) for row in rows] for rows in steady]
     events = read_events(folder.events_path)
     return Reading(
@@ -128,7 +128,7 @@ def _rank(
             late += row["arrived"] - min(arrivals)
         for part, seconds in _parts(row, most - own[rank][index], device).items():
             totals[part] += seconds
-    core, queue = _machine(machine, rows[0]["began"], rows[-1]["ended"], len(rows))
+    core, queue = _machine(machine, rows)
     return RankReading(
         seconds={part: total / max(1, timed) for part, total in totals.items()},
         late_seconds=late / max(1, timed),
@@ -161,14 +161,18 @@ def _parts(row: Mapping[str, Any], behind: float, device: str) -> dict[str, floa
     }
 
 
-def _machine(samples: Sequence[Sequence[float]], began: float, ended: float, steps: int) -> tuple[float, float | None]:
-    """Processor seconds and seconds without a core, a step; over the whole run where it is too short for two samples."""
-    inside = [sample for sample in samples if began <= sample[0] <= ended]
+def _machine(samples: Sequence[Sequence[float]], rows: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
+    """Processor seconds and seconds without a core, a step; over the whole run where it is too short for two samples.
+
+    A sample is when it was taken, then seconds, processor seconds and seconds without a core, all without evaluations and
+    checkpoints. What was between steps counts as the steps do: a second of the clock is never more than one on each core.
+    """
+    inside = [sample for sample in samples if rows[0]["began"] <= sample[0] <= rows[-1]["ended"]]
     chosen = inside if len(inside) > 1 else list(samples)
-    if len(chosen) < 2 or chosen[-1][0] <= chosen[0][0]:
+    if len(chosen) < 2 or chosen[-1][1] <= chosen[0][1]:
         return 0.0, None
-    (first, core_first, queue_first), (last, core_last, queue_last) = chosen[0], chosen[-1]
-    per_step = (ended - began) / steps / (last - first)
+    (_, first, core_first, queue_first), (_, last, core_last, queue_last) = chosen[0], chosen[-1]
+    per_step = statistics.fmean(row["ended"] - row["began"] for row in rows) / (last - first)
     queue = queue_last - queue_first
     return (core_last - core_first) * per_step, queue * per_step if queue == queue else None
 

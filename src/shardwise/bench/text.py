@@ -19,12 +19,11 @@ def result_lines(bench: Bench) -> list[str]:
         shown = [case for case in bench.cases if case.scaling == scaling]
         if any(case.measured for case in shown):
             lines += [title, *table([COLUMNS, *(row(case) for case in shown if case.measured)]), ""]
-    for case in bench.cases:
-        if not case.measured:
-            lines += [f"{case.name}: {case.outcome}: {case.reason}"]
+    missing = [f"{case.name}: {case.outcome}: {case.reason}" for case in bench.cases if not case.measured]
+    lines += [*missing, *([""] if missing else [])]
     if bench.target is not None:
-        lines += ["", f"time until {bench.target}", *(f"  {line}" for line in target_lines(bench))]
-    lines += ["", "where the time of a step goes"]
+        lines += [f"time until {bench.target}", *(f"  {line}" for line in target_lines(bench)), ""]
+    lines += ["where the time of a step goes"]
     for case in bench.cases:
         lines += [f"  {line}" for line in split_lines(case)]
     lines += ["", "why"]

@@ -97,12 +97,8 @@ def _slow_rank(case: Case, step: float) -> list[Finding]:
     """A rank that has steadily more work of its own than the others, which wait for it."""
     if case.workers == 1:
         return []
-    own = {rank.rank: _own(rank) for rank in case.ranks}
-    slow = max(case.ranks, key=lambda rank: own[rank.rank])
-    others = [rank for rank in case.ranks if rank is not slow]
-    excess = own[slow.rank] - statistics.median(own[rank.rank] for rank in others)
-    waiting = max(rank.seconds["waiting"] for rank in others)
-    if excess < SLOW_EXCESS * step or slow.slowest < SLOW_STEADY:
+    slow = _slowest(case, step)
+    if slow is None:
         # Nobody in particular is slow: ranks wait for whoever happens to be last.
         share = statistics.fmean(rank.seconds["waiting"] for rank in case.ranks) / step
         message = f"ranks wait for one another {share:.0%} of the step, each time for another one"
@@ -114,6 +110,9 @@ def _slow_rank(case: Case, step: float) -> list[Finding]:
                 advice="uneven samples or a busy machine: a larger batch evens them out; nothing else should run beside",
             )
         ]
+    others = [rank for rank in case.ranks if rank is not slow]
+    excess = _excess(slow, others)
+    waiting = max(rank.seconds["waiting"] for rank in others)
     part = max(
         ("forward", "backward", "data", "optimizer", "other"),
         key=lambda name: slow.seconds[name] - statistics.median(rank.seconds[name] for rank in others),
@@ -135,9 +134,30 @@ def _slow_rank(case: Case, step: float) -> list[Finding]:
     return [Finding(kind="slow rank", share=excess / step, message=message, advice=advice)]
 
 
+def _slowest(case: Case, step: float) -> RankSplit | None:
+    """The rank that is steadily slower than the others; None where there is none."""
+    if case.workers == 1:
+        return None
+    slow = max(case.ranks, key=_own)
+    late = _excess(slow, [rank for rank in case.ranks if rank is not slow])
+    return None if late < SLOW_EXCESS * step or slow.slowest < SLOW_STEADY else slow
+
+
+def _excess(slow: RankSplit, others: Sequence[RankSplit]) -> float:
+    return _own(slow) - statistics.median(map(_own, others))
+
+
+def _passes(case: Case, step: float) -> float:
+    """Forward and backward pass, as the mean over the ranks; of replicas without a slow one, whose excess is told apart."""
+    slow = None if any(rank.seconds["bubble"] > 0 for rank in case.ranks) else _slowest(case, step)
+    return statistics.fmean(
+        rank.seconds["forward"] + rank.seconds["backward"] for rank in case.ranks if rank is not slow
+    )
+
+
 def _communication(case: Case, step: float) -> list[Finding]:
     seconds = statistics.fmean(rank.seconds["communication"] for rank in case.ranks)
-    compute = statistics.fmean(rank.seconds["forward"] + rank.seconds["backward"] for rank in case.ranks)
+    compute = _passes(case, step)
     sent = f", {format_bytes(case.traffic_bytes)} sent by a rank" if case.traffic_bytes else ""
     message = (
         f"batch {case.batch_size} gives each worker {format_seconds(compute)} of compute for {format_seconds(seconds)} of "
@@ -163,10 +183,9 @@ def _compute(case: Case, one_unit: Case, step: float) -> list[Finding]:
     """Forward and backward passes that did not shrink with the number of workers."""
     if case.units == 1 or not case.lost_seconds or case.name == one_unit.name:
         return []
-    lost = case.lost_seconds["forward"] + case.lost_seconds["backward"]
-    mean = case.mean_seconds
-    now = mean["forward"] + mean["backward"]
-    ideal = now - lost
+    mean, now = case.mean_seconds, _passes(case, step)
+    ideal = sum(mean[part] - case.lost_seconds[part] for part in ("forward", "backward"))
+    lost = now - ideal
     what = f"{_count(case.workers, 'worker')} with {_count(case.threads, 'thread')} each"
     message = (
         f"forward and backward pass take {format_seconds(now)} on {what}; a perfect division of the run on one would take "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardwise.errors import UserError
-from shardwise.units import format_seconds
+from shardwise.units import MIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from shardwise.spec.events import Event
 
 POLL_SECONDS = 0.5
+LARGE_BYTES = 64 * MIB
+"""Of events, which take some seconds to read (20 MiB a second on the CPU this was written on)."""
 _ENDED = ("finished", "stopped", "failed")
 
 
@@ -70,6 +72,8 @@ def watch(
                 listener(run, event)
 
         watcher = Watcher(place if place is not None else Path("runs"), tell)
+        if (size := watcher.size_bytes()) > LARGE_BYTES:
+            print(f"{format_bytes(size)} of events are read first", file=sys.stderr, flush=True)
         if as_json:
             watcher.poll()
             print_json(document(watcher))
@@ -85,12 +89,13 @@ def _feed(sink: Sink, run: FollowedRun, event: Event) -> None:
 
 def document(watcher: Watcher) -> dict[str, object]:
     """All runs as JSON data, and in what they differ."""
+    from shardwise.monitor.runs import printable
     from shardwise.monitor.state import differing_settings
 
     runs = watcher.newest_first()
     return {
-        "place": str(watcher.place),
-        "runs": [{**run.state.snapshot(), "skipped_lines": run.skipped, "error": run.error} for run in runs],
+        "place": printable(watcher.place),
+        "runs": [{**run.state.snapshot(), "skipped_lines": run.skipped} for run in runs],
         "differing_settings": differing_settings([run.state for run in runs]),
     }
 
@@ -99,7 +104,7 @@ def _show_text(watcher: Watcher, listeners: list[Callable[[FollowedRun, Event], 
     from rich.console import Console
     from rich.live import Live
 
-    from shardwise.monitor.state import note_of
+    from shardwise.monitor.notes import note_of
     from shardwise.monitor.text import note_line, render
 
     console = Console()

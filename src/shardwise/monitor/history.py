@@ -19,13 +19,13 @@ class Curve:
     def __init__(self, most: int = MOST_POINTS) -> None:
         self._most = most
         self._width = 1
-        self._buckets: dict[int, list[float]] = {}  # stretch -> sum, count, lowest, highest
+        self._buckets: dict[int, list[float]] = {}  # stretch -> sum, count, lowest, highest, last step
 
     def add(self, step: int, value: float) -> None:
         """A value of a step; what is no number is left out."""
         if not math.isfinite(value):
             return
-        self._put(step // self._width, [value, 1.0, value, value])
+        self._put(step // self._width, [value, 1.0, value, value, step])
         while len(self._buckets) > self._most:
             self._width *= 2
             old, self._buckets = self._buckets, {}
@@ -37,10 +37,10 @@ class Curve:
         self._buckets = {place: bucket for place, bucket in self._buckets.items() if place * self._width < step}
 
     def points(self) -> list[tuple[int, float, float, float]]:
-        """(last step of the stretch, mean, lowest, highest), in the order of the steps."""
+        """(last step of the stretch that had a value, mean, lowest, highest), in the order of the steps."""
         return [
-            ((place + 1) * self._width - 1, total / count, low, high)
-            for place, (total, count, low, high) in sorted(self._buckets.items())
+            (int(step), total / count, low, high)
+            for _, (total, count, low, high, step) in sorted(self._buckets.items())
         ]
 
     def _put(self, place: int, new: list[float]) -> None:
@@ -52,3 +52,4 @@ class Curve:
         old[1] += new[1]
         old[2] = min(old[2], new[2])
         old[3] = max(old[3], new[3])
+        old[4] = max(old[4], new[4])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from shardwise.monitor.state import RunState
 
-_STATUSES = ("running", "finished", "stopped", "failed", "stalled", "silent", "empty")
+_STATUSES = ("running", "finished", "stopped", "failed", "stalled", "silent", "empty", "unreadable")
 
 _HELP = {
     "status": "1 for the status that the run has, 0 for the others",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
 
@@ -24,32 +24,28 @@ class FollowedRun:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
-        self.name = name
-        self.error = ""
+        self.name = name  # which can be printed
         self.state = RunState(path=name)
         self._reader = EventReader(folder / EVENTS)
         self._identity: tuple[int, int] | None = None
         self._size = 0
 
-    def poll(self) -> list[Event]:
+    def poll(self) -> Iterator[Event]:
         """Events that are new since the last call; a file that cannot be read is told in `error`."""
-        try:
-            status = (self.folder / EVENTS).stat()
-        except OSError:
-            return []
+        status = _events_status(self.folder)
+        if status is None:
+            return
         identity = (status.st_dev, status.st_ino)
         if self._identity not in (None, identity) or status.st_size < self._size:
             self._reader = EventReader(self.folder / EVENTS)
             self.state = RunState(path=self.name)
         self._identity, self._size = identity, status.st_size
         try:
-            events = self._reader.poll()
+            for event in self._reader.new():
+                if self.state.apply(event):
+                    yield event
         except (FolderError, OSError) as error:
-            self.error = str(error)
-            return []
-        for event in events:
-            self.state.apply(event)
-        return events
+            self.state.error = str(error)
 
     @property
     def skipped(self) -> int:
@@ -84,11 +80,16 @@ class Watcher:
         """The place is itself a run folder."""
         return _is_run(self.place)
 
+    def size_bytes(self) -> int:
+        """Of all event files."""
+        found = map(_events_status, find_runs(self.place))
+        return sum(status.st_size for status in found if status is not None)
+
     def poll(self) -> bool:
         """Read what is new everywhere; returns whether there was anything."""
-        changed = False
+        changed = self._drop_vanished()
         for folder in find_runs(self.place):
-            name = folder.name if folder == self.place else str(folder.relative_to(self.place))
+            name = printable(folder.name if folder == self.place else folder.relative_to(self.place))
             run = self.runs.get(name)
             if run is None:
                 run = self.runs[name] = FollowedRun(folder, name)
@@ -100,14 +101,29 @@ class Watcher:
         return changed
 
     def newest_first(self) -> list[FollowedRun]:
-        """Runs, the one with the latest news first; the sweep whose folder is watched before its trainings."""
-        return sorted(self.runs.values(), key=lambda run: (run.folder != self.place, -(run.state.last or 0.0)))
+        """Runs, those under way first, then the one that was started last; the sweep whose folder is watched before all.
+
+        What several runs write meanwhile does not change the order.
+        """
+
+        def order(run: FollowedRun) -> tuple[bool, bool, float, float]:
+            under_way = run.state.status() in ("running", "stalled")
+            return run.folder != self.place, not under_way, -(run.state.begun or 0.0), -(run.state.last or 0.0)
+
+        return sorted(self.runs.values(), key=order)
+
+    def _drop_vanished(self) -> bool:
+        """Forget runs whose folder was removed. What is watched itself stays: its last state is all there is."""
+        gone = [name for name, run in self.runs.items() if run.folder != self.place and not os.path.lexists(run.folder)]
+        for name in gone:
+            del self.runs[name]
+        return bool(gone)
 
 
 def find_runs(place: Path) -> list[Path]:
     """Run folders at a place: itself, or those up to three folders below, by name; links are not followed.
 
-    A sweep's folder is one, and holds those of its trainings.
+    A sweep's folder is one, and holds those of its trainings. Of more than 200, those that were written to last.
     """
     found: list[Path] = []
     if _is_run(place):
@@ -121,7 +137,7 @@ def find_runs(place: Path) -> list[Path]:
         except OSError:
             return
         for entry in entries:
-            if len(found) >= _MOST_RUNS or entry.name in _INSIDE or not entry.is_dir(follow_symlinks=False):
+            if entry.name in _INSIDE or not entry.is_dir(follow_symlinks=False):
                 continue
             inside = Path(entry.path)
             if _is_run(inside):
@@ -130,12 +146,39 @@ def find_runs(place: Path) -> list[Path]:
                 search(inside, depth - 1)
 
     search(place, _DEPTH)
-    return found
+    if len(found) <= _MOST_RUNS:
+        return found
+    latest = set(sorted(found, key=_written, reverse=True)[:_MOST_RUNS])
+    return [folder for folder in found if folder in latest or folder == place]
+
+
+def printable(path: str | Path) -> str:
+    """A name as text that can be printed, sent and told from others, whatever bytes it has."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _written(folder: Path) -> float:
+    status = _events_status(folder)
+    return 0.0 if status is None else status.st_mtime
+
+
+def _events_status(folder: Path) -> os.stat_result | None:
+    try:
+        return (folder / EVENTS).stat()
+    except OSError:
+        return None
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / EVENTS).is_file() or (folder / "run.json").is_file()
+    return _is_file(folder / EVENTS) or _is_file(folder / "run.json")
 
 
 def _is_sweep(folder: Path) -> bool:
-    return (folder / "sweep.json").is_file()
+    return _is_file(folder / "sweep.json")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # we may not look
+        return False

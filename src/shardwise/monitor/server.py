@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from shardwise.errors import UserError
 from shardwise.monitor.prometheus import exposition
-from shardwise.monitor.runs import Watcher
+from shardwise.monitor.runs import Watcher, printable
 from shardwise.monitor.state import differing_settings
 
 if TYPE_CHECKING:
@@ -69,12 +69,11 @@ class Hub:
             runs = self._watcher.newest_first()
             chosen = next((run for run in runs if run.name == name), runs[0] if runs else None)
             short = [run.state.snapshot(curves=False) for run in runs]
-            for record, run in zip(short, runs, strict=True):
+            for record in short:
                 for key in ("notes", "rank_rows", "settings", "experts"):
                     del record[key]
-                record["error"] = run.error
             return {
-                "place": str(self._watcher.place),
+                "place": printable(self._watcher.place),
                 "runs": short,
                 "differing": differing_settings([run.state for run in runs]) if len(runs) > 1 else {},
                 "run": None if chosen is None else {**chosen.state.snapshot(), "skipped_lines": chosen.skipped},
@@ -117,7 +116,8 @@ def make_app(hub: Hub, token: str) -> Starlette:
     async def metrics(request: Request) -> Response:
         if not _same(request, token):
             return refused()
-        return Response(hub.metrics(), media_type="text/plain; version=0.0.4", headers=HEADERS)
+        text = hub.metrics().encode("utf-8", "backslashreplace")
+        return Response(text, media_type="text/plain; version=0.0.4", headers=HEADERS)
 
     async def stream(request: Request) -> Response:
         if not _same(request, token):
@@ -178,24 +178,34 @@ def serve(watcher: Watcher, port: int, say: Callable[[str], None], *, token: str
     hub.poll()
     ended = threading.Event()
 
-    def poll_forever() -> None:
-        while not ended.wait(POLL_SECONDS):
-            hub.poll()
-
-    thread = threading.Thread(target=poll_forever, name="shardwise watch", daemon=True)
-    thread.start()
     config = uvicorn.Config(
         make_app(hub, token), log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1
     )
-    say(f"watching {watcher.place} at http://127.0.0.1:{door.getsockname()[1]}/{token}/  (Ctrl-C ends it)")
+    server = uvicorn.Server(config)
+    wrong: list[Exception] = []
+
+    def poll_forever() -> None:
+        try:
+            while not ended.wait(POLL_SECONDS):
+                hub.poll()
+        except Exception as error:  # noqa: BLE001  # of a sink: a page that stands still would look as if it were live
+            wrong.append(error)
+            server.should_exit = True
+
+    thread = threading.Thread(target=poll_forever, name="shardwise watch", daemon=True)
+    thread.start()
+    place = printable(watcher.place)
+    say(f"watching {place} at http://127.0.0.1:{door.getsockname()[1]}/{token}/  (Ctrl-C ends it)")
     try:
-        uvicorn.Server(config).run(sockets=[door])
+        server.run(sockets=[door])
     except KeyboardInterrupt:
         return
     finally:
         ended.set()
         thread.join()
         door.close()
+    if wrong:
+        raise wrong[0]
 
 
 def _same(request: Request, token: str) -> bool:
@@ -215,7 +225,7 @@ async def _events(hub: Hub, run: str) -> AsyncIterator[str]:
 
 
 def _json(view: dict[str, Any]) -> str:
-    return json.dumps(_finite(view), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return json.dumps(_finite(view), separators=(",", ":"), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

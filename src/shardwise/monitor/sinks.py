@@ -82,9 +82,11 @@ def rows(event: Event) -> Iterator[Row]:
         for phase, column in event.phase_seconds.items():
             for rank, seconds in enumerate(column):
                 yield Row(t, last, f"seconds/{phase}", rank, seconds / max(1, event.timed_steps))
-        for name in ("late_seconds", "memory_bytes", "core_wait_seconds"):
+        for name in ("late_seconds", "memory_bytes"):
             for rank, value in enumerate(getattr(event, name)):
                 yield Row(t, last, name, rank, float(value))
+        for rank, seconds in enumerate(event.core_wait_seconds):
+            yield Row(t, last, "core_wait_seconds", rank, seconds / max(1, event.steps))
     elif isinstance(event, ExpertsEvent):
         for layer, tokens in event.tokens.items():
             for expert, count in enumerate(tokens):

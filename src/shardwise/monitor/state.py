@@ -9,32 +9,26 @@ from statistics import median
 from typing import Any, final
 
 from shardwise.monitor.history import Curve
+from shardwise.monitor.notes import Note, note_of
 from shardwise.monitor.straggler import slowest
 from shardwise.spec.events import (
-    CheckpointEvent,
     EpochEvent,
     EvaluationEvent,
     Event,
     FailureEvent,
-    RestartEvent,
     RunEvent,
     StepsEvent,
     SummaryEvent,
-    WarningEvent,
 )
 from shardwise.spec.observations import (
     PHASES,
-    BalanceEvent,
-    BottleneckEvent,
     ExpertsEvent,
     RanksEvent,
     RecoveryEvent,
     StallEvent,
     StragglerEvent,
     SweepEvent,
-    TraceEvent,
 )
-from shardwise.units import format_seconds
 
 SILENT_SECONDS = 30.0
 """A run without news for so long is called silent: it is killed, hangs, or does something long between steps."""
@@ -42,24 +36,6 @@ SILENT_SECONDS = 30.0
 _RECENT_STEPS = 200  # over which the current speed is taken
 _RECENT_TABLES = 8  # `ranks` events over which the current split of time is taken
 _NOTES = 200
-
-
-@final
-@dataclass(frozen=True)
-class Note:
-    """Something that happened, for the list of events.
-
-    Attributes:
-        t: unix seconds.
-        kind: of the event.
-        text: one or a few sentences.
-        grave: it needs somebody's attention.
-    """
-
-    t: float
-    kind: str
-    text: str
-    grave: bool = False
 
 
 @final
@@ -80,9 +56,11 @@ class RunState:
     step: int = 0
     epoch: int = 0
     started: float | None = None
+    begun: float | None = None
     last: float | None = None
     end: str = ""
     message: str = ""
+    error: str = ""
     gradient_norm: float | None = None
     learning_rates: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -91,7 +69,6 @@ class RunState:
     stall: StallEvent | None = None
     straggler: StragglerEvent | None = None
     sweep: SweepEvent | None = None
-    samples_total: int = 0
     malformed: int = 0
     objectives: dict[str, float] = field(default_factory=dict)
     losses: Curve = field(default_factory=Curve)
@@ -103,13 +80,17 @@ class RunState:
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     _samples: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_TABLES))
     _tables: deque[RanksEvent] = field(default_factory=lambda: deque(maxlen=_RECENT_TABLES))
+    _epochs: list[tuple[int, int]] = field(default_factory=list)
+    _evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
-    def apply(self, event: Event) -> None:
-        """Take in one event. One whose fields are not of their kind is counted in `malformed`, and is not half taken."""
+    def apply(self, event: Event) -> bool:
+        """Take in one event. One whose fields do not go together is counted in `malformed`, and is not half taken."""
         try:
             self._apply(event)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError):
             self.malformed += 1
+            return False
+        return True
 
     def _apply(self, event: Event) -> None:
         t = float(event.t)
@@ -121,15 +102,17 @@ class RunState:
             self._table(event)
         elif isinstance(event, EpochEvent):
             self.epoch = int(event.epoch) + 1
+            self._epochs.append((int(event.step), self.epoch))
         elif isinstance(event, EvaluationEvent):
+            self._evaluations.append((event.step, event.metrics))
+            self.metrics.update(event.metrics)
             for name, value in event.metrics.items():
-                self.metrics[name] = float(value)
-                self.metric_curves.setdefault(name, Curve()).add(int(event.step) - 1, float(value))
+                self.metric_curves.setdefault(name, Curve()).add(event.step - 1, value)
         elif isinstance(event, ExpertsEvent):
             self.experts = event
         elif isinstance(event, SummaryEvent):
             self.end = "stopped" if event.summary.get("stopped") else "finished"
-            self.stall = None
+            self.stall = self.straggler = None
         elif isinstance(event, FailureEvent):
             self.end, self.message, self.stall = "failed", str(event.message), None
         elif isinstance(event, StallEvent):
@@ -147,13 +130,18 @@ class RunState:
 
     def _begin(self, event: RunEvent) -> None:
         first_step = int(event.first_step)
-        for curve in (self.losses, self.step_curve, self.norms, *self.objective_curves.values()):
+        curves = (*self.objective_curves.values(), *self.metric_curves.values())
+        for curve in (self.losses, self.step_curve, self.norms, *curves):
             curve.forget_from(first_step)
+        self._epochs = [each for each in self._epochs if each[0] <= first_step]
+        self.epoch = self._epochs[-1][1] if self._epochs else 0
+        self._evaluations = [each for each in self._evaluations if each[0] <= first_step]
+        self.metrics = {name: value for _, each in self._evaluations for name, value in each.items()}
         self.name, self.settings, self.plan = str(event.name), dict(event.settings), dict(event.plan)
         self.host, self.device, self.ranks = str(event.host), str(event.device), int(event.ranks)
         self.batch_size, self.total_steps = event.batch_size, event.total_steps
         self.first_step = self.step = first_step
-        self.started = float(event.t) if self.started is None else self.started
+        self.begun, self.started = event.t, event.t if self.started is None else self.started
         self.end, self.message, self.stall, self.straggler = "", "", None, None
         self._seconds.clear()
         self._samples.clear()
@@ -163,7 +151,7 @@ class RunState:
         losses, seconds = [float(loss) for loss in event.losses], [float(each) for each in event.seconds]
         first = int(event.first_step)
         named = [
-            (str(name), offset, float(loss))
+            (name, offset, float(loss))
             for name, each in event.objectives.items()
             for offset, loss in enumerate(each)
             if loss is not None
@@ -176,7 +164,6 @@ class RunState:
             self.objective_curves.setdefault(name, Curve()).add(first + offset, loss)
         self._seconds.extend(seconds)
         self._samples.append((int(event.samples), sum(seconds)))
-        self.samples_total += int(event.samples)
         self.step = first + len(losses)
         if losses:
             self.loss = losses[-1]
@@ -187,9 +174,8 @@ class RunState:
         self.stall = None
 
     def _table(self, event: RanksEvent) -> None:
-        ranks = len(event.samples)
-        columns: list[list[float]] = [*event.phase_seconds.values(), event.late_seconds, event.cpu_seconds]
-        if any(len(column) != ranks for column in columns) or len(event.memory_bytes) != ranks:
+        columns = [*event.phase_seconds.values(), *(each for each in vars(event).values() if isinstance(each, list))]
+        if any(len(column) != len(event.samples) for column in columns):
             raise ValueError("lists of different lengths")
         self._tables.append(event)
         self._settle_straggler()
@@ -205,7 +191,9 @@ class RunState:
     # What is asked of it -----------------------------------------------------------------------------------------
 
     def status(self, now: float | None = None) -> str:
-        """`finished`, `stopped`, `failed`, `stalled`, `silent` (no news for long), `running`, or `empty`."""
+        """`finished`, `stopped`, `failed`, `stalled`, `silent` (no news for long), `running`, `empty`, or `unreadable`."""
+        if self.error:
+            return "unreadable"
         if self.end:
             return self.end
         if self.last is None:
@@ -288,6 +276,7 @@ class RunState:
             "name": self.name,
             "status": self.status(now),
             "message": self.message,
+            "error": self.error,
             "plan": str(self.plan.get("layout", "")),
             "device": self.device,
             "host": self.host,
@@ -326,47 +315,6 @@ class RunState:
                 **{f"test {name}": curve.points() for name, curve in self.metric_curves.items()},
             }
         return record
-
-
-def note_of(event: Event) -> Note | None:
-    """The line of an event in the list of what happened; None for those that are shown otherwise."""
-    t = float(event.t)
-    text, grave = "", False
-    if isinstance(event, SweepEvent):
-        text, grave = _of_trial(event), event.state == "failed"
-    elif isinstance(event, RunEvent):
-        how = f"goes on at step {event.first_step}" if event.first_step else "starts"
-        text = f"{event.name} {how}: {event.ranks} {'rank' if event.ranks == 1 else 'ranks'}, plan {event.plan.get('layout')}"
-    elif isinstance(event, CheckpointEvent):
-        text = f"checkpoint after step {event.step} ({format_seconds(event.seconds)})"
-    elif isinstance(event, RestartEvent):
-        text, grave = f"restart {event.attempt} from step {event.step}: {event.reason}", True
-    elif isinstance(event, EvaluationEvent):
-        numbers = ", ".join(f"{name} {float(value):.4f}" for name, value in event.metrics.items())
-        text = f"{event.split} after step {event.step}: {numbers}"
-    elif isinstance(event, SummaryEvent):
-        text = "stopped on request, saved" if event.summary.get("stopped") else "finished"
-    elif isinstance(event, RecoveryEvent):
-        text = f"the stalled step ended after {format_seconds(event.waited_seconds)}"
-    elif isinstance(event, BalanceEvent):
-        text = "the global batch is divided anew: " + ", ".join(map(str, event.samples))
-    elif isinstance(event, TraceEvent):
-        text = f"trace of steps {event.first_step} to {event.first_step + event.steps - 1}: {event.path}"
-    elif isinstance(event, WarningEvent | FailureEvent | StragglerEvent | BottleneckEvent | StallEvent):
-        text, grave = str(event.message), not isinstance(event, BottleneckEvent)
-    return Note(t, event.kind, text, grave) if text else None
-
-
-def _of_trial(event: SweepEvent) -> str:
-    """What happened to a trial; empty where nothing did."""
-    if event.number is None:
-        return ""
-    what = f"trial {event.number} ({' '.join(f'{name}={text}' for name, text in event.setting.items())})"
-    if event.state == "failed":
-        return f"{what} failed: {event.failure}"
-    best = ", the best so far" if event.best == event.number else ""
-    after = f" after {event.trained}, paused" if event.state == "paused" else ""
-    return f"{what}{after}: {event.metric} {float('nan') if event.value is None else event.value:.4f}{best}"
 
 
 def differing_settings(states: list[RunState]) -> dict[str, list[Any]]:

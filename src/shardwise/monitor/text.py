@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from shardwise.monitor.state import Note, RunState, differing_settings
+from shardwise.monitor.notes import Note
+from shardwise.monitor.state import RunState, differing_settings
 from shardwise.spec.observations import PHASES
 from shardwise.units import format_bytes, format_seconds
 
@@ -45,23 +46,28 @@ def comparison(states: Sequence[RunState], now: float) -> RenderableType:
     table = _table("runs", ["run", "status", "plan", "step", "loss", "test", "samples/s", "step time"])
     lines = []
     different = differing_settings(list(states))
-    for column, state in enumerate(states):
+    for index, state in enumerate(states):
         settings = ", ".join(
-            f"{name}={values[column]}" for name, values in different.items() if values[column] is not None
+            f"{name}={values[index]}" for name, values in different.items() if values[index] is not None
         )
         status = state.status(now)
         table.add_row(
-            state.path,
+            Text(state.path),
             f"[{_STYLES.get(status, 'none')}]{status}[/]",
-            str(state.plan.get("layout", "")),
-            _progress(state),
+            Text(str(state.plan.get("layout", ""))),
+            _progress(state).replace(" (", "\n(").replace(" trials", "\ntrials"),
             _number(state.loss),
-            ", ".join(f"{name} {value:.4f}" for name, value in state.metrics.items()),
+            Text("\n".join(f"{name} {value:.4f}" for name, value in state.metrics.items())),
             _rate(state.samples_per_second),
             _seconds(state.step_seconds),
         )
         if settings:
             lines.append(Text(f"{state.path}: {settings}"))
+    for column in table.columns:  # where it is too wide, names are folded, and no number is
+        column.no_wrap = column.header not in ("run", "test")
+        column.min_width = (
+            max(map(len, " ".join(map(str, column.cells)).split()), default=0) if column.header == "test" else None
+        )
     return Group(table, *([Text("where they differ"), *lines, Text("")] if lines else []))
 
 
@@ -104,6 +110,8 @@ def headline(state: RunState, now: float) -> list[str]:
         lines.append(f"STRAGGLER: {state.straggler.message}")
     if state.message:
         lines.append(f"FAILED: {state.message}")
+    if state.error:
+        lines.append(f"UNREADABLE: {state.error}")
     if state.malformed:
         lines.append(f"{state.malformed} events could not be understood and were left out")
     return lines
@@ -152,14 +160,14 @@ def _one(state: RunState, now: float) -> list[RenderableType]:
 
     lines = Text("\n".join(headline(state, now)))
     grave = state.status(now) in ("stalled", "failed")
-    parts: list[RenderableType] = [Panel(lines, border_style="red" if grave else "none", title=state.path)]
+    parts: list[RenderableType] = [Panel(lines, border_style="red" if grave else "none", title=Text(state.path))]
     rows = state.rank_rows()
     if rows:
         parts.append(ranks_table(rows))
     if state.experts is not None:
         table = _table("tokens of each expert", ["layer", "load", "dropped"])
         for name, tokens in state.experts.tokens.items():
-            table.add_row(name, " ".join(map(str, tokens)), str(state.experts.dropped.get(name, 0)))
+            table.add_row(Text(name), " ".join(map(str, tokens)), str(state.experts.dropped.get(name, 0)))
         parts.append(table)
     notes = list(state.notes)[-_SHOWN_NOTES:]
     parts.append(Text("\n".join(note_line(note) for note in notes)))
@@ -183,6 +191,8 @@ def ranks_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['core_wait']:.0%}",
             format_bytes(row["memory_bytes"]),
         )
+    for column in table.columns:  # where it is too wide, headings are folded, and no number is
+        column.min_width = max(map(len, map(str, column.cells)))
     return table
 
 

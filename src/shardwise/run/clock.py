@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 
 from shardwise.dist.meter import Meter
-from shardwise.run.record import Recorder
+from shardwise.run.record import Recorder, waiting_for_core_seconds
 from shardwise.spec.observations import PHASES
 
 _NEXT = {
@@ -26,6 +29,15 @@ BETWEEN_STEPS = "between steps"
 
 
 @final
+class Used(NamedTuple):
+    """What this rank used so far: bytes sent, processor seconds, and seconds in which it was ready and had no core."""
+
+    sent_bytes: float
+    cpu_seconds: float
+    core_wait_seconds: float
+
+
+@final
 class PhaseClock:
     """Adds the time since the last mark to a phase, and what of it was spent waiting for others to `synchronisation`.
 
@@ -34,7 +46,7 @@ class PhaseClock:
 
     Attributes:
         current: what is under way, a phase or another activity. Other threads may look.
-        timed_steps: steps that were timed so far.
+        timed_steps: steps that were taken so far and timed.
     """
 
     def __init__(
@@ -56,18 +68,18 @@ class PhaseClock:
         self._steps = 0
         self._last = perf_counter()
         self._timing = True
+        self._away = Used(0.0, 0.0, 0.0)
         self._taken = dict.fromkeys(PHASES, 0.0)
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def begin_step(self, step: int = 0) -> None:
-        """Start of a step; decides whether it is timed.
+        """Start of a step, or of several on one batch; decides whether they are timed.
 
         Args:
             step: its global number, for the record of a measured run.
         """
         self._timing = self._steps % self._sample_every == 0
         self._steps += 1
-        self.timed_steps += self._timing
         self.current = "data"
         self._meter.begin_step(keep=False)
         if self._waits and self._timing:
@@ -75,6 +87,11 @@ class PhaseClock:
             self.restart()
         if self._recorder is not None:
             self._recorder.begin_step(perf_counter(), step)
+            self.restart()  # the parts of a recorded step are exactly the step
+
+    def stepped(self) -> None:
+        """A step was taken."""
+        self.timed_steps += self._timing
 
     def end_step(self) -> None:
         """The step is over; `begin_step` without it was the end of an epoch and no step."""
@@ -85,6 +102,25 @@ class PhaseClock:
         """Forget the time since the last mark."""
         self._last = perf_counter()
         self._blocked = self._meter.blocked_seconds
+
+    @contextmanager
+    def away(self, what: str) -> Iterator[None]:
+        """Around what is no part of any step: an evaluation, a checkpoint. Nothing that it takes counts for a step."""
+        self.current = what
+        began, before = perf_counter(), self._used()
+        yield
+        used = Used(*(new - old for new, old in zip(self._used(), before, strict=True)))
+        self._away = Used(*(old + new for old, new in zip(self._away, used, strict=True)))
+        if self._recorder is not None:
+            self._recorder.away(perf_counter() - began, used.cpu_seconds, used.core_wait_seconds)
+        self.restart()
+
+    def used(self) -> Used:
+        """What the steps used so far, and what is between them."""
+        return Used(*(all_ - away for all_, away in zip(self._used(), self._away, strict=True)))
+
+    def _used(self) -> Used:
+        return Used(self._meter.traffic_bytes, time.process_time(), waiting_for_core_seconds())
 
     def mark(self, phase: str) -> None:
         """Add the time since the last mark to `phase`, one of `PHASES`."""

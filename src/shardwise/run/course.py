@@ -135,6 +135,7 @@ def note_step(
 ) -> None:
     """A step was taken: note it, and where it is time for that, settle and save. Collective."""
     observer.gauge.samples += batch.count
+    a.clock.stepped()
     ledger.add(result)
     if a.step == 1:
         # A layer that breaks the rules shows after its first update; later checks come with checkpoints.
@@ -245,20 +246,23 @@ def evaluate_test(a: Assembly, course: Course) -> dict[str, float]:
     if course.splits.test is None:
         return {}
     began = perf_counter()
-    a.clock.current = "evaluation"
-    metrics, samples = evaluate(a, course.splits.test)
-    course.metrics = metrics
-    course.evaluated_step = a.step
-    course.tell(
-        EvaluationEvent(step=a.step, split="test", metrics=metrics, samples=samples, seconds=perf_counter() - began)
-    )
-    a.clock.restart()
+    with a.clock.away("evaluation"):
+        metrics, samples = evaluate(a, course.splits.test)
+        course.metrics = metrics
+        course.evaluated_step = a.step
+        course.tell(
+            EvaluationEvent(step=a.step, split="test", metrics=metrics, samples=samples, seconds=perf_counter() - began)
+        )
     return metrics
 
 
 def save_checkpoint(a: Assembly, course: Course) -> None:
+    with a.clock.away("checkpoint"):
+        _save_checkpoint(a, course)
+
+
+def _save_checkpoint(a: Assembly, course: Course) -> None:
     began = perf_counter()
-    a.clock.current = "checkpoint"
     progress: dict[str, Any] = {
         "step": a.step,
         "position": vars(course.position),
@@ -291,7 +295,6 @@ def save_checkpoint(a: Assembly, course: Course) -> None:
     course.tell(
         CheckpointEvent(step=a.step, path=str(path.relative_to(course.folder.path)), seconds=perf_counter() - began)
     )
-    a.clock.restart()
 
 
 def _look_at_extra_state(a: Assembly, course: Course) -> None:

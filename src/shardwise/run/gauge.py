@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import resource
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import final
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from shardwise.dist.collectives import Group
-from shardwise.dist.meter import Meter
 from shardwise.run.clock import PhaseClock
 from shardwise.spec.observations import PHASES, RanksEvent
 
@@ -27,8 +26,8 @@ class Gauge:
     Reading costs two small files of /proc (about 30 us on Linux) a settlement, which is about twice a second.
     """
 
-    def __init__(self, clock: PhaseClock, meter: Meter, device: torch.device) -> None:
-        self._clock, self._meter, self._device = clock, meter, device
+    def __init__(self, clock: PhaseClock, device: torch.device) -> None:
+        self._clock, self._device = clock, device
         self.samples = 0
         self._before = self._counters()
 
@@ -53,6 +52,7 @@ class Gauge:
         now = self._counters()
         sent, cpu, core_wait, timed = (new - old for new, old in zip(now, self._before, strict=True))
         self._before = now
+        core_wait = 0.0 if math.isnan(core_wait) else core_wait
         memory, peak = memory_bytes(self._device), peak_memory_bytes(self._device)
         row = [phase_seconds.get(phase, 0.0) for phase in PHASES]
         row += [late_seconds, self.samples, sent, memory, peak, cpu, core_wait, timed]
@@ -66,7 +66,7 @@ class Gauge:
             first_step=first_step,
             steps=len(seconds),
             seconds=sum(seconds),
-            timed_steps=min(len(seconds), round(max(columns["timed"]))),  # the end of an epoch looks like a step
+            timed_steps=round(max(columns["timed"])),
             phase_seconds={phase: columns[phase] for phase in PHASES},
             late_seconds=[late - earliest for late in columns["late"]],
             samples=_whole(columns["samples"]),
@@ -78,26 +78,11 @@ class Gauge:
         )
 
     def _counters(self) -> tuple[float, float, float, float]:
-        return (
-            self._meter.traffic_bytes,
-            time.process_time(),
-            core_wait_seconds(),
-            float(self._clock.timed_steps),
-        )
+        return (*self._clock.used(), float(self._clock.timed_steps))
 
 
 def _whole(values: list[float]) -> list[int]:
     return [round(value) for value in values]
-
-
-def core_wait_seconds() -> float:
-    """How long the main thread of this process has been ready to run without a core; 0 where the system does not tell.
-
-    The second number of /proc/self/schedstat, in nanoseconds (Linux, Documentation/scheduler/sched-stats.rst).
-    """
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
-    return 0.0
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -110,7 +95,12 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak bytes: allocated on the accelerator, or resident in this process on CPU."""
+    """Peak bytes: allocated on the accelerator, or resident in this process on CPU.
+
+    `getrusage` is for systems without /proc: on Linux a program begins with the peak of the one that started it.
+    """
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/status").read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -273,6 +273,7 @@ class LiveRun:
                 self._position.batches += 1
         elif batch is not self._given:
             self._between()
+        self.assembly.clock.mark("other")  # what the loop did since
         result = take_step(self.assembly, batch, objective)
         learning = self._conduct.learning()
         loss = result.loss_sum.detach() / result.weight
@@ -383,6 +384,7 @@ class LiveRun:
             self._keeper.begin_epoch()
         with closing(open_epoch(a, self.splits, epoch=self.epoch, start=self._position.batch)) as stream:
             while True:
+                clock.mark("other")  # what the loop did after its step
                 clock.begin_step(a.step)
                 batch = next_batch(stream, a.samples, a.device)
                 clock.mark("data")

@@ -33,7 +33,7 @@ class Observer:
         self, assembly: Assembly, tell: Callable[[Event], None], say: Callable[[str], None], *, balances: bool = False
     ) -> None:
         self._assembly, self._tell, self._say = assembly, tell, say
-        self.gauge = Gauge(assembly.clock, assembly.mesh.meter, assembly.device)
+        self.gauge = Gauge(assembly.clock, assembly.device)
         self._has_experts = bool(modules_with_experts(assembly.model))
         self._detector = Detector(
             threads=assembly.plan.threads, cores=usable_cores(), device=assembly.device.type, balances=balances

@@ -49,7 +49,8 @@ class Recorder:
     _spans: list[tuple[str, float, float]] | None = None
     _waited: dict[str, float] = field(default_factory=dict)
     _sent: tuple[float, int, int] = (0.0, 0, 0)
-    _machine: list[tuple[float, float, float]] = field(default_factory=list)
+    _machine: list[tuple[float, float, float, float]] = field(default_factory=list)
+    _away: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def begin_step(self, now: float, step: int) -> None:
         """A step may begin: at the end of an epoch it turns out that there was none."""
@@ -61,7 +62,17 @@ class Recorder:
         self._waited = dict(meter.waited_seconds)
         self._sent = (meter.traffic_bytes, meter.payload_bytes, meter.calls)
         if self.recording.all_steps and (not self._machine or now - self._machine[-1][0] >= _SAMPLE_SECONDS):
-            self._machine.append((now, process_time(), waiting_for_core_seconds()))
+            self._sample(now)
+
+    def away(self, seconds: float, cpu_seconds: float, core_wait_seconds: float) -> None:
+        """Something that is no step took these: they are left out of what the machine is asked for."""
+        one, two, three = self._away
+        self._away = (one + seconds, two + cpu_seconds, three + core_wait_seconds)
+
+    def _sample(self, now: float) -> None:
+        """When, and without what was away: seconds, processor seconds, seconds without a core."""
+        seconds, cpu, core_wait = self._away
+        self._machine.append((now, now - seconds, process_time() - cpu, waiting_for_core_seconds() - core_wait))
 
     def phase(self, name: str, began: float, ended: float) -> None:
         """A phase ended, or a piece of it."""
@@ -100,9 +111,9 @@ class Recorder:
         Args:
             peak_memory_bytes: most memory this rank held.
         """
-        self._machine.append((perf_counter(), process_time(), waiting_for_core_seconds()))
+        self._sample(perf_counter())
         record = {
-            "version": 1,
+            "version": 2,
             "rank": self.rank,
             "pid": os.getpid(),
             "clock": {"unix": time(), "perf_counter": perf_counter()},
@@ -123,7 +134,8 @@ def record_path(folder: RunFolder, rank: int) -> Path:
 def waiting_for_core_seconds() -> float:
     """Seconds that this process's first thread was ready to run and had no core (Linux); nan where nobody counts them.
 
-    The first thread takes the steps; helper threads that wait in line while it waits for them would count twice.
+    The first thread takes the steps; helper threads that wait in line while it waits for them would count twice. It is the
+    second number of /proc/self/schedstat, in nanoseconds (Linux, Documentation/scheduler/sched-stats.rst).
     """
     try:
         return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9

@@ -133,7 +133,7 @@ def _with_folder(
         progress=False,
         timeout_seconds=options.timeout_seconds,
         stall_seconds=options.stall_seconds,
-        settings=job_settings(job, plan, options),
+        settings=job_settings(job, plan, options, {}),
         identity=job_identity(job),
         began=began,
         own_loop=True,

@@ -38,6 +38,7 @@ def train(
     *,
     options: TrainOptions | None = None,
     settings: Settings | None = None,
+    hyper_parameters: Mapping[str, tuple[Any, str]] | None = None,
     reference: Callable[[], Job] | None = None,
     identity: Mapping[str, Any] | None = None,
     announce: Callable[[], None] | None = None,
@@ -51,7 +52,7 @@ def train(
     Args:
         job: what to train.
         options: how to run it; or give its fields as keyword arguments, `train(job, plan="data=2", out="runs/first")`.
-        settings: resolved settings with their origins, kept with the run; made from the job when not given.
+        settings: kept with the run, with their origins; made from the job and the `hyper_parameters` of its function otherwise.
         reference: picklable function that builds the same job again, for workers that cannot inherit it.
         identity: what must be equal for a run to be resumed; made from the job when not given.
         announce: called when everything was checked and the workers are about to start.
@@ -98,7 +99,7 @@ def train(
         timeout_seconds=chosen.timeout_seconds,
         # A hang is looked into before the collectives give up.
         stall_seconds=min(chosen.stall_seconds, chosen.timeout_seconds / 2),
-        settings=settings if settings is not None else job_settings(job, plan, chosen),
+        settings=settings if settings is not None else job_settings(job, plan, chosen, hyper_parameters or {}),
         identity=dict(identity) if identity is not None else job_identity(job),
         began=began,
         recording=chosen.recording,
@@ -122,7 +123,9 @@ def _check_shares(job: Job, plan: Plan, splits: Splits, *, balance: bool) -> Non
         check_job(job, replace(plan, shares=(float(job.batch_size - workers + 1), *[1.0] * (workers - 1))))
 
 
-def job_settings(job: Job, plan: Plan, options: TrainOptions) -> Settings:
+def job_settings(
+    job: Job, plan: Plan, options: TrainOptions, hyper_parameters: Mapping[str, tuple[Any, str]]
+) -> Settings:
     """Resolved settings of a run that was started from Python: what the job says, and how it will run."""
     simple = {
         item.name: (getattr(job, item.name), item.default)
@@ -132,6 +135,8 @@ def job_settings(job: Job, plan: Plan, options: TrainOptions) -> Settings:
     given = {name: value for name, (value, default) in simple.items() if value != default}
     defaults = {name: None if default is MISSING else default for name, (_, default) in simple.items()}
     settings = Settings.resolve([(JOB, given), (DEFAULT, defaults)])
+    for name, (value, source) in hyper_parameters.items():
+        settings = settings.with_value(f"set.{name}", value, source)
     for name, value in plan.to_dict().items():
         settings = settings.with_value(f"plan.{name}", value, "call" if options.plan is not None else "chosen")
     return settings

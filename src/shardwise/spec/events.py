@@ -8,14 +8,15 @@ written as the words `nan`, `inf` and `-inf`.
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from shardwise.errors import FolderError
 from shardwise.spec.event import LOSS, SECONDS, VERSION
 from shardwise.spec.event import Event as Event
+from shardwise.spec.fields import field_readers
 from shardwise.spec.observations import (
     BalanceEvent,
     BottleneckEvent,
@@ -219,18 +220,8 @@ KINDS: dict[str, type[Event]] = {
 }
 
 
-_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def _numbers(value: Any) -> Any:
-    """Turn words for numbers back; only used on fields that hold numbers alone."""
-    if isinstance(value, str):
-        return _WORDS.get(value, value)
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+_LATEST = 1e11
+"""Unix seconds beyond this (the year 5138) are no times of events."""
 
 
 def parse_line(line: str, *, place: str = "event") -> Event | None:
@@ -252,14 +243,13 @@ def parse_line(line: str, *, place: str = "event") -> Event | None:
             f"{place} is in event format {record['v']}, and this shardwise reads up to {VERSION}: "
             "read the run with the shardwise that wrote it, or a newer one"
         )
-    cls = KINDS.get(record.get("kind", ""))
+    kind = record.get("kind")
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
         return None
-    values = {}
-    for item in fields(cls):
-        if item.name in record:
-            value = record[item.name]
-            values[item.name] = _numbers(value) if "digits" in item.metadata and cls is not SummaryEvent else value
+    values = {name: read(record[name]) for name, read in field_readers(cls).items() if name in record}
+    if not 0 <= values["t"] < _LATEST:
+        raise ValueError(f"{place}: {values['t']} is no time")
     try:
         return cls(**values)
     except TypeError as error:
@@ -285,27 +275,34 @@ class EventReader:
         Raises:
             FolderError: a line of a newer, incompatible format.
         """
+        return list(self.new())
+
+    def new(self) -> Iterator[Event]:
+        """The same one by one, so that a long file need not be in memory.
+
+        Raises:
+            FolderError: a line of a newer, incompatible format.
+        """
         try:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                new = file.read()
+            file = self.path.open("rb")
         except FileNotFoundError:
-            return []
-        complete = new[: new.rfind(b"\n") + 1]
-        events = []
-        for line in complete.splitlines(keepends=True):
-            self._offset += len(line)
-            self._line_number += 1
-            if not line.strip():
-                continue
-            try:
-                event = parse_line(line.decode("utf-8"), place=f"{self.path} line {self._line_number}")
-            except ValueError:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
-                self.skipped += 1
-                continue
-            if event is not None:
-                events.append(event)
-        return events
+            return
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                self._line_number += 1
+                if not line.strip():
+                    continue
+                try:
+                    event = parse_line(line.decode("utf-8"), place=f"{self.path} line {self._line_number}")
+                except (ValueError, RecursionError):  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+                    self.skipped += 1
+                    continue
+                if event is not None:
+                    yield event
 
 
 def read_events(path: Path) -> list[Event]:

@@ -24,7 +24,8 @@ function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (typeof value !== "number") return String(value);
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(digits - 2);
+  const most = Number.isInteger(value) || digits === 0 ? 1e15 : 1e6; // counts are written out
+  if (size !== 0 && (size < 1e-3 || size >= most)) return value.toExponential(Math.max(1, digits - 2));
   return value.toLocaleString("en", { maximumFractionDigits: size >= 100 ? 0 : digits });
 }
 
@@ -86,8 +87,8 @@ function showRuns(view) {
   const rows = view.runs.map((run, index) => {
     const button = make("button", run.path, { id: `choose ${run.path}`, type: "button", "aria-pressed": String(run.path === view.run.path) });
     button.addEventListener("click", () => connect(run.path));
-    return [button, make("span", run.error ? "unreadable" : run.status, { class: `status ${run.status}` }), run.plan, progress(run),
-      number(run.loss), ...metrics.map((name) => number(run.metrics[name])), number(run.samples_per_second, 0),
+    return [button, make("span", run.status, { class: `status ${run.status}` }), run.plan, progress(run),
+      number(run.loss), ...metrics.map((name) => number(Object.hasOwn(run.metrics, name) ? run.metrics[name] : null)), number(run.samples_per_second, 0),
       seconds(run.step_seconds), ...names.map((name) => String(view.differing[name][index] ?? "–"))];
   });
   keepingFocus(() => table(byId("runs"), "Runs, the latest first, with the settings in which they differ", columns, rows));
@@ -202,7 +203,7 @@ function showExperts(run) {
 }
 
 function showAlert(run) {
-  const words = [run.stall && run.stall.message, run.straggler && run.straggler.message, run.message].filter(Boolean).join(" ");
+  const words = [run.stall && run.stall.message, run.straggler && run.straggler.message, run.message, run.error].filter(Boolean).join(" ");
   const alert = byId("alert");
   alert.hidden = !words;
   if (alert.textContent !== words) alert.textContent = words;
@@ -210,7 +211,7 @@ function showAlert(run) {
   if (!run.stall) return;
   byId("positions").replaceChildren(...run.stall.positions.map((position) => {
     const box = make("div");
-    box.append(make("h3", `rank ${position.rank}: ${position.where || "unknown"}`), make("pre", (position.stack || []).join("\n") || "no stack"));
+    box.append(make("h3", `rank ${position.rank}: ${position.where || "unknown"}`), make("pre", [position.stack || []].flat().join("\n") || "no stack"));
     return box;
   }));
 }

@@ -64,12 +64,18 @@ class Training:
 
 def build_job(training: Training) -> Job:
     """The job of a training, from its description alone."""
+    return _load(training)[0]
+
+
+def _load(training: Training) -> tuple[Job, Mapping[str, tuple[Any, str]]]:
+    """The same, and the arguments of its function with where each came from."""
     for folder in training.folders:
         if folder not in sys.path:
             sys.path.insert(0, folder)
     found = find_job(training.job)
     settings, changes = divide_changes(dict(training.settings), training.changes, found)
-    job = change_job(found.call(settings).job, changes)
+    loaded = found.call(settings)
+    job = change_job(loaded.job, changes)
     if training.seed_step:
         if "seed" in found.parameters and "seed" not in settings:
             # The job may derive more from its seed than the field of that name.
@@ -80,7 +86,7 @@ def build_job(training: Training) -> Job:
     if training.fold is not None:
         number, folds, seed = training.fold
         job = replace(job, data=fold(job.data, number, folds, seed))
-    return job
+    return job, loaded.hyper_parameters
 
 
 def run_training(training: Training) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def run_training(training: Training) -> dict[str, Any]:
         Plain values: `metrics`, `loss`, `steps`, `curve` (a list of (step, metrics)), `paused`, `parameters`,
         `seconds`, `peak_memory_bytes`, `run`.
     """
-    job = build_job(training)
+    job, hyper_parameters = _load(training)
     place = Path(training.folder)
     run = train(
         job,
@@ -104,6 +110,7 @@ def run_training(training: Training) -> dict[str, Any]:
         keep_last=1,
         pause_after=training.pause_after,
         progress=False,
+        hyper_parameters=hyper_parameters,
         identity={
             **job_identity(job),
             **{f"set.{name}": text for name, text in training.settings},
