@@ -33,7 +33,7 @@ from shardwise.run.folder import RunFolder
 from shardwise.run.keeper import Keeper
 from shardwise.run.loop import open_epoch
 from shardwise.run.made import MADE, check_objectives, make_batch
-from shardwise.run.step import seed_step, take_step
+from shardwise.run.step import seed_loop, take_step
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
 from shardwise.spec.shares import share_bounds
@@ -183,7 +183,7 @@ class LiveRun:
         self._between()
         while (count is None or position.rounds < count) and not self._steps_done():
             number, step, weights = position.rounds, self.assembly.step, self._conduct.written()
-            self._seed(number)
+            seed_loop(self.assembly, number)
             self._round = number
             try:
                 yield number
@@ -343,11 +343,6 @@ class LiveRun:
         if self._keeper is not None and self._round is None:
             self._keeper.between()
 
-    def _seed(self, place: int) -> None:
-        """Set torch's generators, so that what the loop draws from here on is drawn again after a resume."""
-        a = self.assembly
-        seed_step(a.job.seed, a.step, a.reports.rank, a.device, turn=f"loop {place}")
-
     def _check_made(self, batch: Batch, objective: str | None) -> None:
         """Refuse what no step can be taken on."""
         if not batch.global_count:
@@ -392,7 +387,7 @@ class LiveRun:
                     return
                 self._under_way = self._given = batch
                 weights = self._conduct.written()
-                self._seed(self._position.batch)
+                seed_loop(self.assembly, self._position.batch)
                 try:
                     yield batch
                 finally:

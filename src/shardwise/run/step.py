@@ -356,3 +356,8 @@ def _zero_of(output: Any) -> Tensor:
     if not leaves:
         raise JobError("the model's output holds no tensor with a gradient")
     return torch.stack([(leaf.sum() * 0).float() for leaf in leaves]).sum()
+
+
+def seed_loop(a: Assembly, place: int) -> None:
+    """Set torch's generators at a place of a loop, so that what it draws from there on is drawn again after a resume."""
+    seed_step(a.job.seed, a.step, a.reports.rank, a.device, turn=f"loop {place}")
