@@ -238,7 +238,10 @@ def test_what_a_job_may_give() -> None:
     assert isinstance(both.test, Samples)
     assert as_splits(both) is both
     assert as_splits({"train": (x, y)}).test is None
-    for wrong in (None, 3, "cifar10", [1, 2], {"train": None}):
+    for nothing in (None, {"train": None}):
+        with pytest.raises(JobError, match="the job has no data"):
+            as_splits(nothing)
+    for wrong in (3, "cifar10", [1, 2], {"train": 3}):
         with pytest.raises(JobError, match="torch Dataset or IterableDataset"):
             as_splits(wrong)
     for keys in ({}, {"test": (x, y)}, {"train": (x, y), "valid": (x, y)}):
