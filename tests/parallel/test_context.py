@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from shardwise.dist.collectives import Group
@@ -16,7 +18,7 @@ from shardwise.dist.mesh import Mesh
 from shardwise.errors import JobError, PlanError
 from shardwise.jobs.charlm import CharGPT
 from shardwise.parallel.context.attention import WholeSequence
-from shardwise.parallel.context.check import Objective, check_context
+from shardwise.parallel.context.check import Objective, _prepared, check_context
 from shardwise.parallel.context.part import Part
 from shardwise.parallel.context.split import ContextSplit
 from shardwise.parallel.data import GradientSum
@@ -362,6 +364,51 @@ def test_a_model_that_needs_float32_is_tried_in_float32() -> None:
     assert check(model, *data("charlm", 3, 0)) == LENGTH
     with pytest.raises(PlanError, match="'mix'"):
         check(Coupled(Call(lambda x: F.linear(x.roll(1, 1), torch.eye(6)))), *data("charlm", 3, 0))
+
+
+class _Made(TorchDispatchMode):
+    """Counts tensors of some size whose memory is that of none of the arguments."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = {leaf.data_ptr() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = isinstance(result, Tensor) and result.numel() == self.numel and result.data_ptr() not in given
+        self.count += made
+        return result
+
+
+def test_a_table_is_copied_once_and_no_other_tensor_of_its_size_is_made() -> None:
+    model = build("charlm")
+    table = nn.Embedding(2**15, 65)  # two blocks of noise, and a part of one
+    model.add_module("table", table)
+    with _Made(table.weight.numel()) as made:
+        assert check(model, *data("charlm", 2, 0)) == LENGTH
+    assert made.count == 1
+
+
+def test_the_tried_copy_keeps_ties_and_moves_every_weight() -> None:
+    one, other, model = nn.Linear(3, 4), nn.Linear(3, 4), nn.Module()
+    other.weight = one.weight
+    one.bias = nn.Parameter(torch.zeros(4), requires_grad=False)
+    model.add_module("one", one)
+    model.add_module("other", other)
+    model.register_parameter("scale", nn.Parameter(torch.zeros(())))
+    model.register_parameter("none", nn.Parameter(torch.zeros(0, 2)))
+    model.register_parameter("words", nn.Parameter(torch.arange(3), requires_grad=False))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tried = _prepared(model, torch.float64)
+    assert tried.get_submodule("other").weight is tried.get_parameter("one.weight")
+    assert not tried.get_parameter("one.bias").requires_grad and tried.get_parameter("one.weight").requires_grad
+    for name, parameter in tried.named_parameters():
+        if name == "words":
+            assert parameter.equal(before[name])
+        else:
+            assert parameter.dtype == torch.float64 and not (parameter == before[name]).any()
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
 def shifted(output: Tensor, target: Tensor) -> Tensor:

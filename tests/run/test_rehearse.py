@@ -12,10 +12,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import shardwise
+from shardwise.advise.advice import _refusals
 from shardwise.errors import DataError, JobError, PlanError
+from shardwise.parallel.context.check import check_context
+from shardwise.run import tryout
 from shardwise.run.assemble import check_job, check_updates
 from shardwise.spec.layout import Layout
 from shardwise.spec.plan import Plan
+from shardwise.spec.rank import Rank
 
 INPUTS, CLASSES = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
 SPLITS = {"train": (INPUTS, CLASSES), "test": (INPUTS, CLASSES)}
@@ -159,3 +163,23 @@ def test_one_sample_left_over_for_the_last_batch(model: Any, split: str) -> None
     check_job(_job(model=model, data=SPLITS, metrics=metrics), Plan(), rehearsal=True)
     if split == "training":
         check_job(_job(model=model, data=data, metrics=metrics, steps=2, epochs=None), Plan(), rehearsal=True)
+
+
+def test_sequences_are_tried_once_for_all_plans_with_as_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found depends on the degree alone, and trying costs passes of the whole model."""
+    asked: list[int] = []
+
+    def counting(model: nn.Module, degree: int, *rest: Any) -> Any:
+        asked.append(degree)
+        return check_context(model, degree, *rest)
+
+    monkeypatch.setattr(tryout, "check_context", counting)
+    layouts = [Layout(context=2), Layout(context=4), Layout(data=2, context=2), Layout(), Layout(data=2, context=4)]
+    answers = _refusals(
+        Rank(rank=0, local_rank=0, workers=1, local_workers=1),
+        job=_job(),
+        plans=[Plan(layout=layout) for layout in layouts],
+    )
+    assert asked == [2, 4]
+    told = [(answer or "")[:10] for answer in answers]
+    assert told == ["context=2 ", "context=4 ", "context=2 ", "", "context=4 "]

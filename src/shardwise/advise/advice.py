@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardwise.data.source import as_splits
-from shardwise.errors import JobError, RunFailed, ShardwiseError
+from shardwise.errors import JobError, PlanError, RunFailed, ShardwiseError
 from shardwise.parallel.compose import READY_AXES
+from shardwise.parallel.context.split import Checked
 from shardwise.planner.jobsearch import Check, JobFound, JobProblem, search_job
 from shardwise.probe.busy import is_busy, was_busy
 from shardwise.probe.facts import facts_apart
@@ -183,9 +184,10 @@ def _rehearsal(rank: Rank, *, job: Job) -> str | None:
 
 def _refusals(rank: Rank, *, job: Job, plans: Sequence[Plan]) -> list[str | None]:
     found: list[str | None] = []
+    tried: dict[int, Checked | PlanError] = {}
     for plan in plans:
         try:
-            check_job(job, plan)
+            check_job(job, plan, tried=tried)
         except ShardwiseError as error:
             found.append(str(error))
         else:

@@ -21,6 +21,7 @@ from shardwise.kernels.install import use_fast_kernels
 from shardwise.parallel.blocks import has_forward
 from shardwise.parallel.compiled import keep_from_messages
 from shardwise.parallel.compose import Composed, check_layout, check_model, compose
+from shardwise.parallel.context.split import Checked
 from shardwise.parallel.several import as_one, optimizers_in
 from shardwise.parallel.steps import check_apart, check_optimizer, check_step
 from shardwise.run.blame import readable_failure
@@ -246,11 +247,14 @@ def check_is_job(job: object, caller: str) -> None:
     raise JobError(f"{caller} was given a {type(job).__name__}: give it a shardwise.Job")
 
 
-def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
+def check_job(
+    job: Job, plan: Plan, *, rehearsal: bool = False, tried: dict[int, Checked | PlanError] | None = None
+) -> None:
     """Build the model without memory where it allows that, and refuse what the plan cannot do, before any worker starts.
 
     Args:
         rehearsal: call the job's functions on its first samples too, where that costs little.
+        tried: one dict for several plans of a job, empty at first; see `check_sequences`.
 
     Raises:
         UserError: what was given, the rule, and what to do. What a function of the job raises is shown with its lines.
@@ -278,7 +282,7 @@ def check_job(job: Job, plan: Plan, *, rehearsal: bool = False) -> None:
             if samples is not None:
                 for single in job.singles:
                     check_writing(single, plan, model, samples)
-            check_sequences(job, plan, model)
+            check_sequences(job, plan, model, tried)
             split = find_tensor_split(job, plan, model, CPU)
             if split is not None:
                 check_tensor_optimizer(build_optimizer(job, model), model, split)

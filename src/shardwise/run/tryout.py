@@ -13,6 +13,7 @@ from shardwise.data.loader import eval_batches
 from shardwise.data.reading import Reading
 from shardwise.data.source import as_splits
 from shardwise.dist.split import is_dtensor
+from shardwise.errors import PlanError
 from shardwise.parallel.compiled import check_compiled_cut
 from shardwise.parallel.context.check import Objective, check_context
 from shardwise.parallel.context.split import Checked
@@ -61,17 +62,32 @@ def training_samples(job: Job, count: int = SAMPLES) -> Batch:
         return next(stream)
 
 
-def check_sequences(job: Job, plan: Plan, model: nn.Module) -> Checked | None:
+def check_sequences(
+    job: Job, plan: Plan, model: nn.Module, tried: dict[int, Checked | PlanError] | None = None
+) -> Checked | None:
     """Try out the context axis; None where the plan has none.
+
+    Args:
+        tried: answers for this job by degree of the context axis, on which alone they depend. One that is missing is added.
 
     Raises:
         PlanError: the model is not the same on parts of sequences.
     """
-    if plan.layout.context == 1:
+    degree, known = plan.layout.context, {} if tried is None else tried
+    if degree == 1:
         return None
-    batch = first_samples(job)
-    objective = Objective(loss=job.loss, objective=job.sole_objective, weight=weight_function(job))
-    return check_context(model, plan.layout.context, batch.inputs, batch.targets, objective)
+    if degree not in known:
+        batch = first_samples(job)
+        objective = Objective(loss=job.loss, objective=job.sole_objective, weight=weight_function(job))
+        try:
+            known[degree] = check_context(model, degree, batch.inputs, batch.targets, objective)
+        except PlanError as error:
+            known[degree] = PlanError(*error.args)  # without its traceback, which holds a copy of the model
+            raise
+    answer = known[degree]
+    if isinstance(answer, PlanError):
+        raise answer
+    return answer
 
 
 def find_cut(job: Job, plan: Plan, model: nn.Module, device: torch.device) -> Cut | None:

@@ -34,6 +34,9 @@ TOLERANCE = 1e-9
 ROUGH_TOLERANCE = 1e-4
 """The same where a model computes some of it in a lower precision, whatever it is given."""
 
+BLOCK = 2**20
+"""Numbers of noise that are drawn at a time."""
+
 Measured = tuple[Tensor, Tensor | None]
 """A loss: mean and None, or sum and count."""
 
@@ -252,12 +255,23 @@ def _check_loss(whole: Measured, parts_measured: list[Measured], parts: list[Par
 
 def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in evaluation mode, without a weight that hides what it multiplies."""
-    tried = copy.deepcopy(model).to(dtype).eval()
+    # Copied in the other precision at once, and moved block by block: of a table of a gigabyte no third tensor is made.
+    copies: dict[int, Any] = {
+        id(own): nn.Parameter(own.detach().to(dtype, copy=True), own.requires_grad)
+        for own in model.parameters()
+        if type(own) is nn.Parameter and own.is_floating_point()
+    }
+    tried = copy.deepcopy(model, copies).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in tried.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-            parameter.add_(noise * (0.3 * parameter.square().mean().sqrt() + 0.1))
+            if not parameter.is_floating_point():
+                continue
+            mean_square = float(torch.linalg.vector_norm(parameter)) ** 2 / max(1, parameter.numel())
+            rows = parameter if parameter.dim() else parameter[None]
+            for block in rows.split(max(1, BLOCK // max(1, rows.shape[1:].numel()))):
+                noise = torch.randn(block.shape, generator=generator, dtype=torch.float32).to(block.device)
+                block.add_(noise, alpha=0.3 * mean_square**0.5 + 0.1)
     return tried
 
 
