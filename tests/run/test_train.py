@@ -28,10 +28,14 @@ from shardwise.data.stream import Stream
 from shardwise.errors import CheckpointError, DataError, FolderError, JobError, PlanError, RunFailed, Stopped, UserError
 from shardwise.jobs.digits import digits
 from shardwise.run import checkpoint
+from shardwise.run.choose import AUTO
+from shardwise.run.command import TrainCommand, train_command
 from shardwise.run.folder import write_aside
 from shardwise.run.record import Recording, record_path
+from shardwise.run.train import train
 from shardwise.spec.events import EvaluationEvent, RestartEvent, RunEvent, SummaryEvent, read_events
 from shardwise.spec.job import Job
+from shardwise.spec.plan import Plan
 
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -586,6 +590,31 @@ def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
         raise JobError("stop here")
     assert not list(out.iterdir())
     _train(_job(epochs=1), out)
+
+
+def test_a_folder_that_cannot_be_had_is_refused_before_a_plan_is_chosen(tmp_path: Path) -> None:
+    """Choosing may count, price and try plans for seconds."""
+
+    def chooser(*_: Any, **__: Any) -> Plan:
+        pytest.fail("a plan was chosen")
+
+    for held in ("run.json", "notes.txt"):
+        (tmp_path / held).mkdir()
+        (tmp_path / held / held).write_text("{}")
+        (tmp_path / held / "summary.json").write_text("{}")
+    for out, resume, words in (
+        (tmp_path / "run.json", False, "already holds a run"),
+        (tmp_path / "notes.txt", False, "is not empty"),
+        (tmp_path / "notes.txt" / "notes.txt", False, "cannot make the run folder"),
+        (tmp_path / "nowhere", True, "does not exist"),
+        (None, True, "resume needs the run folder"),
+    ):
+        options: dict[str, Any] = {"plan": AUTO, "out": out, "resume": resume, "progress": False}
+        with pytest.raises(FolderError, match=words):
+            train(_job(), chooser=chooser, **options)
+        command = TrainCommand(job="digits", settings=(), changes={}, options=options, given=frozenset())
+        with pytest.raises(FolderError, match=words):
+            train_command(command, chooser=chooser)
 
 
 def test_a_start_that_failed_before_its_first_step_may_be_made_again(tmp_path: Path) -> None:

@@ -65,6 +65,24 @@ def open_folder(
         world.barrier()
 
 
+def check_place(out: str | Path | None, *, resume: bool) -> None:
+    """What `claimed` would refuse, so far as it shows by looking: before a plan is tried or a proof is run for nothing.
+
+    Raises:
+        FolderError: as there.
+    """
+    if resume:
+        _to_resume(out)
+    elif out is not None and not _never_trained(folder := RunFolder(Path(out))):
+        folder.check_empty()
+
+
+def _to_resume(out: str | Path | None) -> RunFolder:
+    if out is None:
+        raise FolderError("resume needs the run folder: give the one to continue with --out (out=)")
+    return RunFolder.open(out)
+
+
 @contextmanager
 def claimed(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
     """A new run folder, or with `resume` the existing one, owned for the length of the block.
@@ -76,9 +94,7 @@ def claimed(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunF
         FolderError: `resume` without a folder to resume, or a folder that cannot be used.
     """
     if resume:
-        if out is None:
-            raise FolderError("resume needs the run folder: give the one to continue with --out (out=)")
-        folder = RunFolder.open(out)
+        folder = _to_resume(out)
         with folder.lock():
             yield folder
         return

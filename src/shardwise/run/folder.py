@@ -56,21 +56,9 @@ class RunFolder:
         folder = cls(_free_place(name) if path is None else Path(path))
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            found = [item.name for item in folder.path.iterdir()]
         except OSError as error:
-            raise FolderError(
-                f"cannot make the run folder {folder.path}: {error.strerror}; give another place"
-            ) from error
-        if _MARKER in found:
-            raise FolderError(
-                f"{folder.path} already holds a run: one folder keeps one run; "
-                "continue it with --resume (in Python: resume=True), or give another --out"
-            )
-        if found:
-            raise FolderError(
-                f"{folder.path} is not empty and is no run folder (it holds {_some(found)}): "
-                "a run starts in a new or empty folder; give another --out"
-            )
+            raise folder._cannot_be_made(error) from error
+        folder.check_empty()
         record = {"version": VERSION, "name": name, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with writing_in(folder.path):
             write_aside(folder.path / _MARKER, json.dumps(record, indent=2).encode() + b"\n")
@@ -94,6 +82,32 @@ class RunFolder:
                 "open it with the shardwise that wrote it, or a newer one"
             )
         return folder
+
+    def check_empty(self) -> None:
+        """Refuse a place where something is already.
+
+        Raises:
+            FolderError: the folder holds a run already, holds something else, or cannot be looked into.
+        """
+        try:
+            found = [item.name for item in self.path.iterdir()]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._cannot_be_made(error) from error
+        if _MARKER in found:
+            raise FolderError(
+                f"{self.path} already holds a run: one folder keeps one run; "
+                "continue it with --resume (in Python: resume=True), or give another --out"
+            )
+        if found:
+            raise FolderError(
+                f"{self.path} is not empty and is no run folder (it holds {_some(found)}): "
+                "a run starts in a new or empty folder; give another --out"
+            )
+
+    def _cannot_be_made(self, error: OSError) -> FolderError:
+        return FolderError(f"cannot make the run folder {self.path}: {error.strerror}; give another place")
 
     @property
     def name(self) -> str:

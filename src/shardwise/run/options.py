@@ -11,6 +11,7 @@ from typing import Any, final
 from shardwise.errors import FolderError, PlanError, UserError
 from shardwise.run.assemble import settle_plan
 from shardwise.run.choose import AUTO, Chooser, accelerators, choose_plan, usable_cores, with_threads
+from shardwise.run.claim import check_place
 from shardwise.run.course import Saving
 from shardwise.run.launch import Nodes
 from shardwise.run.record import Recording
@@ -112,8 +113,11 @@ def resolve_plan(
 
     Raises:
         PlanError: the plan is malformed or its number of workers is not the one asked for or running.
+        FolderError: the run cannot have its folder: choosing a plan, or proving one, would be for nothing.
     """
     nodes = options.nodes.count
+    if world is None and nodes == 1:
+        check_place(options.out, resume=options.resume)
     workers = options.workers if options.workers is not None else world
     if workers is not None and workers < 1:
         raise PlanError(f"workers={workers}: at least 1 is needed")
