@@ -165,6 +165,14 @@ def _run(words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, dict
         ("reasons = 3", "it must be a list of texts"),
         ("threads = 'two'", "it must be a whole number"),
         ("[prediction]\nstep_seconds = 1", "leave it out of a plan of your own"),
+        ("prediction = 3", "leave it out of a plan of your own"),
+        ("[prediction]\nstep_seconds = 'a'\nmemory_bytes = 1", "step_seconds='a': it must be a number above 0"),
+        ("[prediction]\nstep_seconds = 0.0\nmemory_bytes = 1", "step_seconds=0.0: it must be a number above 0"),
+        ("[prediction]\nstep_seconds = nan\nmemory_bytes = 1", "step_seconds=nan: it must be a number above 0"),
+        ("[prediction]\nstep_seconds = 1\nmemory_bytes = true", "memory_bytes=True: it must be a number above 0"),
+        ("prediction = {step_seconds=1, memory_bytes=1, bytes_by_part={a='b'}}", "it must be a table of numbers"),
+        ("prediction = {step_seconds=1, memory_bytes=1, seconds_by_part=3}", "it must be a table of numbers"),
+        ("prediction = {step_seconds=1, memory_bytes=1, made_for=3}", "made_for=3: it must be a text"),
     ],
 )
 def test_bad_plan_files(text: str, words: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Plan: everything that decides how a job runs and nothing that decides what it computes."""
 
+import math
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
@@ -169,12 +170,7 @@ class Plan:
             layout = _layout_from_degrees(layout)
         prediction = values.pop("prediction", None)
         if prediction is not None and not isinstance(prediction, Prediction):
-            try:
-                prediction = Prediction(**prediction)
-            except TypeError as error:
-                raise PlanError(
-                    f"plan prediction={prediction!r}: {error}; leave it out of a plan of your own"
-                ) from error
+            prediction = _read_prediction(prediction)
         if isinstance(values.get("stage_layers"), str):
             values["stage_layers"] = _from_runs(values["stage_layers"])
         for name in ("cuts", "stage_layers", "recompute_modules", "reasons", "shares"):
@@ -304,6 +300,33 @@ def _check_shares(shares: object, layout: Layout) -> None:
             f"plan shares has {len(shares)} numbers, but {layout} divides each global batch into {layout.replicas} parts: give "
             "one number a part, or leave shares out to divide evenly"
         )
+
+
+def _read_prediction(record: Any) -> Prediction:
+    try:
+        found = Prediction(**record)
+    except TypeError as error:
+        raise PlanError(f"plan prediction={record!r}: {error}; leave it out of a plan of your own") from error
+    for item in fields(Prediction):
+        value = getattr(found, item.name)
+        if item.name in ("step_seconds", "memory_bytes"):
+            right, rule = _is_number(value) and value > 0, "a number above 0"
+        elif item.name in ("seconds_by_part", "bytes_by_part"):
+            right, rule = (
+                isinstance(value, dict) and all(_is_number(part) for part in value.values()),
+                "a table of numbers",
+            )
+        else:
+            right, rule = isinstance(value, str), "a text"
+        if not right:
+            raise PlanError(
+                f"plan prediction {item.name}={value!r}: it must be {rule}; leave [prediction] out of a plan of your own"
+            )
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
