@@ -363,6 +363,24 @@ with tasks.map(str, tasks.live(arrivals()), workers=1) as results:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1\n", "")
 
 
+def test_results_that_are_given_up_cancel_what_has_not_ended(tmp_path: Path) -> None:
+    def mark(x: int) -> int:
+        (tmp_path / str(x)).touch()
+        time.sleep(0.05)
+        return x
+
+    with Pool(workers=1) as one:
+        for _ in one.map(mark, range(20)):
+            break
+        with pytest.raises(RuntimeError, match="mine"):
+            for _ in one.map(mark, range(20, 40)):
+                raise RuntimeError("mine")
+        list(one.map(double, range(3)))
+        one.engine.step(0)
+        assert not one.engine.busy
+    assert len(list(tmp_path.iterdir())) < 20
+
+
 def test_an_input_that_breaks_raises_after_the_results_of_what_it_gave(pool: Pool) -> None:
     def arrivals() -> Iterator[int]:
         yield from (1, 2)

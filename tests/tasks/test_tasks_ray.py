@@ -8,6 +8,8 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ import pytest
 
 from shardwise import tasks
 from shardwise.errors import UserError
+from shardwise.tasks import wire
 from shardwise.tasks.pool import Pool
+from shardwise.tasks.ray_backend import RayWorker
 
 pytest.importorskip("ray", reason="the Ray back end is not tested: pip install 'shardwise[ray]'")
 
@@ -76,6 +80,33 @@ def test_resources_and_retries(pool: Pool) -> None:
     assert outcome.attempts == 2 and outcome.failure is not None and outcome.failure.kind == "killed"
     with pytest.raises(UserError, match="9 cores"):
         pool.map(len, ["a"], cores=9)
+
+
+def test_another_thread_wakes_a_wait(pool: Pool, tmp_path: Path) -> None:
+    def wait_for(path: Path) -> bool:
+        for _ in range(400):
+            if path.exists():
+                return True
+            time.sleep(0.05)
+        return False
+
+    engine, path, heard = pool.engine, tmp_path / "go", []
+    make, options = (lambda: wire.encode(((path,), {}))), tasks.Options()
+    engine.submit(wait_for, make, lambda _, ending: heard.append(ending.state), name="wait", options=options)
+    engine.step(0)
+    engine.backend.wake()
+    assert engine.backend.wait(None) == []  # and not the end of the task
+    path.touch()
+    while not heard:
+        engine.step(None)
+    assert heard == ["done"]
+
+
+def test_an_end_after_that_of_ray_starts_no_other_ray() -> None:
+    killed: list[object] = []
+    gone = SimpleNamespace(is_initialized=lambda: False, kill=killed.append)
+    RayWorker(gone, object(), (1, 1.0, 0)).kill()
+    assert killed == []
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -70,6 +70,11 @@ class Pool:
         """What there is for all tasks together."""
         return self._backend.capacity
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it: in one that the user forked, the workers are not ours to end."""
+        return self._owner == os.getpid()
+
     def map(
         self,
         function: Callable[..., Any],
@@ -123,7 +128,7 @@ class Pool:
 
     def close(self) -> None:
         """End the workers; what has not ended is cancelled."""
-        if not self._closed and self._owner == os.getpid():
+        if not self._closed and self.is_ours:
             self._closed = True
             self.engine.close()
 

@@ -6,6 +6,7 @@ data. shardwise must be installed on the nodes.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -113,7 +114,8 @@ class RayWorker(Worker):
     def kill(self) -> None:
         if self.alive and not self.killed:
             self.killed = True
-            self._ray.kill(self.actor)
+            if self._ray.is_initialized():  # else its actors have ended with it, and `kill` would start another Ray
+                self._ray.kill(self.actor)
 
     def resident_bytes(self) -> int:
         return 0
@@ -145,6 +147,7 @@ class RayBackend(Backend):
         self._actor = ray.remote(RayActor)
         self._workers: list[RayWorker] = []
         self._idle: list[RayWorker] = []
+        self._woken = threading.Event()
 
     @property
     def capacity(self) -> Capacity:
@@ -182,7 +185,8 @@ class RayBackend(Backend):
                 ready, _ = self._ray.wait(list(owners), num_returns=1, timeout=left)
             if ready:
                 return self._events({id(owners[one]): owners[one] for one in ready}, set(ready))
-            if deadline is not None and time.monotonic() >= deadline:
+            if self._woken.is_set() or (deadline is not None and time.monotonic() >= deadline):
+                self._woken.clear()
                 return []
 
     def _events(self, workers: dict[int, RayWorker], ready: set[Any]) -> list[Event]:
@@ -217,7 +221,7 @@ class RayBackend(Backend):
         )
 
     def wake(self) -> None:
-        """Nothing to do: a wait ends by itself after a moment."""
+        self._woken.set()  # seen when the wait for Ray that goes on has ended
 
     def _forget(self, worker: RayWorker) -> None:
         worker.kill()
