@@ -18,6 +18,8 @@ import pytest
 from shardwise import tasks
 from shardwise.errors import UserError
 from shardwise.tasks import wire
+from shardwise.tasks.backend import Order, Reply
+from shardwise.tasks.need import Allocation, Need
 from shardwise.tasks.pool import Pool
 from shardwise.tasks.ray_backend import RayWorker
 
@@ -82,6 +84,19 @@ def test_resources_and_retries(pool: Pool) -> None:
         pool.map(len, ["a"], cores=9)
 
 
+def test_the_start_of_a_process_takes_none_of_a_tasks_time(pool: Pool) -> None:
+    backend, need = pool.engine.backend, Need(cores=0.125)
+    worker = backend.open(Allocation(need, (), 0.0, 0))
+    assert worker.send([Order(1, 10**6, wire.encode_function(len), wire.encode((("four",), {})))])
+    assert worker.current() is None
+    (reply,) = backend.wait(None)
+    assert isinstance(reply, Reply) and reply.told == ("done",)
+    assert worker.send([Order(2, 10**6, wire.encode_function(len), wire.encode((("four",), {})))])
+    assert worker.current() is not None
+    assert len(backend.wait(None)) == 1
+    backend.release(worker)
+
+
 def test_another_thread_wakes_a_wait(pool: Pool, tmp_path: Path) -> None:
     def wait_for(path: Path) -> bool:
         for _ in range(400):
@@ -105,7 +120,8 @@ def test_another_thread_wakes_a_wait(pool: Pool, tmp_path: Path) -> None:
 def test_an_end_after_that_of_ray_starts_no_other_ray() -> None:
     killed: list[object] = []
     gone = SimpleNamespace(is_initialized=lambda: False, kill=killed.append)
-    RayWorker(gone, object(), (1, 1.0, 0)).kill()
+    actor = SimpleNamespace(born=SimpleNamespace(remote=object))
+    RayWorker(gone, actor, (1, 1.0, 0)).kill()
     assert killed == []
 
 

@@ -52,6 +52,9 @@ class RayActor:
         local_worker.set_threads(threads)
         self._bench = local_worker.Bench()
 
+    def born(self) -> None:
+        """Answered once the process has started."""
+
     def run(
         self, number: int, function_number: int, function: Carried, arguments: Carried, inputs: Any, limit: Any
     ) -> Any:
@@ -78,6 +81,7 @@ class RayWorker(Worker):
         self.alive = True
         self.killed = False
         self.sent: deque[tuple[int, Any]] = deque()
+        self.birth: Any = actor.born.remote()
         self._functions: dict[int, Any] = {}
         self._began = time.monotonic()
 
@@ -102,11 +106,16 @@ class RayWorker(Worker):
         self.sent.popleft()
         self._began = time.monotonic()
 
+    def is_born(self) -> None:
+        """Its process has started: not before does the first task use up its time."""
+        self.birth = None
+        self._began = time.monotonic()
+
     def recall(self) -> list[int]:
         return []  # a call that an actor has been given cannot be taken back for certain
 
     def current(self) -> tuple[int, float] | None:
-        return (self.sent[0][0], self._began) if self.sent and self.alive else None
+        return (self.sent[0][0], self._began) if self.sent and self.alive and self.birth is None else None
 
     def where(self) -> str:
         return ""
@@ -179,12 +188,13 @@ class RayBackend(Backend):
             owners = {reference: worker for worker in self._workers for _, reference in worker.sent}
             if not owners:
                 return []
+            owners.update({worker.birth: worker for worker in self._workers if worker.birth is not None})
             left = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             ready, _ = self._ray.wait(list(owners), num_returns=len(owners), timeout=0)
             if not ready:
                 ready, _ = self._ray.wait(list(owners), num_returns=1, timeout=left)
-            if ready:
-                return self._events({id(owners[one]): owners[one] for one in ready}, set(ready))
+            if events := self._events({id(owners[one]): owners[one] for one in ready}, set(ready)):
+                return events
             if self._woken.is_set() or (deadline is not None and time.monotonic() >= deadline):
                 self._woken.clear()
                 return []
@@ -192,6 +202,8 @@ class RayBackend(Backend):
     def _events(self, workers: dict[int, RayWorker], ready: set[Any]) -> list[Event]:
         events: list[Event] = []
         for worker in workers.values():
+            if worker.birth in ready:
+                worker.is_born()  # or it died: its first task tells
             while worker.sent and worker.sent[0][1] in ready and worker.alive:
                 number, reference = worker.sent[0]
                 try:
