@@ -363,6 +363,16 @@ with tasks.map(str, tasks.live(arrivals()), workers=1) as results:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1\n", "")
 
 
+def test_a_closed_pool_says_so() -> None:
+    with Pool(workers=1) as one:
+        late, graph = one.map(double, range(3)), one.graph()
+    with pytest.raises(UserError, match="this pool is closed"):
+        list(late)
+    with pytest.raises(UserError, match="this pool is closed"):
+        graph.add(double, 1)
+        graph.run()
+
+
 def test_results_that_are_given_up_cancel_what_has_not_ended(tmp_path: Path) -> None:
     def mark(x: int) -> int:
         (tmp_path / str(x)).touch()

@@ -75,6 +75,16 @@ class Pool:
         """Whether this process made it: in one that the user forked, the workers are not ours to end."""
         return self._owner == os.getpid()
 
+    def check_open(self) -> None:
+        """
+        Raises:
+            UserError: it is closed, so that nothing can start any more.
+        """
+        if self._closed:
+            raise UserError(
+                "this pool is closed: take all results inside its `with` block, for example list(pool.map(...))"
+            )
+
     def map(
         self,
         function: Callable[..., Any],

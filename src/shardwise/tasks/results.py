@@ -220,6 +220,7 @@ class Results(Iterator[Any]):
                 return
             if expected is None and record is not None:
                 expected = record.seconds
+        self._pool.check_open()
         task = self._engine.submit(
             self._function,
             lambda: wire.encode(((item,), {})),
