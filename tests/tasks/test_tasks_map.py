@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -361,6 +362,13 @@ with tasks.map(str, tasks.live(arrivals()), workers=1) as results:
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1\n", "")
+
+
+def test_tasks_share_what_a_manager_of_the_program_holds() -> None:
+    with multiprocessing.get_context("spawn").Manager() as manager, Pool(workers=1) as one:
+        queue = manager.Queue()
+        list(one.map(queue.put, [1, 2, 3]))
+        assert [queue.get(timeout=20) for _ in range(3)] == [1, 2, 3]
 
 
 def test_a_closed_pool_says_so() -> None:
