@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -361,6 +362,41 @@ with tasks.map(str, tasks.live(arrivals()), workers=1) as results:
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1\n", "")
+
+
+def test_tasks_share_what_a_manager_of_the_program_holds() -> None:
+    with multiprocessing.get_context("spawn").Manager() as manager, Pool(workers=1) as one:
+        queue = manager.Queue()
+        list(one.map(queue.put, [1, 2, 3]))
+        assert [queue.get(timeout=20) for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_closed_pool_says_so() -> None:
+    with Pool(workers=1) as one:
+        late, graph = one.map(double, range(3)), one.graph()
+    with pytest.raises(UserError, match="this pool is closed"):
+        list(late)
+    with pytest.raises(UserError, match="this pool is closed"):
+        graph.add(double, 1)
+        graph.run()
+
+
+def test_results_that_are_given_up_cancel_what_has_not_ended(tmp_path: Path) -> None:
+    def mark(x: int) -> int:
+        (tmp_path / str(x)).touch()
+        time.sleep(0.05)
+        return x
+
+    with Pool(workers=1) as one:
+        for _ in one.map(mark, range(20)):
+            break
+        with pytest.raises(RuntimeError, match="mine"):
+            for _ in one.map(mark, range(20, 40)):
+                raise RuntimeError("mine")
+        list(one.map(double, range(3)))
+        one.engine.step(0)
+        assert not one.engine.busy
+    assert len(list(tmp_path.iterdir())) < 20
 
 
 def test_an_input_that_breaks_raises_after_the_results_of_what_it_gave(pool: Pool) -> None:

@@ -8,6 +8,8 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,11 @@ import pytest
 
 from shardwise import tasks
 from shardwise.errors import UserError
+from shardwise.tasks import wire
+from shardwise.tasks.backend import Order, Reply
+from shardwise.tasks.need import Allocation, Need
 from shardwise.tasks.pool import Pool
+from shardwise.tasks.ray_backend import RayWorker
 
 pytest.importorskip("ray", reason="the Ray back end is not tested: pip install 'shardwise[ray]'")
 
@@ -76,6 +82,47 @@ def test_resources_and_retries(pool: Pool) -> None:
     assert outcome.attempts == 2 and outcome.failure is not None and outcome.failure.kind == "killed"
     with pytest.raises(UserError, match="9 cores"):
         pool.map(len, ["a"], cores=9)
+
+
+def test_the_start_of_a_process_takes_none_of_a_tasks_time(pool: Pool) -> None:
+    backend, need = pool.engine.backend, Need(cores=0.125)
+    worker = backend.open(Allocation(need, (), 0.0, 0))
+    assert worker.send([Order(1, 10**6, wire.encode_function(len), wire.encode((("four",), {})))])
+    assert worker.current() is None
+    (reply,) = backend.wait(None)
+    assert isinstance(reply, Reply) and reply.told == ("done",)
+    assert worker.send([Order(2, 10**6, wire.encode_function(len), wire.encode((("four",), {})))])
+    assert worker.current() is not None
+    assert len(backend.wait(None)) == 1
+    backend.release(worker)
+
+
+def test_another_thread_wakes_a_wait(pool: Pool, tmp_path: Path) -> None:
+    def wait_for(path: Path) -> bool:
+        for _ in range(400):
+            if path.exists():
+                return True
+            time.sleep(0.05)
+        return False
+
+    engine, path, heard = pool.engine, tmp_path / "go", []
+    make, options = (lambda: wire.encode(((path,), {}))), tasks.Options()
+    engine.submit(wait_for, make, lambda _, ending: heard.append(ending.state), name="wait", options=options)
+    engine.step(0)
+    engine.backend.wake()
+    assert engine.backend.wait(None) == []  # and not the end of the task
+    path.touch()
+    while not heard:
+        engine.step(None)
+    assert heard == ["done"]
+
+
+def test_an_end_after_that_of_ray_starts_no_other_ray() -> None:
+    killed: list[object] = []
+    gone = SimpleNamespace(is_initialized=lambda: False, kill=killed.append)
+    actor = SimpleNamespace(born=SimpleNamespace(remote=object))
+    RayWorker(gone, actor, (1, 1.0, 0)).kill()
+    assert killed == []
 
 
 def test_what_cannot_be_is_refused() -> None:

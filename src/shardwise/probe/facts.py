@@ -32,6 +32,7 @@ from shardwise.run.apart import call_in_child, fall_first, in_thread
 from shardwise.run.assemble import Assembly, assemble
 from shardwise.run.build import build_model
 from shardwise.run.cores import usable_cores
+from shardwise.run.gauge import peak_memory_bytes
 from shardwise.run.loop import total_steps
 from shardwise.run.step import take_step
 from shardwise.run.tryout import SAMPLES, loss_program
@@ -131,7 +132,7 @@ def _facts(assembly: Assembly, splits: Splits, sizes: list[Batch], how: Counting
         take_step(assembly, sizes[-1])  # the optimizer makes its states in the first step
     else:
         seen = _steps_seen(assembly, _timed(sizes))
-        resident = _peak_resident()  # before counting, which loads more of torch
+        resident = float(peak_memory_bytes(_CPU))  # before counting, which loads more of torch
     low, high = (_counted(assembly, batch) for batch in (sizes[0], sizes[-1]))
     states = sum(size_bytes(tensor) for tensor in tensors_in(list(assembly.optimizer.state.values())))
     base = max(0.0, resident - parameter_bytes(model) - states - high.peak_bytes)
@@ -372,9 +373,3 @@ def _possible_cuts(job: Job, splits: Splits, blocks: Sequence[str], *, fake: boo
         replace(cut, sent_bytes=cut.sent_bytes / batch.count, returned_bytes=cut.returned_bytes / batch.count)
         for cut in found
     )
-
-
-def _peak_resident() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -313,6 +313,7 @@ class Graph:
         assert node.function is not None and node.arguments is not None
         arguments = node.arguments
         inputs = [self._nodes[handle.number] for handle in node.inputs]
+        self._pool.check_open()
         node.task = self._engine.submit(
             node.function,
             lambda: arguments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.process
 import os
 import selectors
 import signal
@@ -252,7 +253,8 @@ class LocalBackend(Backend):
         )
         theirs.close()
         self._line = ours
-        setup = {"path": list(sys.path), "argv": sys.argv[:1], "preload": self._preload}
+        key = multiprocessing.process.current_process().authkey  # with it, tasks may use managers of the program
+        setup = {"path": list(sys.path), "argv": sys.argv[:1], "preload": self._preload, "authkey": bytes(key)}
         wire.send(ours, setup)
         self._selector.register(ours, selectors.EVENT_READ, None)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import multiprocessing.process
 import os
 import selectors
 import signal
@@ -167,6 +168,7 @@ def main() -> None:
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
+    multiprocessing.process.current_process().authkey = setup["authkey"]
     worker.set_threads(1)
     nursery = _Nursery(sock, scheduler)
     nursery._import(["cloudpickle", *setup["preload"]])

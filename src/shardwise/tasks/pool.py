@@ -70,6 +70,21 @@ class Pool:
         """What there is for all tasks together."""
         return self._backend.capacity
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it: in one that the user forked, the workers are not ours to end."""
+        return self._owner == os.getpid()
+
+    def check_open(self) -> None:
+        """
+        Raises:
+            UserError: it is closed, so that nothing can start any more.
+        """
+        if self._closed:
+            raise UserError(
+                "this pool is closed: take all results inside its `with` block, for example list(pool.map(...))"
+            )
+
     def map(
         self,
         function: Callable[..., Any],
@@ -123,7 +138,7 @@ class Pool:
 
     def close(self) -> None:
         """End the workers; what has not ended is cancelled."""
-        if not self._closed and self._owner == os.getpid():
+        if not self._closed and self.is_ours:
             self._closed = True
             self.engine.close()
 

@@ -6,6 +6,7 @@ data. shardwise must be installed on the nodes.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -51,6 +52,9 @@ class RayActor:
         local_worker.set_threads(threads)
         self._bench = local_worker.Bench()
 
+    def born(self) -> None:
+        """Answered once the process has started."""
+
     def run(
         self, number: int, function_number: int, function: Carried, arguments: Carried, inputs: Any, limit: Any
     ) -> Any:
@@ -77,6 +81,7 @@ class RayWorker(Worker):
         self.alive = True
         self.killed = False
         self.sent: deque[tuple[int, Any]] = deque()
+        self.birth: Any = actor.born.remote()
         self._functions: dict[int, Any] = {}
         self._began = time.monotonic()
 
@@ -101,11 +106,16 @@ class RayWorker(Worker):
         self.sent.popleft()
         self._began = time.monotonic()
 
+    def is_born(self) -> None:
+        """Its process has started: not before does the first task use up its time."""
+        self.birth = None
+        self._began = time.monotonic()
+
     def recall(self) -> list[int]:
         return []  # a call that an actor has been given cannot be taken back for certain
 
     def current(self) -> tuple[int, float] | None:
-        return (self.sent[0][0], self._began) if self.sent and self.alive else None
+        return (self.sent[0][0], self._began) if self.sent and self.alive and self.birth is None else None
 
     def where(self) -> str:
         return ""
@@ -113,7 +123,8 @@ class RayWorker(Worker):
     def kill(self) -> None:
         if self.alive and not self.killed:
             self.killed = True
-            self._ray.kill(self.actor)
+            if self._ray.is_initialized():  # else its actors have ended with it, and `kill` would start another Ray
+                self._ray.kill(self.actor)
 
     def resident_bytes(self) -> int:
         return 0
@@ -145,6 +156,7 @@ class RayBackend(Backend):
         self._actor = ray.remote(RayActor)
         self._workers: list[RayWorker] = []
         self._idle: list[RayWorker] = []
+        self._woken = threading.Event()
 
     @property
     def capacity(self) -> Capacity:
@@ -176,18 +188,22 @@ class RayBackend(Backend):
             owners = {reference: worker for worker in self._workers for _, reference in worker.sent}
             if not owners:
                 return []
+            owners.update({worker.birth: worker for worker in self._workers if worker.birth is not None})
             left = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             ready, _ = self._ray.wait(list(owners), num_returns=len(owners), timeout=0)
             if not ready:
                 ready, _ = self._ray.wait(list(owners), num_returns=1, timeout=left)
-            if ready:
-                return self._events({id(owners[one]): owners[one] for one in ready}, set(ready))
-            if deadline is not None and time.monotonic() >= deadline:
+            if events := self._events({id(owners[one]): owners[one] for one in ready}, set(ready)):
+                return events
+            if self._woken.is_set() or (deadline is not None and time.monotonic() >= deadline):
+                self._woken.clear()
                 return []
 
     def _events(self, workers: dict[int, RayWorker], ready: set[Any]) -> list[Event]:
         events: list[Event] = []
         for worker in workers.values():
+            if worker.birth in ready:
+                worker.is_born()  # or it died: its first task tells
             while worker.sent and worker.sent[0][1] in ready and worker.alive:
                 number, reference = worker.sent[0]
                 try:
@@ -217,7 +233,7 @@ class RayBackend(Backend):
         )
 
     def wake(self) -> None:
-        """Nothing to do: a wait ends by itself after a moment."""
+        self._woken.set()  # seen when the wait for Ray that goes on has ended
 
     def _forget(self, worker: RayWorker) -> None:
         worker.kill()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
 from shardwise.errors import UserError
 from shardwise.tasks import wire
@@ -19,9 +20,6 @@ from shardwise.tasks.source import Live
 from shardwise.tasks.store import Record, Store, open_store
 from shardwise.tasks.task import Ending, Task
 
-if TYPE_CHECKING:
-    pass
-
 MOST_READY = 1000
 """Items of a list that are handed to the engine ahead of their turn, where their order does not matter."""
 
@@ -33,7 +31,8 @@ SLOW_SECONDS = 0.001
 class Results(Iterator[Any]):
     """The results of a `map`, in the order of the items or as they come. Each call to `next` lets the tasks go on.
 
-    Close it (or use it in a `with` block) to cancel what has not ended; so does an error that leaves a `for` loop.
+    Close it (or use it in a `with` block) to cancel what has not ended; so does leaving a `for` loop over it, if nothing else
+    refers to it.
     """
 
     def __init__(
@@ -77,6 +76,7 @@ class Results(Iterator[Any]):
         self._broken: BaseException | None = None
         self._counts = Counts(total=self._total)
         self._meter = make_meter(show=progress, name=self._name)
+        self._sink = _weakly(self)
         pool.capacity.check(options.need)
 
     def __iter__(self) -> Results:
@@ -220,10 +220,11 @@ class Results(Iterator[Any]):
                 return
             if expected is None and record is not None:
                 expected = record.seconds
+        self._pool.check_open()
         task = self._engine.submit(
             self._function,
             lambda: wire.encode(((item,), {})),
-            self._hear,
+            self._sink,
             name=f"{self._name}[{index}]",
             options=self._options,
             expected=expected,
@@ -278,8 +279,19 @@ class Results(Iterator[Any]):
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True) and self._pool.is_ours:
             self.close()
+
+
+def _weakly(results: Results) -> Callable[[Task, Ending], None]:
+    """What its tasks tell their ends to. The engine holds it, and must not hold the results: nobody could give them up."""
+    there = weakref.ref(results)
+
+    def hear(task: Task, ending: Ending) -> None:
+        if (asking := there()) is not None:
+            asking._hear(task, ending)
+
+    return hear
 
 
 def outcome_of(ending: Ending, index: int, name: str, *, restored: bool = False) -> Outcome:
