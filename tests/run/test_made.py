@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -222,10 +223,11 @@ CASES: dict[str, tuple[Callable[..., Job], Callable[[LiveRun], list[float]], str
 }
 
 SCRIPT = """
-import json, sys
+import json, sys, threading
 import torch
 sys.path.insert(0, {here!r})
-from test_made import CASES, on_two
+from shardwise import errors
+from test_made import CASES, actor_job, on_two, samples
 from shardwise.run.start import start
 
 torch.distributed.init_process_group("gloo")  # one for all cases
@@ -236,6 +238,22 @@ for name, (job, loop, plan, changes) in CASES.items():
         if run.rank == 0:
             open(f"{{name}}.json", "w").write(json.dumps(losses))
 on_two()
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+for part in range(2):  # runs with a folder make and end a group of their own
+    with start(actor_job(), device="cpu", out="own", resume="auto") as run:
+        seen = run.own_state.setdefault("seen", [])
+        for number in run.rounds(2 * part + 2):
+            run.step(run.batch(*samples(3)))
+            seen.append((run.rank, number))
+        if run.rank == 0:
+            run.own_state["only"] = part
+        open(f"own-{{run.rank}}.json", "w").write(json.dumps(run.own_state))
+try:
+    with start(actor_job(), device="cpu", out="lock") as run:
+        run.own_state["lock" if run.rank else "number"] = threading.Lock() if run.rank else 1
+except errors.RunFailed as error:
+    open(f"lock-{{run.rank}}.json", "w").write(json.dumps(str(error)))
 """
 
 
@@ -339,6 +357,23 @@ def test_two_workers_equal_one(parallel: Path, name: str) -> None:
         assert torch.allclose(stored[key], value, rtol=1e-9, atol=1e-12), key
 
 
+def test_each_worker_gets_its_own_state_back(parallel: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        kept = json.loads((parallel / f"own-{rank}.json").read_text())
+        assert kept.pop("seen") == [[rank, number] for number in range(4)]
+        assert kept == ({} if rank else {"only": 1})
+        assert "own_state/lock is a _thread.lock" in json.loads((parallel / f"lock-{rank}.json").read_text())
+    with pytest.raises(errors.CheckpointError, match="an own_state on each of 2 workers, and 1 cannot take them over"):
+        start(actor_job(), device="cpu", out=parallel / "own", resume=True)
+    for place in ("own_state", "state"):
+        words = rf"{place}/lock is a _thread.lock: a checkpoint keeps"
+        with (
+            pytest.raises(errors.RunFailed, match=words),
+            start(actor_job(), device="cpu", out=tmp_path / place) as run,
+        ):
+            getattr(run, place)["lock"] = threading.Lock()
+
+
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_refusals_of_two_workers_are_told_by_both(parallel: Path, name: str) -> None:
     for rank in range(2):
@@ -439,8 +474,11 @@ def test_a_checkpoint_that_is_asked_for_in_a_round_goes_on_with_the_next(tmp_pat
         ]
         assert saved == [1, 2, 3]
     with start(actor_job(), device="cpu", out=tmp_path / "run", resume=True) as run:
-        assert list(run.rounds(6)) == [4, 5]
-        assert list(run.rounds(6)) == []
+        assert list(run.rounds(6)) == [4, 5], "without a step"
+        run.save()
+        assert list(run.rounds(7)) == [6]
+    with start(actor_job(), device="cpu", out=tmp_path / "run", resume=True) as run:
+        assert list(run.rounds(7)) == []
     assert seen == [0, 1, 2, 3]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, final
@@ -10,12 +10,14 @@ from typing import Any, final
 from shardwise.data.batch import Batch
 from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits
+from shardwise.dist.collectives import Group
 from shardwise.errors import CheckpointError, RunFailed
 from shardwise.parallel.replicas import check_replicas
 from shardwise.run.assemble import Assembly
 from shardwise.run.balance import Balancer
 from shardwise.run.checkpoint import save
 from shardwise.run.culprit import not_finite
+from shardwise.run.encoding import encode
 from shardwise.run.evaluate import evaluate
 from shardwise.run.eventlog import EventLog
 from shardwise.run.folder import RunFolder
@@ -80,6 +82,7 @@ class Course:
     Attributes:
         evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
         state: the user's own plain values that go into checkpoints.
+        own_state: the same of this rank alone.
         saves_between: checkpoints wait for the end of the batch that is under way: a loop may take several steps on it, and do
             something of its own after them.
         save_due: one waits.
@@ -96,6 +99,7 @@ class Course:
     loss: float = float("nan")
     metrics: dict[str, float] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    own_state: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     train_seconds: float = 0.0
     stopped: bool = False
@@ -277,6 +281,8 @@ def _save_checkpoint(a: Assembly, course: Course) -> None:
         progress["compression"] = a.composed.compressed.share_out()
     try:
         _look_at_extra_state(a, course)
+        if course.saves_between:
+            progress["own_states"] = _own_states(a, course)
         path = save(
             course.folder,
             step=a.step,
@@ -311,6 +317,40 @@ def _look_at_extra_state(a: Assembly, course: Course) -> None:
             "checkpoints keep that of one: a resumed run goes on with it on all. Keep what all workers share there; what "
             "belongs to a worker's samples (a state carried from batch to batch) is kept right on one worker only",
         )
+
+
+def _own_states(a: Assembly, course: Course) -> list[dict[str, Any]]:
+    """What each rank with samples of its own keeps; empty where none keeps anything. Collective.
+
+    Raises:
+        CheckpointError: on every rank, where one keeps what no checkpoint can hold.
+    """
+    refused: CheckpointError | None = None
+    try:
+        encode(course.own_state, "own_state", {})  # refuses what a message would not take either
+    except CheckpointError as error:
+        refused = error
+    refusals = a.world.gather_objects(refused)
+    found = next((each for each in refusals if each is not None), None)
+    if found is not None:
+        raise found
+    states: list[dict[str, Any]] = a.samples.gather_objects(course.own_state)
+    return states if any(states) else []
+
+
+def own_state_of(progress: Mapping[str, Any], samples: Group) -> dict[str, Any]:
+    """What this rank kept for itself, out of a checkpoint's progress.
+
+    Raises:
+        CheckpointError: another number of ranks did.
+    """
+    states = progress.get("own_states", [])
+    if states and len(states) != samples.size:
+        raise CheckpointError(
+            f"the loop kept an own_state on each of {len(states)} workers, and {samples.size} cannot take them over: go on with "
+            "as many, or keep in state what any number of workers can divide (a tensor with a row for each environment)"
+        )
+    return dict(states[samples.rank]) if states else {}
 
 
 def _save_due_by_time(course: Course) -> bool:

@@ -36,7 +36,7 @@ class Keeper:
         self._course.saves_between = True
         self._epoch_began = perf_counter()
         self._ended = False
-        self._saved: tuple[int, int, int, object] | None = None
+        self._saved: tuple[tuple[int, ...], bytes] | None = None
         self._assembly.clock.restart()
 
     def begin_epoch(self) -> None:
@@ -103,19 +103,23 @@ class Keeper:
         if self._ledger.settle_pending:
             settle(self._assembly, self._course, self._ledger, self._observer)
 
-    def _stands_at(self) -> tuple[int, int, int, object]:
-        """Tells what a checkpoint would hold: after a step's own, the epoch may end, and the user may note or write something."""
+    def _stands_at(self) -> tuple[tuple[int, ...], bytes] | None:
+        """Tells what a checkpoint would hold: after a step's own, the epoch may end, and the user may note or write something.
+
+        None where the user notes what no checkpoint can hold, which the next one says in words.
+        """
         a, course = self._assembly, self._course
-        state: object
         try:
-            state = pickle.dumps(course.state)
-        except Exception:  # noqa: BLE001  # runs the values' own code
-            state = object()  # equal to nothing: the attempt to save it says what cannot be saved
-        return a.step, course.position.epoch, written(a), state
+            noted = pickle.dumps((course.state, course.own_state))
+        except Exception:  # noqa: BLE001  # objects say so in their own ways
+            return None
+        position = course.position
+        return (a.step, position.epoch, position.batch, position.rounds, written(a)), noted
 
     def _is_saved(self) -> bool:
         """Whether the last checkpoint holds all there is. The same on all ranks, of which one alone may have noted something."""
-        differs = torch.tensor(float(self._saved != self._stands_at()), device=self._assembly.device)
+        stands = self._stands_at()
+        differs = torch.tensor(float(stands is None or stands != self._saved), device=self._assembly.device)
         return not self._assembly.world.sum_(differs, "whether a checkpoint is due").item()
 
     def _end(self, *, weights: bool) -> dict[str, Any]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
-from zlib import crc32
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardwise.data.batch import Batch
 from shardwise.data.loader import steps_per_epoch
-from shardwise.data.randomness import BatchRandom, loop_random
+from shardwise.data.randomness import BatchRandom
 from shardwise.data.source import Splits, as_splits
 from shardwise.errors import FolderError, JobError
 from shardwise.run.alike import next_batch
@@ -32,7 +29,7 @@ from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder
 from shardwise.run.keeper import Keeper
 from shardwise.run.loop import open_epoch
-from shardwise.run.made import MADE, check_objectives, make_batch
+from shardwise.run.made import MADE, Draws, check_objectives, make_batch
 from shardwise.run.step import seed_loop, take_step
 from shardwise.spec.job import Job
 from shardwise.spec.plan import Plan
@@ -54,13 +51,14 @@ class LiveRun:
     _stack: ExitStack = field(default_factory=ExitStack)
     _keeper: Keeper | None = None
     _state: dict[str, Any] = field(default_factory=dict)
+    _own_state: dict[str, Any] = field(default_factory=dict)
     _position: Position = field(default_factory=Position)
     _under_way: Batch | None = None
     _given: Batch | None = None
     _made: Batch | None = None
     _round: int | None = None
     _checked: set[str] = field(default_factory=set)
-    _draws: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    _draws: Draws = field(default_factory=Draws)
     _losses: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,6 +111,11 @@ class LiveRun:
         Rank 0's are kept, as they are when the loop asks for its next batch, ends, or calls `save`.
         """
         return self._state
+
+    @property
+    def own_state(self) -> dict[str, Any]:
+        """As `state`, but each worker's own, such as its environments; they come back to as many workers as there were."""
+        return self._own_state
 
     @property
     def folder(self) -> RunFolder | None:
@@ -230,15 +233,8 @@ class LiveRun:
             numbers: of environments or samples, such as `run.share(64)`; or how many there are.
             name: what they are for.
         """
-        rows = np.arange(numbers) if isinstance(numbers, int) else np.fromiter(numbers, np.int64)
-        place = (
-            self._position.rounds if self._round is None else self._round,
-            self.assembly.step,
-            crc32(name.encode()),
-        )
-        self._draws = Counter({key: calls for key, calls in self._draws.items() if key[:2] == place[:2]})
-        self._draws[place] += 1
-        return loop_random(self.job.seed, *place, self._draws[place], indices=rows)
+        place = (self._position.rounds if self._round is None else self._round, self.assembly.step)
+        return self._draws.next(self.job.seed, place, name, numbers)
 
     def sum(self, value: Tensor | float) -> Tensor | float:
         """The sum of a number or tensor over the workers that hold other samples, the same on all of them. Collective."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, final
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shardwise.data.batch import Batch, tree_leaves, tree_map
+from shardwise.data.randomness import BatchRandom, loop_random
 from shardwise.dist.split import is_dtensor
 from shardwise.errors import DataError, JobError, PlanError
 from shardwise.run.assemble import CPU, Assembly
@@ -66,6 +70,28 @@ def make_batch(a: Assembly, inputs: Any, targets: Any, *, part: bool) -> Batch:
         phantom=mine == 0,
         largest=max(sizes),
     )
+
+
+@final
+class Draws:
+    """Counts the random numbers that a loop has asked for since its last step."""
+
+    def __init__(self) -> None:
+        self._place, self._calls = (-1, -1), Counter[str]()
+
+    def next(self, seed: int, place: tuple[int, int], name: str, numbers: int | Iterable[int]) -> BatchRandom:
+        """Random numbers that were not asked for before.
+
+        Args:
+            place: round and step.
+            name: what they are for.
+            numbers: of samples, or how many there are.
+        """
+        if place != self._place:
+            self._place, self._calls = place, Counter()
+        self._calls[name] += 1
+        rows = np.arange(numbers) if isinstance(numbers, int) else np.fromiter(numbers, np.int64)
+        return loop_random(seed, *place, crc32(name.encode()), self._calls[name], indices=rows)
 
 
 def check_objectives(a: Assembly, batch: Batch, names: list[str]) -> None:

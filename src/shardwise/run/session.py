@@ -28,7 +28,7 @@ from shardwise.run.balance import Balancer
 from shardwise.run.checkpoint import latest, load
 from shardwise.run.choose import usable_cores
 from shardwise.run.claim import check_alike, check_identity, open_folder
-from shardwise.run.course import Course, Position, Saving, warn
+from shardwise.run.course import Course, Position, Saving, own_state_of, warn
 from shardwise.run.eventlog import EventLog
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder, write_aside, writing_in
@@ -255,6 +255,7 @@ def _open_course(
             metrics=dict(progress.get("metrics", {})),
             loss=float(progress.get("loss", float("nan"))),
             state=dict(progress.get("state", {})),
+            own_state=own_state_of(progress, assembly.samples),
             balancer=Balancer(job.batch_size, _sizes(assembly)) if work.balance else None,
         )
 

@@ -142,7 +142,14 @@ def _with_folder(
     session = stack.enter_context(open_session(rank, work, stop, shown=Remarks()))
     course = session.course
     return LiveRun(
-        job, plan, splits, session.assembly, _keeper=Keeper(session), _state=course.state, _position=course.position
+        job,
+        plan,
+        splits,
+        session.assembly,
+        _keeper=Keeper(session),
+        _state=course.state,
+        _own_state=course.own_state,
+        _position=course.position,
     )
 
 
