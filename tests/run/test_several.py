@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -351,6 +351,61 @@ def test_steps_count_batches_however_many_are_taken_on_each(tmp_path: Path) -> N
             run.step(batch, "G")
         assert run.steps_taken == 16
         assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.0] * 2)
+
+
+def in_rounds(run: LiveRun) -> Iterator[Batch]:
+    for _ in run.rounds():
+        for _ in range(2):
+            noise = run.random(BATCH).normal(6).float()
+            yield run.batch((noise @ torch.ones(6, 10) / 6, noise, noise[:, :1].sigmoid()))
+
+
+def of_the_data(run: LiveRun) -> Iterator[Batch]:
+    for batch in run.batches():
+        yield run.batch(batch.inputs, batch.targets)
+
+
+def beside_the_data(run: LiveRun) -> Iterator[Batch]:
+    for batch in run.batches():
+        yield batch
+        yield run.batch(batch.inputs, batch.targets)
+
+
+def passing_over(run: LiveRun) -> Iterator[Batch]:
+    for number, batch in enumerate(run.batches()):
+        if number % 2:
+            yield batch
+
+
+@pytest.mark.parametrize("batches", [in_rounds, of_the_data, beside_the_data, passing_over])
+def test_steps_count_each_batch_that_is_trained_on_once(
+    tmp_path: Path, batches: Callable[[LiveRun], Iterator[Batch]]
+) -> None:
+    """Also batches that the loop made; so many, and no others, are in the schedules, also of a resumed loop."""
+
+    def loop(run: LiveRun, last: int = 99) -> list[float]:
+        losses = []
+        for batch in batches(run):
+            losses += [run.step(batch, name) for name in ("D", "G")]
+            if len(losses) == last:
+                raise ZeroDivisionError
+        run.state["losses"] = losses
+        return losses
+
+    job = smooth(epochs=None, steps=8, schedule=lambda optimizer, total: CosineAnnealingLR(optimizer, total))
+    with start(job, device="cpu") as run:
+        expected = loop(run)
+        assert len(expected) == 16
+        assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.0] * 2)
+    out = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError), start(job, device="cpu", out=out, checkpoint_every="1") as run:
+        loop(run, 10)
+    with start(job, device="cpu", out=out, resume=True) as run:
+        first = run.steps_taken
+        assert first in (4, 8)
+        assert expected[first:] == loop(run)
+    with start(job, device="cpu", out=out, resume=True) as run:
+        assert loop(run) == []
 
 
 def test_a_resumed_run_has_all_optimizers_and_schedules_bit_for_bit(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Position:
     Attributes:
         epoch: passes completed before this one.
         batch: global batches of this epoch already trained on.
-        batches: the same of all epochs.
+        batches: global batches trained on in all, of epochs and of those that a loop made, each once.
         loss_sum: of the losses of this epoch times their samples.
         samples: samples of this epoch already trained on.
         rounds: rounds that are over, of a loop that makes its own data.

@@ -55,7 +55,7 @@ class LiveRun:
     _position: Position = field(default_factory=Position)
     _under_way: Batch | None = None
     _given: Batch | None = None
-    _made: Batch | None = None
+    _stepped: Batch | None = None
     _round: int | None = None
     _checked: set[str] = field(default_factory=set)
     _draws: Draws = field(default_factory=Draws)
@@ -264,11 +264,11 @@ class LiveRun:
             )
         if batch.index == MADE:
             self._check_made(batch, objective)
-            if batch is not self._made:
-                self._made = batch
-                self._position.batches += 1
         elif batch is not self._given:
             self._between()
+        if batch is not self._stepped:
+            self._stepped = batch
+            self._position.batches += 1
         self.assembly.clock.mark("other")  # what the loop did since
         result = take_step(self.assembly, batch, objective)
         learning = self._conduct.learning()
@@ -354,7 +354,7 @@ class LiveRun:
             check_objectives(self.assembly, batch, sorted(new))
 
     def _steps(self) -> int:
-        """What `Job.steps` counts: of several objectives each batch is one, as in `train`, however many are taken on it."""
+        """What `Job.steps` counts: of several objectives each batch that is trained on is one, as in `train`."""
         return self._position.batches if self.job.turns else self.assembly.step
 
     def _steps_done(self) -> bool:
@@ -364,7 +364,6 @@ class LiveRun:
         """The batch that was given out last is trained on, or passed over; the round that is under way is not to come again."""
         if self._under_way is not None:
             self._position.batch += 1
-            self._position.batches += 1
             self._under_way = None
         if self._round is not None:
             self._position.rounds = self._round + 1
