@@ -54,6 +54,11 @@ def noisy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(F.dropout(model(batch[0]), 0.5), batch[1])
 
 
+def in_few_digits(output: Tensor, target: Tensor) -> Tensor:
+    """A mean that rounding alone makes another one than the mean of its parts."""
+    return F.cross_entropy(output.bfloat16(), target)
+
+
 def _job(**changes: Any) -> shardwise.Job:
     values: dict[str, Any] = {
         "model": lambda: nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)),
@@ -73,6 +78,7 @@ def _job(**changes: Any) -> shardwise.Job:
         {"loss": contrastive},
         {"loss": class_weighted},
         {"loss": some_ignored},
+        {"loss": lambda output, target: contrastive(output.bfloat16(), target)},
         {"objective": own_contrastive},
         {"objective": scaled},
     ],
@@ -95,6 +101,8 @@ def test_refused_where_batches_are_split(changes: dict[str, Any], tmp_path: Path
         {},
         {"loss": class_weighted, "weight": counts_classes},
         {"objective": noisy},
+        {"loss": in_few_digits},
+        {"objective": lambda model, batch: in_few_digits(model(batch[0]), batch[1])},
         {"loss": lambda output, target: F.cross_entropy(output, target) * float("nan")},
         {"loss": lambda output, target: 1 / 0},  # says so itself when it is trained with
     ],

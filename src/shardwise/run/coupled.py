@@ -188,7 +188,8 @@ def coupling(
         if job.objective is None:
             output = call_model(model, batch.inputs)
             assert job.loss is not None
-            whole = float(job.loss(output, batch.targets))
+            value_of_all = job.loss(output, batch.targets)
+            whole = float(value_of_all)
             for start, stop in bounds:
                 part = rows_of(batch, start, stop)
                 own = weight_of(job, part) if start < stop else 0.0
@@ -196,8 +197,8 @@ def coupling(
                     value = float(job.loss(_tree_rows(output, start, stop, batch.count), part.targets))
                     loss_sum, weights, plain_sum = loss_sum + value * own, weights + own, plain_sum + value
         else:
-            batch_sum, weight = loss_sum_of(job, model, batch)
-            whole = float(batch_sum) / weight
+            value_of_all, weight = loss_sum_of(job, model, batch)
+            whole = float(value_of_all) / weight
             for start, stop in bounds:
                 if start < stop:
                     part_sum, own = loss_sum_of(job, model, rows_of(batch, start, stop))
@@ -205,6 +206,8 @@ def coupling(
     mean = loss_sum / weights if weights else float("nan")
     if not isfinite(whole):
         return None
+    if isinstance(value_of_all, Tensor) and value_of_all.is_floating_point():
+        tolerance = max(tolerance, 4 * torch.finfo(value_of_all.dtype).eps)  # one of bfloat16 has three digits
     if abs(mean - whole) <= tolerance * max(abs(whole), abs(mean)):
         return None
     return Coupling(whole, mean, is_sum=abs(plain_sum - whole) <= tolerance * abs(whole))
