@@ -492,6 +492,30 @@ def test_a_worker_that_trains_in_evaluation_mode_alone(tmp_path: Path) -> None:
     exec(ONE_EVALUATES, {})  # one worker may
 
 
+ONE_SAVES = """
+import sys
+import shardwise
+sys.path.insert(0, {here!r})
+from test_live import make_job
+
+with shardwise.start(make_job(), device="cpu", out={out!r}) as run:
+    for number, batch in enumerate(run.batches()):
+        run.step(batch)
+        if number == 2 and run.rank == 0:
+            run.save()
+"""
+
+
+def test_a_worker_that_saves_alone(tmp_path: Path) -> None:
+    """A checkpoint is of all workers: it would wait for the others for as long as they might take."""
+    script = tmp_path / "one_saves.py"
+    script.write_text(ONE_SAVES.format(here=str(Path(__file__).parent), out=str(tmp_path / "run")))
+    done = _under_torchrun(script)
+    assert done.returncode == 1
+    assert "RunFailed: the workers did not come to the same message" in done.stderr
+    assert "number 0 came to save()" in done.stderr
+
+
 def test_what_a_run_is_shown_as(tmp_path: Path) -> None:
     with start(make_job(), device="cpu", out=tmp_path / "run") as run:
         run.step(next(run.batches()))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, final
 
+import torch
+
 from shardwise.data.batch import Batch
 from shardwise.data.loader import steps_per_epoch
 from shardwise.data.source import Splits
@@ -219,6 +221,12 @@ def _in_order(a: Assembly, course: Course) -> bool:
     """Whether each step was on the next batch of the data, so that its number tells which."""
     each, position = steps_per_epoch(course.splits.train, a.job.batch_size), course.position
     return each is not None and position.epoch * each + position.batch == a.step
+
+
+def meet(a: Assembly, what: str) -> None:
+    """All ranks come to what a loop's own code called. Collective; one that came elsewhere is told so, where a message of objects
+    would wait for it."""
+    a.world.sum_(torch.zeros((), device=a.device), what)
 
 
 def make_equal(a: Assembly) -> None:

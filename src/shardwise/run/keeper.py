@@ -14,7 +14,16 @@ from shardwise.data.batch import Batch
 from shardwise.errors import RunFailed, Stopped
 from shardwise.run.assemble import Assembly
 from shardwise.run.clock import BETWEEN_STEPS
-from shardwise.run.course import end_epoch, evaluate_test, make_equal, note_step, open_books, save_checkpoint, settle
+from shardwise.run.course import (
+    end_epoch,
+    evaluate_test,
+    make_equal,
+    meet,
+    note_step,
+    open_books,
+    save_checkpoint,
+    settle,
+)
 from shardwise.run.session import Session
 from shardwise.run.step import StepResult
 from shardwise.spec.events import FailureEvent
@@ -88,6 +97,7 @@ class Keeper:
     def finish(self) -> None:
         """The loop ended well: the last checkpoint, the weights, the summary."""
         if not self._ended:
+            meet(self._assembly, "the end of the loop")
             self._settle()
             self._end(weights=True)
 

@@ -23,7 +23,7 @@ from shardwise.run.assemble import Assembly
 from shardwise.run.batches import Batches, batches_left
 from shardwise.run.clock import BETWEEN_STEPS
 from shardwise.run.conduct import Conduct
-from shardwise.run.course import Position, make_equal
+from shardwise.run.course import Position, make_equal, meet
 from shardwise.run.evaluate import evaluate
 from shardwise.run.export import save_weights
 from shardwise.run.folder import RunFolder
@@ -307,10 +307,12 @@ class LiveRun:
         """
         if self._keeper is None:
             raise FolderError("this run has no folder to save in: give start(..., out=DIR)")
+        meet(self.assembly, "save()")
         return self._keeper.save()
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as a safetensors file. Collective; rank 0 writes."""
+        meet(self.assembly, "save_weights()")
         make_equal(self.assembly)
         save_weights(self.assembly.model, Path(path))
 
