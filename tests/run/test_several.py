@@ -398,14 +398,17 @@ def test_steps_count_each_batch_that_is_trained_on_once(
         assert len(expected) == 16
         assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.0] * 2)
     out = tmp_path / "run"
-    with pytest.raises(ZeroDivisionError), start(job, device="cpu", out=out, checkpoint_every="1") as run:
+    with pytest.raises(ZeroDivisionError), start(job, device="cpu", out=out, checkpoint_every=1) as run:
         loop(run, 10)
     with start(job, device="cpu", out=out, resume=True) as run:
         first = run.steps_taken
         assert first in (4, 8)
         assert expected[first:] == loop(run)
+        losses = run.losses
+        assert len(losses) == 2
     with start(job, device="cpu", out=out, resume=True) as run:
         assert loop(run) == []
+        assert run.losses == losses
 
 
 def test_a_resumed_run_has_all_optimizers_and_schedules_bit_for_bit(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class Course:
         evaluate_every: epochs from one evaluation to the next; 0 for none before the end.
         state: the user's own plain values that go into checkpoints.
         own_state: the same of this rank alone.
+        losses: of a loop with several objectives, the mean loss that each last had.
         saves_between: checkpoints wait for the end of the batch that is under way: a loop may take several steps on it, and do
             something of its own after them.
         save_due: one waits.
@@ -102,6 +103,7 @@ class Course:
     metrics: dict[str, float] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     own_state: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
     samples: int = 0
     train_seconds: float = 0.0
     stopped: bool = False
@@ -281,6 +283,7 @@ def _save_checkpoint(a: Assembly, course: Course) -> None:
         "metrics": dict(course.metrics),
         "state": dict(course.state),
         "loss": course.loss,
+        "losses": dict(course.losses),
         "division": None if a.division is None else list(a.division),
         "train_samples": course.splits.train.length,
         "train_parts": course.splits.train.parts(a.samples.size),

@@ -35,7 +35,7 @@ class TrainOptions:
         device: `auto`, `cpu`, or the name of an accelerator such as `cuda`.
         out: the run folder; None makes a new one under `runs/`.
         resume: go on from the last checkpoint in `out`. `make_options` takes `auto` for it: if `out` holds a run.
-        checkpoint_every: `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
+        checkpoint_every: 500 or `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
         keep_last: number of checkpoints kept.
         max_restarts: how often all workers are started again from the last checkpoint after one failed.
         nodes: this node's place among several.
@@ -55,7 +55,7 @@ class TrainOptions:
     device: str = "auto"
     out: Path | str | None = None
     resume: bool = False
-    checkpoint_every: str = "10m"
+    checkpoint_every: str | int = "10m"
     keep_last: int = 2
     max_restarts: int = 0
     nodes: Nodes = field(default_factory=Nodes)
@@ -175,15 +175,15 @@ def read_plan(plan: Plan | str | Path) -> Plan:
     return Plan(layout=Layout.parse(plan))
 
 
-def parse_saving(checkpoint_every: str, keep_last: int) -> Saving:
-    """`"500"` is steps, `"10m"` or `"30s"` is time, `"never"` leaves only the checkpoint at the end.
+def parse_saving(checkpoint_every: str | int, keep_last: int) -> Saving:
+    """500 or `"500"` is steps, `"10m"` or `"30s"` is time, `"never"` leaves only the checkpoint at the end.
 
     Raises:
         UserError: the text is neither, or a number is below 1.
     """
     if keep_last < 1:
         raise UserError(f"keep_last={keep_last}: at least 1 checkpoint is kept")
-    text = checkpoint_every.strip()
+    text = str(checkpoint_every).strip()
     if text == "never":
         return Saving(every_seconds=None, keep_last=keep_last)
     if text.isdecimal():

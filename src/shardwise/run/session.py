@@ -255,6 +255,7 @@ def _open_course(
             metrics=dict(progress.get("metrics", {})),
             loss=float(progress.get("loss", float("nan"))),
             state=dict(progress.get("state", {})),
+            losses=dict(progress.get("losses", {})),
             own_state=own_state_of(progress, assembly.samples),
             balancer=Balancer(job.batch_size, _sizes(assembly)) if work.balance else None,
         )

@@ -43,7 +43,7 @@ def start(
     device: str = "auto",
     out: str | Path | None = None,
     resume: bool | Literal["auto"] = False,
-    checkpoint_every: str = "10m",
+    checkpoint_every: str | int = "10m",
     keep_last: int = 2,
     **fields_of_job: Any,
 ) -> LiveRun:
@@ -59,7 +59,7 @@ def start(
         out: the run folder, for checkpoints, events and the final weights; None keeps nothing.
         resume: go on from the last checkpoint in `out`; `auto`: if there is a run. Workers that torchrun starts again
             after a failure always do.
-        checkpoint_every: with `out`, `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
+        checkpoint_every: with `out`, 500 or `"500"` (steps), `"10m"`, `"30s"` (time), or `"never"` for none but the last.
         keep_last: number of checkpoints kept.
         fields_of_job: `model=..., optimizer=..., loss=..., data=..., batch_size=...`. `model` may be a module itself
             and `optimizer` must then be a function of its parameters.
@@ -149,6 +149,7 @@ def _with_folder(
         _keeper=Keeper(session),
         _state=course.state,
         _own_state=course.own_state,
+        _losses=course.losses,
         _position=course.position,
     )
 
