@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from shardwise import errors
-from shardwise.dist.group import process_group
+from shardwise.dist.group import await_idle_threads, process_group
 from shardwise.spec.rank import SERIAL, Rank
 
 
@@ -192,7 +195,7 @@ import os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from shardwise.dist.group import process_group
+from shardwise.dist.group import await_idle_threads, process_group
 from shardwise.spec.rank import Rank
 
 rank = Rank(rank=int(sys.argv[1]), local_rank=int(sys.argv[1]), workers=2, local_workers=2, endpoint=sys.argv[2])
@@ -224,3 +227,25 @@ def test_a_process_ends_well_where_its_threads_are_late(tmp_path: Path) -> None:
             process.kill()
             process.wait()
     assert ended == [("", 0), ("", 0)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the states of threads from /proc")
+def test_a_thread_of_gloo_that_runs_is_waited_for() -> None:
+    begun, done, over = threading.Event(), threading.Event(), threading.Event()
+
+    def run() -> None:
+        ctypes.CDLL(None).prctl(15, b"pt_gloo_runloop", 0, 0, 0)  # PR_SET_NAME, prctl(2)
+        begun.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # runs without Python's lock, as gloo does
+        done.set()
+        over.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert begun.wait(20.0)
+        await_idle_threads()
+        assert done.is_set()
+    finally:
+        over.set()
+        thread.join()

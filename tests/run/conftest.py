@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,3 +53,20 @@ def _children_of(pid: int) -> list[int]:
         except OSError:  # that thread has just ended
             continue
     return found
+
+
+@pytest.fixture(scope="session")
+def on_two_workers() -> Callable[[Path, str], Path]:
+    """on_two_workers(folder, script): the folder, once the script has run well in it under torchrun."""
+
+    def run(place: Path, script: str) -> Path:
+        (place / "loop.py").write_text(script)
+        command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "loop.py")
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        done = subprocess.run(
+            command, cwd=place, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return place
+
+    return run

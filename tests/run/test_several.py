@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -305,15 +304,9 @@ def job_of(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parallel(tmp_path_factory: pytest.TempPathFactory, on_two_workers: Callable[[Path, str], Path]) -> Path:
     """What all cases gave on two workers."""
-    place = tmp_path_factory.mktemp("several")
-    (place / "loop.py").write_text(SCRIPT.format(here=str(Path(__file__).parent)))
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "loop.py")
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return place
+    return on_two_workers(tmp_path_factory.mktemp("several"), SCRIPT.format(here=str(Path(__file__).parent)))
 
 
 @pytest.mark.parametrize("name", list(CASES))
